@@ -1,0 +1,39 @@
+# Two commands: `make demo` and `make test`. Both set up .venv first, once.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.set-up
+
+.PHONY: setup demo test test-browser lint
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt requirements-eval.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed; $(PYTHON) is $$($(PYTHON) -V). Try: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	@command -v c++ >/dev/null || { echo "a C++ compiler is needed (DeepSpeed compiles a small extension): apt-get install g++"; exit 1; }
+	@echo "setting up $(VENV) (once; a few minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	@$(BIN)/pip install -q -c constraints.txt -e '.[train,video,viz,dev]'
+	@rm -rf $(VENV)/lmms-eval && $(BIN)/pip install -q --no-deps --target $(VENV)/lmms-eval -r requirements-eval.txt
+	@touch $@
+
+# Data, training on two processes, three evaluations, report in runs/demo/report/. A second run goes over the finished one.
+demo: setup
+	@$(BIN)/python -m data.shapes --out runs/demo/data
+	@DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/deepspeed --log_level error --num_accelerators 2 train.py --config configs/tiny-llava/demo.yaml trainer.resume=null
+
+# Two workers for two cores; what starts processes of its own is spread over both.
+test: setup
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q $(TESTS)
+
+# The page of `visionzip app` in a real browser. Apart from `make test`, which must pass where there is none.
+test-browser: setup
+	@command -v chromedriver >/dev/null || { echo "Chromium and its driver are needed: apt-get install chromium chromium-driver"; exit 1; }
+	@$(BIN)/pip install -q -c constraints.txt selenium
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/app/browser_app.py
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy -p visionzip -p data -p train
+	@$(BIN)/python -m pytest -q tests/test_imports.py

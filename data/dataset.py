@@ -1,0 +1,205 @@
+"""Records → items. The one place where a record is read, and where nothing it does wrong gets past."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from torch.utils.data import Dataset
+
+from data.cached_pictures import CachedPictures
+from data.collate import Collator, text_item
+from data.config import DataConfig, SourceConfig
+from data.formats import parse
+from data.formats.common import RecordSource, record_id
+from data.index import cache_folder
+from data.mixture import EpochSampler, subset_table
+from data.pictures import LoadPictures, Pictures, PixelPictures
+from data.records import image_root, open_records
+from data.sample import NO_SAMPLE, NO_SAMPLE_INDEX, NoSample, Reject, Rejection, Sample
+from data.template import BaseTemplate, Encoded, get_template
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Source:
+    """One configured source: its records, those of them that are used, and how they are laid out."""
+
+    def __init__(self, config: SourceConfig, data: DataConfig) -> None:
+        self.label = config.label
+        self.weight = config.weight
+        self.records = open_records(config, data.cache_dir)
+        self.layout = RecordSource(self.label, config.format, image_root(config), config.columns)
+        self.subset = subset_table(
+            cache_folder(data.cache_dir), len(self.records), config.fraction, config.max_samples, data.subset_seed
+        )
+        if not len(self):
+            raise ValueError(f"data source {self.label!r} ({config.path}) holds no records")
+
+    def __len__(self) -> int:
+        return len(self.records) if self.subset is None else len(self.subset)
+
+    def position(self, index: int) -> int:
+        """Where in the file the `index`-th used record is."""
+        return index if self.subset is None else self.subset[index][0]
+
+
+class Encoder:
+    """A sample → an item: its pictures, its text around their placeholders, its labels."""
+
+    def __init__(self, config: DataConfig, processor: Any, pictures: LoadPictures | None = None) -> None:
+        self.processor = processor
+        self.template: BaseTemplate = get_template(config.template, processor)
+        self.pictures: LoadPictures = pictures or PixelPictures(config, processor)
+        self.max_length = config.max_length
+        self.cut = config.overlong == "cut"
+
+    def __call__(self, sample: Sample) -> dict[str, Any]:
+        """`input_ids` and `labels` (L,), and the image inputs of the model's forward. Raises `Reject`."""
+        encoded, pictures, _ = self.encode(sample)
+        return {**text_item(self.processor, encoded.input_ids, encoded.labels), **pictures.inputs}
+
+    def encode(self, sample: Sample) -> tuple[Encoded, Pictures, int]:
+        """The sample's tokens within `max_length`, its pictures, and how many tokens it had before it was cut to that."""
+        before = 0
+        while True:
+            pictures = self.pictures(sample)
+            encoded = self.template.encode_spans(self.template.spans(sample.messages), pictures.placeholders)
+            check_pictures(encoded, len(sample.media))
+            length = len(encoded.input_ids)
+            before = before or length
+            if length <= self.max_length:
+                break
+            behind = [index for index, (_, end) in encoded.pictures.items() if end > self.max_length]
+            shorter = rounds_before(sample, min(behind)) if behind else None
+            if shorter and self.cut:
+                sample = shorter
+                continue
+            del encoded.input_ids[self.max_length :], encoded.labels[self.max_length :]
+            if behind or not self.cut or not encoded.supervised:
+                raise Reject("too long", f"{length} tokens, allowed {self.max_length}")
+            break
+        if not encoded.supervised:
+            raise Reject("empty answer", "nothing to supervise")
+        return encoded, pictures, before
+
+
+def check_pictures(encoded: Encoded, media: int) -> None:
+    if len(encoded.pictures) != media:
+        raise Reject("template", f"{media} pictures, but the template shows {len(encoded.pictures)}")
+
+
+def rounds_before(sample: Sample, media: int) -> Sample | None:
+    """The sample up to the question that shows the media of this index; None where that is the first question."""
+    turn = next(n for n, message in enumerate(sample.messages) if any(slot.index == media for slot in message.slots))
+    messages = sample.messages[:turn]
+    if not any(message.role == "assistant" for message in messages):
+        return None
+    kept = sum(len(message.slots) for message in messages)
+    return replace(sample, messages=messages, media=sample.media[:kept])
+
+
+class InstructionDataset(Dataset):
+    """All records of all sources. `dataset[i]` is an item or a `Rejection`, never an exception; `dataset[-1]` is `NO_SAMPLE`.
+
+    `make` may be set to something else than the encoder that is to be made of each sample.
+    A worker's copy holds paths, open files and counts: no records, no offsets, no pictures.
+    """
+
+    def __init__(self, config: DataConfig, processor: Any, seed: int, pictures: LoadPictures | None = None) -> None:
+        self.config, self.seed = config, seed
+        self.sources = [Source(source, config) for source in config.sources]
+        self.encoder = Encoder(config, processor, pictures)
+        self.make: Callable[[Sample], Any] = self.encoder
+        self.starts = [0, *itertools.accumulate(len(source) for source in self.sources)]
+
+    @property
+    def pictures(self) -> LoadPictures:
+        return self.encoder.pictures
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any] | Rejection | NoSample:
+        if index == NO_SAMPLE_INDEX:
+            return NO_SAMPLE
+        sample = self.sample(index)
+        return sample if isinstance(sample, Rejection) else self.guarded(index, sample, self.make)
+
+    def sample(self, index: int) -> Sample | Rejection:
+        """Record `index` as a `Sample`, its pictures not yet read."""
+        source, position = self.locate(index)
+        return guarded_parse(lambda: source.records[position], source.layout, position)
+
+    def guarded(self, index: int, sample: Sample, make: Callable[[Sample], T]) -> T | Rejection:
+        """What `make` makes of record `index`'s sample, or why it can't."""
+        try:
+            return make(sample)
+        except Exception as error:
+            source, position = self.locate(index)
+            return as_rejection(error, sample.id, source.label, position)
+
+    def locate(self, index: int) -> tuple[Source, int]:
+        """The source of record `index`, and its position in the source's file."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{index} of {len(self)} records")
+        number = bisect.bisect_right(self.starts, index) - 1
+        source = self.sources[number]
+        return source, source.position(index - self.starts[number])
+
+    def sampler(self, global_batch: int = 1) -> EpochSampler:
+        sizes, weights = [len(source) for source in self.sources], [source.weight for source in self.sources]
+        return EpochSampler(sizes, weights, self.seed, global_batch)
+
+    def collator(self) -> Collator:
+        return Collator(self.encoder.processor, self.pictures)
+
+
+def guarded_parse(read: Callable[[], Any], layout: RecordSource, position: int) -> Sample | Rejection:
+    """The sample of the record that `read` gives, or why there is none."""
+    name = f"#{position}"
+    try:
+        record = read()
+        if isinstance(record, Mapping):
+            name = record_id(record.get("id"), position)
+        return parse(record, layout, position)
+    except Exception as error:
+        return as_rejection(error, name, layout.label, position)
+
+
+def as_rejection(error: Exception, name: str, source: str, index: int) -> Rejection:
+    """Any exception is a rejection: one bad record must not end a run of thousands of good ones."""
+    if isinstance(error, Reject):
+        return Rejection(name, source, index, error.reason, error.detail)
+    logger.debug("record %d of %s", index, source, exc_info=error)
+    return Rejection(name, source, index, "unexpected error", f"{type(error).__name__}: {error}")
+
+
+def build_dataset(
+    config: DataConfig, processor: Any, seed: int, pictures: LoadPictures | None = None
+) -> InstructionDataset:
+    """The data set of a config. `pictures` replaces reading and preprocessing of pictures (a cache of visual tokens).
+
+    Raises `ValueError` or `FileNotFoundError` for a source that can't be opened, or that has no length (`streaming`: see
+    `data.stream.build_stream`).
+    """
+    single_threaded_tokenizers()
+    if pictures is None and config.cache is not None:
+        pictures = CachedPictures(config.cache, config.frames)
+    streamed = [source.label for source in config.sources if source.streaming]
+    if streamed:
+        raise ValueError(
+            f"data source {streamed[0]!r} is streamed: it has no length and no order to shuffle or to score"
+        )
+    return InstructionDataset(config, processor, seed, pictures)
+
+
+def single_threaded_tokenizers() -> None:
+    """Workers are forked, which the tokenizer's threads do not survive; a sample is too short to gain by them anyway."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,118 @@
+"""A survey on the terminal: tables, a histogram, what would be dropped."""
+
+from __future__ import annotations
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from data.config import DataConfig
+from data.dataset import InstructionDataset
+from data.measure import Survey, quantiles
+from data.stream import StreamedDataset
+
+BAR = 60
+BINS = 16
+LABELS = {
+    "total": "tokens",
+    "text": "  of text",
+    "picture": "  of pictures",
+    "supervised": "  supervised",
+    "pictures": "pictures",
+    "rounds": "rounds",
+}
+
+
+def report(console: Console, config: DataConfig, data: InstructionDataset | StreamedDataset, result: Survey) -> bool:
+    """Print everything but samples; True where a run would stop because too much is bad."""
+    console.print(sources(data, result))
+    part = "" if result.share is None else f", {result.share:.1%} of an epoch"
+    console.print(
+        f"\n[bold]{result.read:,}[/bold] read{part}: [bold]{len(result.facts):,}[/bold] used, "
+        f"[bold]{len(result.rejections):,}[/bold] dropped"
+    )
+    if result.facts:
+        console.print(per_sample(result))
+        console.print(
+            f"{result.supervised_share():.1%} of all tokens are supervised; "
+            f"{len(result.cut):,} samples are cut to {config.max_length:,} tokens; "
+            f"{result.duplicates():,} share their id with another"
+        )
+        console.print(Text("\ntokens a sample", style="bold"))
+        console.print(histogram(result))
+    return dropped(console, config, result)
+
+
+def sources(data: InstructionDataset | StreamedDataset, result: Survey) -> Table:
+    table = Table(title="sources", title_justify="left", title_style="bold")
+    for name in ("source", "records", "used of them", "weight", "looked at", "dropped"):
+        table.add_column(name, justify="left" if name == "source" else "right")
+    for source in data.sources:
+        looked = sum(facts.source == source.label for facts in result.facts)
+        bad = sum(rejection.source == source.label for rejection in result.rejections)
+        stored = "stream" if isinstance(data, StreamedDataset) else f"{len(source.records):,}"  # type: ignore[arg-type]
+        used = "" if isinstance(data, StreamedDataset) else f"{len(source):,}"  # type: ignore[arg-type]
+        table.add_row(source.label, stored, used, f"{source.weight:g}", f"{looked + bad:,}", f"{bad:,}")
+    return table
+
+
+def per_sample(result: Survey) -> Table:
+    table = Table()
+    table.add_column("a sample has")
+    for name in ("mean", "median", "95 %", "most", "all together"):
+        table.add_column(name, justify="right")
+    for name, label in LABELS.items():
+        found = quantiles(result.column(name))
+        table.add_row(
+            label,
+            f"{found['mean']:,.1f}",
+            f"{found['median']:,.0f}",
+            f"{found['p95']:,.0f}",
+            f"{found['max']:,.0f}",
+            f"{found['sum']:,.0f}",
+        )
+    return table
+
+
+def histogram(result: Survey) -> Text:
+    """Samples by length; each bar in the proportion of picture and text tokens of its samples."""
+    total, picture = result.column("total"), result.column("picture")
+    edges = np.histogram_bin_edges(total, BINS, (total.min(), total.max() + 1))
+    edges = np.unique(edges.round())
+    places = np.clip(np.searchsorted(edges, total, side="right") - 1, 0, len(edges) - 2)
+    counts = np.bincount(places, minlength=len(edges) - 1)
+    width = len(f"{int(edges[-1]):,}")
+    text = Text()
+    for number, count in enumerate(counts):
+        share = picture[places == number].sum() / max(total[places == number].sum(), 1)
+        length = 0 if count == 0 else max(1, round(count / counts.max() * BAR))
+        pictured = round(length * share)
+        text.append(f"{int(edges[number]):>{width},} – {int(edges[number + 1]):>{width},} ", style="dim")
+        text.append("█" * pictured, style="cyan").append("▒" * (length - pictured), style="yellow")
+        text.append(f" {count:,}\n")
+    return (
+        text.append("█ pictures ", style="cyan")
+        .append("▒ text", style="yellow")
+        .append(", each bar in their proportion", style="dim")
+    )
+
+
+def dropped(console: Console, config: DataConfig, result: Survey) -> bool:
+    if not result.rejections:
+        console.print("\n[green]nothing would be dropped[/green]")
+        return False
+    table = Table(title="\nwould be dropped", title_justify="left", title_style="bold")
+    table.add_column("reason")
+    table.add_column("records", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("for example", max_width=72)
+    for reason, count in result.reasons.most_common():
+        example = next(rejection for rejection in result.rejections if rejection.reason == reason)
+        where = f"{example.source} #{example.index} ({example.id}) {example.detail}"
+        table.add_row(reason, f"{count:,}", f"{count / result.read:.2%}", Text(where[:200]))
+    console.print(table)
+    too_many = result.rejected > config.max_rejected
+    verdict = "[bold red]a run would stop[/bold red]" if too_many else "[green]a run would go on[/green]"
+    console.print(f"{result.rejected:.2%} dropped, data.max_rejected is {config.max_rejected:.2%}: {verdict}")
+    return too_many

@@ -1,0 +1,62 @@
+"""Samples printed as the model sees them, what is supervised in colour."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from data.dataset import InstructionDataset
+from data.sample import Reject, Sample
+from data.stream import StreamedDataset
+from data.template import IGNORE, Encoded
+
+SUPERVISED = "bold green"
+PICTURE = "bold magenta"
+
+
+def show_samples(console: Console, data: InstructionDataset | StreamedDataset, samples: list[Sample]) -> None:
+    legend = (
+        Text("\nsamples: ", style="bold")
+        .append("supervised", style=SUPERVISED)
+        .append(", ")
+        .append("picture", style=PICTURE)
+    )
+    console.print(legend)
+    for sample in samples:
+        console.print(Text(f"\n{sample.source} {sample.id}", style="dim"))
+        try:
+            encoded, _, before = data.encoder.encode(sample)
+        except Reject as error:
+            console.print(Text(f"dropped: {error}", style="red"))
+            continue
+        console.print(coloured(data.encoder.template.tokenizer, encoded))
+        if before > len(encoded.input_ids):
+            console.print(Text(f"[cut from {before} tokens]", style="red"))
+
+
+def coloured(tokenizer: Any, encoded: Encoded) -> Text:
+    """The text of all tokens; each picture's placeholders as one note of how many there are."""
+    text = Text()
+    pictures = {position: index for index, (start, end) in encoded.pictures.items() for position in range(start, end)}
+
+    def mark(position: int) -> tuple[str, int]:
+        if position in pictures:
+            return ("picture", pictures[position])
+        return ("supervised" if encoded.labels[position] != IGNORE else "text", 0)
+
+    for (kind, index), run in groupby(range(len(encoded.input_ids)), key=mark):
+        ids = [encoded.input_ids[position] for position in run]
+        if kind == "picture":
+            text.append(f"[picture {index + 1}: {len(ids)} tokens]", style=PICTURE)
+        else:
+            text.append(readable(tokenizer, ids), style=SUPERVISED if kind == "supervised" else "")
+    return text
+
+
+def readable(tokenizer: Any, ids: list[int]) -> str:
+    """The decoded text; SentencePiece decoders drop the space a run begins with, which is put back."""
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return " " + text.lstrip(" ") if tokenizer.convert_ids_to_tokens(ids[0]).startswith("▁") else text

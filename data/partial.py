@@ -1,0 +1,69 @@
+"""A model without some of its halves: the vision tower is not needed where visual tokens come from a cache, nor the LLM where they
+are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+
+def load_without(path: str, without: Sequence[str], **kwargs: Any) -> Any:
+    """`AutoModelForImageTextToText.from_pretrained`, but the weights of the modules named in `without` are never read.
+
+    The modules stay, with their sizes and without parameters; running one raises. Keys of the checkpoint are converted as ever:
+    transformers does that for classes of its own package only, hence the name and module of the class that is used to load.
+
+    Args:
+        without: ``"encoder"`` and/or ``"llm"``; what maps visual tokens into the LLM is always loaded.
+
+    Raises:
+        ValueError: for a model that is not supported.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    from visionzip.families import FAMILIES
+
+    config = AutoConfig.from_pretrained(path, **{key: kwargs[key] for key in ("revision",) if key in kwargs})
+    family = FAMILIES.get(str(config.model_type))
+    kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    if family is None or kind is None:
+        raise ValueError(f"{path} is a {config.model_type} model; supported: {', '.join(FAMILIES.names())}")
+    if "llm" in without:
+        config.tie_word_embeddings = False  # nothing is left to tie
+
+    def __init__(self: Any, *args: Any, **options: Any) -> None:
+        kind.__init__(self, *args, **options)
+        if "encoder" in without:
+            strip(self, family.tower, family.projectors)
+        if "llm" in without:
+            strip(self, family.llm, family.projectors)
+            strip(self, "lm_head", ())
+
+    names = {"__init__": __init__, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    loader: Any = type(kind.__name__, (kind,), {**names, "_keys_to_ignore_on_load_unexpected": [".*"]})
+    model = loader.from_pretrained(path, config=config, **kwargs)
+    model.__class__ = kind
+    return model
+
+
+def strip(model: nn.Module, name: str, keep: Sequence[str]) -> None:
+    """Take the parameters off the module called `name` and all inside it, except for the modules named in `keep`."""
+    for inner, module in model.get_submodule(name).named_modules():
+        full = f"{name}.{inner}" if inner else name
+        if any(full == kept or full.startswith(f"{kept}.") for kept in keep):
+            continue
+        if module._parameters:
+            module._parameters = dict.fromkeys(module._parameters)
+            module.register_forward_pre_hook(_Missing(full))
+        module._is_hf_initialized = True  # else transformers draws weights for it
+
+
+class _Missing:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *args: Any) -> None:
+        raise RuntimeError(f"{self.name} was loaded without its weights (data.cache is set), so it can't be run")

@@ -1,0 +1,128 @@
+"""Each question of each record asked on its own, for scoring generated answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from data.collate import TEXT_KEYS, merge_pictures, pad, text_item
+from data.config import DataConfig
+from data.dataset import InstructionDataset, check_pictures
+from data.pictures import LoadPictures
+from data.sample import NO_SAMPLE, NO_SAMPLE_INDEX, Message, NoSample, Reject, Rejection, Sample, Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """`inputs`: `input_ids (L,)` up to where the answer begins, and the image inputs of the model's forward."""
+
+    id: str
+    source: str
+    type: str
+    question: str
+    answer: str
+    inputs: dict[str, Any]
+
+
+class Questions(Sequence):
+    """All question rounds of a data set. `questions[i]` reads the pictures of one: a `Question`, or a `Rejection`.
+
+    `rejections` are the records that could not even be parsed; they have no questions here.
+    """
+
+    def __init__(self, dataset: InstructionDataset, limit: int | None = None) -> None:
+        self.dataset = dataset
+        self.rejections: list[Rejection] = []
+        self.rounds: list[tuple[int, int]] = []
+        for index in range(len(dataset)):
+            sample = dataset.sample(index)
+            if isinstance(sample, Rejection):
+                self.rejections.append(sample)
+                continue
+            answers = sum(message.role == "assistant" for message in sample.messages)
+            self.rounds += [(index, number) for number in range(answers)]
+            if limit is not None and len(self.rounds) >= limit:
+                del self.rounds[limit:]
+                break
+
+    def __len__(self) -> int:
+        return len(self.rounds)
+
+    def __getitem__(self, number: Any) -> Question | Rejection | NoSample:  # type: ignore[override]
+        if number == NO_SAMPLE_INDEX:
+            return NO_SAMPLE
+        index, turn = self.rounds[number]
+        sample = self.dataset.sample(index)
+        if isinstance(sample, Rejection):
+            return sample
+        return self.dataset.guarded(index, sample, lambda sample: self._ask(sample, turn))
+
+    def _ask(self, sample: Sample, turn: int) -> Question:
+        encoder = self.dataset.encoder
+        alone = single_round(sample, turn)
+        pictures = encoder.pictures(alone)
+        prompt = alone.messages[:-1]
+        encoded = encoder.template.encode_spans(encoder.template.spans(prompt, generation=True), pictures.placeholders)
+        check_pictures(encoded, len(alone.media))
+        if len(encoded.input_ids) > encoder.max_length:
+            raise Reject("too long", f"{len(encoded.input_ids)} tokens, allowed {encoder.max_length}")
+        return Question(
+            id=f"{sample.id}/{turn}",
+            source=sample.source,
+            type=sample.types[turn] if sample.types else "",
+            question=prompt[-1].text.strip(),
+            answer=alone.messages[-1].text.strip(),
+            inputs={**text_item(encoder.processor, encoded.input_ids, None), **pictures.inputs},
+        )
+
+
+def single_round(sample: Sample, turn: int) -> Sample:
+    """Question and answer number `turn` alone, with all pictures shown up to there in front of the question."""
+    system = [message for message in sample.messages if message.role == "system"]
+    rounds = [message for message in sample.messages if message.role != "system"]
+    question, answer = rounds[2 * turn : 2 * turn + 2]
+    earlier: list[str | Slot] = [slot for message in rounds[: 2 * turn] for slot in message.slots]
+    parts = list(question.parts)
+    if earlier and parts and isinstance(parts[0], str):
+        parts[0] = "\n" + parts[0]
+    shown = len(earlier) + len(question.slots)
+    return replace(sample, messages=[*system, Message("user", [*earlier, *parts]), answer], media=sample.media[:shown])
+
+
+class QuestionCollator:
+    """Prompts padded on the left for `generate`: `inputs`, a dict for the model, and the `questions` of its rows in order.
+
+    `rejections` lists questions whose pictures could not be read, as dicts; `inputs` is empty where nothing is left.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        tokenizer = getattr(processor, "tokenizer", processor)
+        self.pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+    def __call__(self, items: Sequence[Question | Rejection | NoSample]) -> dict[str, Any]:
+        questions = [item for item in items if isinstance(item, Question)]
+        rows = [question.inputs for question in questions]
+        inputs: dict[str, Any] = {}
+        if rows:
+            length = max(len(row["input_ids"]) for row in rows)
+            inputs = {
+                key: torch.stack(
+                    [pad(row[key], length, self.pad_id if key == "input_ids" else 0, left=True) for row in rows]
+                )
+                for key in TEXT_KEYS
+                if key in rows[0]
+            }
+            masks = [pad(torch.ones_like(row["input_ids"]), length, 0, left=True) for row in rows]
+            inputs = {**inputs, "attention_mask": torch.stack(masks), **merge_pictures(rows)}
+        rejections = [item.as_dict() for item in items if isinstance(item, Rejection)]
+        return {"inputs": inputs, "questions": questions, "rejections": rejections}
+
+
+def build_questions(
+    config: DataConfig, processor: Any, limit: int | None = None, pictures: LoadPictures | None = None
+) -> Questions:
+    """The questions of a data config, `limit` of them at most. Sources, templates and lengths are those of training."""
+    return Questions(InstructionDataset(config, processor, seed=0, pictures=pictures), limit)

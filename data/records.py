@@ -1,0 +1,81 @@
+"""Where records are stored: JSON files, and whatever `datasets` reads. Each gives record `i` on demand, and keeps none."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from data.config import SourceConfig
+from data.index import cache_folder, index_json
+from data.sample import Reject
+
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+
+
+class Records(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int) -> Any:
+        """The record as stored. Raises `Reject` where it can't be read."""
+
+
+class JsonRecords:
+    """Records of a JSON array or JSON Lines file, read one at a time at the offsets of an index on disk."""
+
+    def __init__(self, path: str, cache_dir: str | None) -> None:
+        self.path = os.path.abspath(path)
+        self.spans = index_json(self.path, cache_folder(cache_dir))
+        self._fd = os.open(self.path, os.O_RDONLY)
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, position: int) -> Any:
+        start, end = self.spans[position]
+        raw = os.pread(self._fd, end - start, start)
+        try:
+            return json.loads(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise Reject("not UTF-8", f"byte {start + error.start} of the file: {error.reason}") from error
+        except (ValueError, RecursionError) as error:
+            raise Reject("broken JSON", f"at byte {start} of the file: {error}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_fd"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._fd = os.open(self.path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+
+def open_records(source: SourceConfig, cache_dir: str | None) -> Records:
+    """The records of a source. Raises `ValueError` or `FileNotFoundError` saying what was looked for."""
+    if reader_of(source) == "json":
+        if not os.path.isfile(source.path):
+            raise FileNotFoundError(f"data source {source.label!r}: there is no file {os.path.abspath(source.path)}")
+        return JsonRecords(source.path, cache_dir)
+    from data.hf import HFRecords  # here: `datasets` takes a second to import
+
+    return HFRecords(source)
+
+
+def reader_of(source: SourceConfig) -> str:
+    if source.reader != "auto":
+        return source.reader
+    return "json" if source.path.lower().endswith(JSON_SUFFIXES) else "datasets"
+
+
+def image_root(source: SourceConfig) -> str:
+    """The absolute folder that relative paths of the source's records are in."""
+    if source.images:
+        return os.path.abspath(source.images)
+    path = Path(source.path)
+    if path.is_dir():
+        return os.path.abspath(path)
+    return os.path.abspath(path.parent) if path.is_file() else os.getcwd()

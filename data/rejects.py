@@ -1,0 +1,122 @@
+"""What was not used, and why: counted by reason, listed in a file, and a stop when it is too much."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+REASONS = {
+    "broken JSON": "the line or array element is not JSON",
+    "not UTF-8": "bytes that are no UTF-8, or half a surrogate pair",
+    "wrong type": "a field holds something else than it should",
+    "unknown layout": "no known columns, or a mapped column is not there",
+    "unknown role": "a turn by somebody who is neither system, user nor assistant",
+    "empty conversation": "no turns",
+    "turn order": "two turns of the same side in a row, or a system message in the middle",
+    "no answer": "nothing an assistant said",
+    "empty answer": "an assistant's turn without text",
+    "empty question": "a user's turn with neither text nor picture",
+    "picture count": "more or fewer <image>/<video> markers than pictures",
+    "misplaced picture": "a picture in an answer or a system message",
+    "path outside the image root": "a path that climbs out of the image root",
+    "remote picture": "a URL; nothing is downloaded during training",
+    "file missing": "no such file, not a regular file, or not readable",
+    "empty file": "a file of zero bytes",
+    "unreadable picture": "cut short, damaged, or not a picture",
+    "picture too large": "more pixels than data.max_pixels",
+    "picture refused": "by the model's image processor (Qwen: 200 times as wide as high)",
+    "unreadable video": "damaged, no video stream, or no frames",
+    "template": "the conversation template has no form for it",
+    "too long": "more tokens than data.max_length, and cutting would go through a picture or leave no answer",
+    "not in the cache": "data.cache is set and does not hold the picture",
+    "damaged cache": "the picture's tokens do not match their checksum; python -m data.cache repairs them",
+    "unexpected error": "anything else; the detail names the exception",
+}
+
+SOONEST = 1000
+"""Records. Until so many were read the share is taken of this many: one bad sample of the first ten stops nothing."""
+
+
+class TooManyRejected(RuntimeError):
+    """More of the data is bad than `data.max_rejected` allows."""
+
+
+class RejectLog:
+    """Rejected records of a run, each once however many epochs read it. Used by one process.
+
+    `path`: JSON Lines, one rejection a line; what an interrupted run left there is kept with `resume`.
+    `total`: how many records there are; with it a small data set is judged by its own size.
+    """
+
+    def __init__(self, path: str | Path, max_rejected: float, total: int | None = None, resume: bool = False) -> None:
+        self.path = Path(path)
+        self.max_rejected = max_rejected
+        self.total = total
+        self.reads = 0
+        self.reasons: Counter[str] = Counter()
+        self._seen: set[tuple[Any, ...]] = set()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if resume and self.path.exists():
+            self._recall()
+        else:
+            self.path.write_text("")
+
+    @property
+    def rejected(self) -> int:
+        return len(self._seen)
+
+    def read(self, count: int) -> None:
+        """`count` more records were read, used or not."""
+        self.reads += count
+
+    def add(self, rejections: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Note rejections (dicts with `id`, `source`, `reason`, and `index`, `detail`); returns those not known before.
+
+        Raises `TooManyRejected` once their share is above `max_rejected`; they are in the file by then.
+        """
+        new = [rejection for rejection in rejections if self._note(rejection)]
+        if new:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(dict(rejection), ensure_ascii=False) + "\n" for rejection in new)
+            self.check()
+        return new
+
+    def check(self) -> None:
+        """Raises `TooManyRejected` where too much is bad already, whatever comes."""
+        soonest = SOONEST if self.total is None else min(SOONEST, self.total)
+        reads = self.reads if self.total is None else min(self.reads, self.total)
+        if self.rejected > self.max_rejected * max(reads, soonest):
+            raise TooManyRejected(
+                f"{self.rejected} bad records of {reads} read, more than data.max_rejected={self.max_rejected:g} allows. "
+                f"{self.summary()}. Each is listed in {self.path}; mend or remove them, or raise data.max_rejected"
+            )
+
+    def summary(self) -> str:
+        """`12 file missing, 3 turn order`, the most common first."""
+        return ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common()) or "none"
+
+    def _note(self, rejection: Mapping[str, Any]) -> bool:
+        key = (rejection.get("source"), rejection.get("id"), rejection.get("index"))
+        if key in self._seen:
+            return False
+        self._seen.add(key)
+        self.reasons[str(rejection.get("reason"))] += 1
+        return True
+
+    def _recall(self) -> None:
+        """Take up the list of the run before; a line half written when it was killed is dropped from the file."""
+        whole = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                rejection = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(rejection, dict) and self._note(rejection):
+                whole.append(json.dumps(rejection, ensure_ascii=False) + "\n")
+        self.path.write_text("".join(whole), encoding="utf-8")

@@ -1,0 +1,115 @@
+"""The one form every record takes, and how a record that can't be used is told apart from one that can.
+
+A text never has to be searched for a marker: where a picture stands is a `Slot` between two strings, so whatever a user wrote
+in a message stays text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a picture or a video stands in a message; `index` counts over `Sample.media`."""
+
+    kind: Literal["image", "video"]
+    index: int
+
+
+@dataclass(slots=True)
+class Message:
+    role: Role
+    parts: list[str | Slot]
+
+    @property
+    def text(self) -> str:
+        """The words alone, pictures left out."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def slots(self) -> list[Slot]:
+        return [part for part in self.parts if isinstance(part, Slot)]
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """A picture or video not yet read.
+
+    `source` is a path, the bytes of a file, or for a video also a list of paths (one a frame). Paths are already inside the
+    image root: the format that made this refuses others.
+    """
+
+    kind: Literal["image", "video"]
+    source: str | bytes | list[str]
+
+
+@dataclass(slots=True)
+class Sample:
+    """One conversation. `messages` alternate user and assistant after an optional system message and end with an answer.
+
+    `id` is the record's own (`#<position>` where it has none), `source` the name of the data source, `types` one question type
+    a round where the record names them.
+    """
+
+    id: str
+    messages: list[Message]
+    media: list[Media] = field(default_factory=list)
+    source: str = ""
+    types: list[str] | None = None
+
+
+class Reject(Exception):
+    """Raised inside the pipeline for a record that can't be used; never leaves `Dataset.__getitem__`.
+
+    `reason` is one of a small set of short phrases that are counted (listed in docs/data.md); `detail` says what was found.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """What a dataset returns in place of an item it could not make."""
+
+    id: str
+    source: str
+    index: int
+    reason: str
+    detail: str = ""
+
+    def as_dict(self) -> dict[str, str | int]:
+        return {
+            "id": self.id,
+            "source": self.source,
+            "index": self.index,
+            "reason": self.reason,
+            "detail": self.detail,
+        }
+
+
+class NoSample:
+    """The item of the padding index −1: it evens out the last global batch and stands for nothing."""
+
+    _instance: NoSample | None = None
+
+    def __new__(cls) -> NoSample:
+        if cls._instance is None:
+            cls._instance = super().__new__(cls)
+        return cls._instance
+
+    def __reduce__(self) -> tuple:
+        return (NoSample, ())
+
+    def __repr__(self) -> str:
+        return "NO_SAMPLE"
+
+
+NO_SAMPLE = NoSample()
+NO_SAMPLE_INDEX = -1

@@ -1,0 +1,255 @@
+"""The embedded data set: pictures of a few coloured shapes, and questions about them, made on the fly from a seed.
+
+    python -m data.shapes --out runs/shapes --train 4000 --eval 400 --seed 0
+
+writes `train.json`, `eval.json` (LLaVA's own form) and `images/` once; a second call with the same numbers does nothing.
+Each record is one conversation about one picture, with one round of each type in `TYPES`, in an order of its own, so that every
+type also comes first: evaluation asks single questions. The extra key `types` names the type of each round.
+
+A picture is a function of one integer. Those of the training pictures are even and those of the held-out ones odd, whatever
+`--seed` and the counts are, so that no held-out picture can ever have been trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from data.scenes import COLOURS, PAIRS, SHAPES, SIZE, Scene, Shape, draw, jpeg, once, scene
+
+__all__ = [
+    "COLOURS", "PAIRS", "PLACES", "SHAPES", "SIZE", "SPLITS", "TYPES", "Round", "Scene", "Shape",
+    "conversation", "draw", "jpeg", "picture_seed", "record", "records", "scene", "write",
+]  # fmt: skip
+
+PLACES = (
+    "top left", "top", "top right",
+    "left", "middle", "right",
+    "bottom left", "bottom", "bottom right",
+)  # fmt: skip
+TYPES = ("exists", "count", "colour", "shape", "where")
+SPLITS = ("train", "eval")
+
+_MANIFEST = "shapes.json"
+_VERSION = 1  # raise it when pictures or questions change, so that folders written before are made anew
+
+
+@dataclass(frozen=True)
+class Round:
+    """One question and its answer; `type` is one of `TYPES`."""
+
+    type: str
+    question: str
+    answer: str
+
+
+def picture_seed(split: str, seed: int, index: int) -> int:
+    """The integer that makes the `index`-th picture of a split: even for "train", odd for "eval", so never the same."""
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
+    if seed < 0 or not 0 <= index < 2**32:
+        raise ValueError(f"seed {seed}, index {index}: expected a seed of at least 0 and an index from 0 to 2**32 - 1")
+    return 2 * (seed * 2**32 + index) + SPLITS.index(split)
+
+
+def _plural(name: str) -> str:
+    return name + ("es" if name.endswith("s") else "s")
+
+
+def _a(words: str) -> str:
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def _exists(made: Scene, rng: random.Random) -> Round:
+    present = [(s.colour, s.name) for s in made.shapes]
+    if rng.random() < 0.5:
+        colour, name = rng.choice(present)
+    else:  # something absent; mostly a near miss, so that neither colour nor shape alone tells
+        absent = [pair for pair in PAIRS if pair not in present]
+        near = [(c, n) for c, n in absent if any(c == p[0] for p in present) and any(n == p[1] for p in present)]
+        colour, name = rng.choice(near if near and rng.random() < 0.5 else absent)
+    thing = f"{colour} {name}"
+    question = rng.choice(
+        (f"Is there {_a(thing)} in the picture?", f"Is there {_a(thing)}?", f"Can you see {_a(thing)}?")
+    )
+    return Round("exists", question, "Yes" if (colour, name) in present else "No")
+
+
+def _count(made: Scene, rng: random.Random) -> Round:
+    kind = rng.randrange(3)
+    mostly_there = rng.random() < 0.7  # else the answer would nearly always be 0
+    if kind == 0:
+        number, things = len(made.shapes), "shapes"
+    elif kind == 1:
+        colour = rng.choice([s.colour for s in made.shapes] if mostly_there else list(COLOURS))
+        number, things = sum(s.colour == colour for s in made.shapes), f"{colour} shapes"
+    else:
+        name = rng.choice([s.name for s in made.shapes] if mostly_there else list(SHAPES))
+        number, things = sum(s.name == name for s in made.shapes), _plural(name)
+    question = rng.choice((f"How many {things} are there?", f"How many {things} can you see?"))
+    return Round("count", question, str(number))
+
+
+def _colour(made: Scene, rng: random.Random) -> Round:
+    name = rng.choice(once([s.name for s in made.shapes]))
+    answer = next(s.colour for s in made.shapes if s.name == name)
+    return Round("colour", rng.choice((f"What colour is the {name}?", f"Which colour does the {name} have?")), answer)
+
+
+def _form(made: Scene, rng: random.Random) -> Round:
+    colour = rng.choice(once([s.colour for s in made.shapes]))
+    answer = next(s.name for s in made.shapes if s.colour == colour)
+    return Round("shape", rng.choice((f"What shape is the {colour} thing?", f"Which shape is {colour}?")), answer)
+
+
+def _where(made: Scene, rng: random.Random) -> Round:
+    thing = rng.choice(once([f"{s.colour} {s.name}" for s in made.shapes]))
+    answer = next(PLACES[s.place] for s in made.shapes if f"{s.colour} {s.name}" == thing)
+    return Round(
+        "where", rng.choice((f"Where is the {thing}?", f"In which part of the picture is the {thing}?")), answer
+    )
+
+
+_ASK: dict[str, Callable[[Scene, random.Random], Round]] = {
+    "exists": _exists,
+    "count": _count,
+    "colour": _colour,
+    "shape": _form,
+    "where": _where,
+}
+
+
+def conversation(made: Scene, variant: int = 0, types: Sequence[str] = TYPES) -> list[Round]:
+    """A round of each of `types` about a scene, shuffled. Another `variant` asks other things in another order."""
+    rng = random.Random(f"questions {made.seed} {variant}")
+    rounds = [_ASK[name](made, rng) for name in types]
+    rng.shuffle(rounds)
+    return rounds
+
+
+# ---------------------------------------------------------------- records and files
+
+
+def record(split: str, seed: int, index: int) -> dict:
+    """The `index`-th record of a split in LLaVA's form; `image` is relative to the `images` folder."""
+    rounds = conversation(scene(picture_seed(split, seed, index)))
+    turns = []
+    for number, asked in enumerate(rounds):
+        turns.append({"from": "human", "value": ("<image>\n" if number == 0 else "") + asked.question})
+        turns.append({"from": "gpt", "value": asked.answer})
+    return {
+        "id": f"shapes-{split}-{seed}-{index}",
+        "image": f"{split}/{index:06d}.jpg",
+        "conversations": turns,
+        "types": [asked.type for asked in rounds],
+    }
+
+
+def records(split: str, count: int, seed: int = 0) -> Iterator[tuple[dict, Image.Image]]:
+    """`count` records and their pictures, without a disk. Held-out records: `records("eval", ...)`."""
+    for index in range(count):
+        yield record(split, seed, index), draw(scene(picture_seed(split, seed, index)))
+
+
+def write(out: str | Path, train: int = 4000, held_out: int = 400, seed: int = 0) -> bool:
+    """Write the data set into the folder `out`; True if it was written, False if it was there already.
+
+    The folder is written aside and renamed, so that it is complete whenever it is there: several processes may call this at once.
+
+    Raises:
+        ValueError: `out` holds something else than a data set of this module, which is left alone.
+    """
+    out = Path(out).resolve()
+    wanted = {"version": _VERSION, "train": train, "eval": held_out, "seed": seed}
+    if _found(out) == wanted:
+        return False
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        for split, count in (("train", train), ("eval", held_out)):
+            _write_split(aside, split, count, seed)
+        (aside / _MANIFEST).write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+        aside.chmod(0o755)  # mkdtemp makes folders that only their owner can read
+        return _put(aside, out, wanted)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
+    (folder / "images" / split).mkdir(parents=True)
+    made = []
+    for entry, picture in records(split, count, seed):
+        (folder / "images" / entry["image"]).write_bytes(jpeg(picture))
+        made.append(entry)
+    (folder / f"{split}.json").write_text(json.dumps(made, indent=0) + "\n", encoding="utf-8")
+
+
+def _found(out: Path) -> dict | None:
+    """The parameters of the data set in `out`, or None where there is nothing yet."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    try:
+        return json.loads((out / _MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(
+            f"{out} exists and is not a folder written by data.shapes (no readable {_MANIFEST} in it): "
+            "it was left alone; name another folder, or remove it"
+        ) from None
+
+
+def _put(aside: Path, out: Path, wanted: dict) -> bool:
+    """Rename `aside` to `out`. A data set of other parameters makes way; a same one, written meanwhile, stays.
+
+    Another process may do the same at any moment, so whatever a rename finds changed is looked at again.
+    """
+    replaced = aside / "replaced"
+    for _ in range(100):
+        found = _found(out)
+        if found == wanted:
+            return False
+        try:
+            if found is not None:
+                os.rename(out, replaced)
+            os.rename(aside, out)
+        except OSError as problem:
+            if problem.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            shutil.rmtree(replaced, ignore_errors=True)
+            continue
+        shutil.rmtree(out / "replaced", ignore_errors=True)
+        return True
+    raise RuntimeError(f"{out} was changed by another process each time it was to be written; run this again")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.shapes", description="Write the embedded data set into a folder, once."
+    )
+    parser.add_argument("--out", required=True, help="folder to write: train.json, eval.json, images/")
+    parser.add_argument("--train", type=int, default=4000, help="training pictures (default: %(default)s)")
+    parser.add_argument(
+        "--eval", type=int, default=400, dest="held_out", help="held-out pictures (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="which pictures (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.train < 0 or args.held_out < 0 or args.seed < 0:
+        parser.error("--train, --eval and --seed must be at least 0")
+    written = write(args.out, args.train, args.held_out, args.seed)
+    print(
+        f"{args.out}: {args.train} training and {args.held_out} held-out pictures"
+        + ("" if written else ", there already")
+    )
+
+
+if __name__ == "__main__":
+    main()

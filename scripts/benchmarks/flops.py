@@ -1,0 +1,46 @@
+"""Arithmetic of a training step, for utilisation and bounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from scripts.benchmarks.presets import Preset, parameters
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step has to do. `real` tokens its samples have, `tokens` of them the LLM must see (not a prefix computed once),
+    `padded` with padding; `squares` is the sum of squared lengths."""
+
+    samples: int
+    real: int
+    tokens: int
+    padded: int
+    supervised: int
+    squares: int
+    pictures: int
+
+
+def step_flops(model: Any, preset: Preset, work: Work) -> float:
+    """FLOPs that a step can't do without: nothing recomputed, no padding, no weight gradient of what is frozen.
+
+    A frozen layer takes 2 a parameter and token forward and 2 for the gradient of its input. Causal attention takes 2·L²·D a
+    layer forward and twice that backward. The projector also has weight gradients; the encoder has no backward.
+    """
+    llm, text = model.model.language_model, preset.text
+    body = parameters(llm.layers)
+    flops = 4.0 * body * work.tokens
+    flops += 6.0 * work.squares * text["hidden_size"] * text["num_hidden_layers"]
+    flops += 4.0 * text["hidden_size"] * text["vocab_size"] * work.supervised
+    flops += 6.0 * parameters(model.model.multi_modal_projector) * preset.kept * work.samples
+    return flops + work.pictures * encoder_flops(model, preset)
+
+
+def encoder_flops(model: Any, preset: Preset) -> float:
+    """Forward of one picture (or tile), to the layer that is read."""
+    vision = preset.vision
+    tokens = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
+    layers = vision["num_hidden_layers"] - 1
+    one = parameters(model.model.vision_tower.encoder.layers[0])
+    return layers * (2.0 * one * tokens + 4.0 * tokens**2 * vision["hidden_size"])

@@ -1,0 +1,32 @@
+"""A model on disk and a folder of pictures, some of them unreadable, as a user has them."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.tiny import picture, tiny_llava, tiny_processor
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llava().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three good pictures, one of them in a subfolder, and four that are none."""
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    for place, name in enumerate(("a.jpg", "b & c.png", "more/a.jpg")):
+        picture(place, (60, 48)).save(folder / name)
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.jpg").write_text("no picture")
+    (folder / "torn.png").write_bytes((folder / "b & c.png").read_bytes()[:400])
+    (folder / "notes.txt").write_text("not looked at")
+    return folder
+
+
+BAD = {"empty.png": "empty", "text.jpg": "no picture of a known format", "torn.png": "damaged picture"}

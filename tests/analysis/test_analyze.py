@@ -1,0 +1,101 @@
+"""`visionzip analyze`: right, resumable, and drawn."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.analysis.conftest import BAD
+from visionzip import ZipConfig, attach
+from visionzip.analysis import analyze as module
+from visionzip.analysis.analyze import LINES, analyze, summary, table
+from visionzip.analysis.pictures import read
+from visionzip.analysis.trace import trace
+from visionzip.cli import main
+
+BUDGET = ZipConfig(dominant=5, contextual=3)
+
+
+@pytest.fixture
+def ready(model, processor):
+    return attach(model, processor, BUDGET)
+
+
+def test_the_command(model_folder, pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["analyze", str(model_folder), str(pictures), "--out", str(out), "--dominant", "5", "--contextual", "3"]
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert "3 pictures, 16 patches each" in said.out
+    assert all(f"skipped {name}: " in said.err for name in BAD)
+    names = {path.name for path in out.iterdir()}
+    plots = {f"{name}.png" for name in ("spread", "budget", "layers", "agreement", "layer_maps")}
+    assert names == {LINES, "analysis.json", "analysis.md", *plots}
+    for name in plots:
+        with Image.open(out / name) as drawn:
+            assert len(np.unique(np.asarray(drawn.convert("L")))) > 20  # something is drawn
+    facts = json.loads((out / "analysis.json").read_text())
+    assert facts["skipped"].keys() == BAD.keys()
+    assert main(arguments) == 0
+    assert "3 pictures were measured before" in capsys.readouterr().out
+
+
+def test_budgets_are_those_of_the_scores(ready, pictures, tmp_path):
+    facts = summary(analyze(ready, pictures, tmp_path / "out", progress=False))
+    needed = []
+    for name in ("a.jpg", "b & c.png", "more/a.jpg"):
+        best = trace(ready, read(pictures / name)).tiles[0].attention.flatten().sort(descending=True).values.cumsum(0)
+        needed.append(int((best < 0.9).sum()) + 1)
+    assert facts["budget_for"]["90%"]["patches"]["mean"] == pytest.approx(np.mean(needed))
+    assert facts["kept_patches_per_tile"] == 4
+    assert [layer["layer"] for layer in facts["layers"]] == [1, 2, 3]  # also the one the compressed model does not run
+    assert np.diag(facts["agreement"]) == pytest.approx(1)
+    assert sum(facts["spread"]["share_of_patches"]) == pytest.approx(1, abs=1e-3)
+    assert facts["curve"][0] == 0
+    assert facts["curve"][-1] == pytest.approx(1, abs=1e-4)
+    assert f"| 90% | {np.median(needed):.0f} (" in table(facts)
+
+
+def test_goes_on_where_it_was_stopped(ready, pictures, tmp_path, monkeypatch):
+    whole = summary(analyze(ready, pictures, tmp_path / "whole", progress=False))
+
+    measured = []
+    plain = module.measure
+
+    def stopping(attachment, name, picture):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(name)
+        return plain(attachment, name, picture)
+
+    monkeypatch.setattr(module, "measure", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        analyze(ready, pictures, tmp_path / "out", progress=False)
+    with open(tmp_path / "out" / LINES, "a") as file:
+        file.write('{"name": "more/a.jpg", "ti')  # the kill fell on a line that was being written
+    monkeypatch.setattr(module, "measure", lambda *a: (measured.append(a[1]), plain(*a))[1])
+    found = analyze(ready, pictures, tmp_path / "out", progress=False)
+    assert found.resumed == 2
+    assert measured == ["a.jpg", "b & c.png", "more/a.jpg"]  # each once
+    assert summary(found) == whole
+
+
+def test_refuses_to_mix(ready, processor, pictures, tmp_path):
+    analyze(ready, pictures, tmp_path / "out", progress=False)
+    attach(ready, processor, ZipConfig(dominant=6, contextual=3))
+    with pytest.raises(ValueError, match="measured with another zip"):
+        analyze(ready, pictures, tmp_path / "out", progress=False)
+
+
+def test_more_pictures_than_before(ready, pictures, tmp_path):
+    assert len(analyze(ready, pictures, tmp_path / "out", limit=2, progress=False).lines) == 2
+    assert len(analyze(ready, pictures, tmp_path / "out", progress=False).lines) == 3
+    assert len(analyze(ready, pictures, tmp_path / "out", limit=1, progress=False).lines) == 1
+
+
+def test_nothing_to_analyze(ready, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_text("x")
+    with pytest.raises(ValueError, match="none of the 1 file"):
+        analyze(ready, tmp_path / "in", tmp_path / "out", progress=False)

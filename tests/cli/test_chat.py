@@ -1,0 +1,241 @@
+"""The chat: same answers as computing everything anew, each picture encoded once, and what it prints."""
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.tiny import picture, tiny_llava, tiny_processor
+from visionzip import ZipConfig, attach, attached, detach
+from visionzip.chat import Chat
+from visionzip.cli import main
+from visionzip.commands.chat import parse_budget
+
+BUDGET = ZipConfig(dominant=5, contextual=3)
+
+
+@pytest.fixture
+def chat():
+    model, processor = tiny_llava(), tiny_processor()
+    return Chat(attach(model, processor, BUDGET), processor, max_new_tokens=6)
+
+
+@pytest.fixture
+def encoded(chat, monkeypatch):
+    """How many pictures went through the encoder, call by call."""
+    seen = []
+    tower = chat.model.model.vision_tower.embeddings
+    tower.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    return seen
+
+
+def anew(chat):
+    """The last answer, from the whole conversation at once without any cache."""
+    inputs = chat._inputs(chat._render(chat.messages[:-1]), chat.pictures)
+    with torch.no_grad():
+        output = chat.model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=False, suppress_tokens=[4])
+    ids = output[0, inputs["input_ids"].shape[1] :]
+    return chat.processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_turns_reuse_the_cache_and_answer_as_if_computed_anew(chat, encoded):
+    chat.show(picture(0))
+    first = chat.ask("what is this")
+    assert (first.text, encoded) == (anew(chat), [1, 1])  # once by the chat, once by the check
+    assert first.pictures == [(8, 16)]
+    assert first.prefilled == first.prompt == 1 + 1 + 8 + 3 + 1
+    encoded.clear()
+
+    second = chat.ask("is this red")
+    assert encoded == []  # no picture was read again
+    assert second.text == anew(chat)
+    assert (second.pictures, second.encoded) == ([], 0)
+    assert second.prefilled < second.prompt - 8
+    encoded.clear()
+
+    chat.show(picture(1))
+    chat.show(picture(2))
+    third = chat.ask("how many")
+    assert encoded == [2]  # the new ones only
+    assert third.text == anew(chat)
+    assert third.pictures == [(8, 16), (8, 16)]
+    assert third.prompt - third.prefilled >= second.prompt  # all that was there before
+    assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 3
+
+
+def test_text_arrives_as_it_is_made(chat):
+    pieces = []
+    turn = chat.ask("how many", pieces.append)
+    assert len([piece for piece in pieces if piece]) > 1
+    assert "".join(pieces) == turn.text
+    assert 0 < turn.first <= turn.seconds
+    assert turn.tokens == 6
+
+
+def test_a_question_without_any_picture(chat):
+    assert chat.ask("what is a circle").text == anew(chat)
+
+
+def test_another_budget_keeps_the_conversation(chat, encoded):
+    chat.show(picture(0))
+    chat.ask("what is this")
+    encoded.clear()
+    chat.budget(ZipConfig(dominant=9, contextual=2))
+    turn = chat.ask("is this red")
+    assert encoded == [1]
+    assert turn.encoded == 1
+    assert turn.prefilled == turn.prompt
+    assert turn.text == anew(chat)
+    chat.show(picture(1))
+    assert chat.ask("what").pictures == [(11, 16)]
+    chat.budget(None)
+    assert attached(chat.model) is None
+    chat.show(picture(2))
+    turn = chat.ask("what")
+    assert turn.pictures == [(16, 16)]
+    assert turn.text == anew(chat)
+    chat.budget(BUDGET)
+    assert chat.ask("what").encoded == 3
+
+
+def test_a_budget_that_can_not_be_met_changes_nothing(chat):
+    chat.show(picture(0))
+    chat.ask("what is this")
+    with pytest.raises(ValueError, match="can't be met"):
+        chat.budget(ZipConfig(dominant=50))
+    assert chat.config == attached(chat.model).config == BUDGET
+    assert chat.ask("what").encoded == 0
+
+
+def test_reset(chat):
+    chat.show(picture(0))
+    chat.ask("what is this")
+    chat.show(picture(1))
+    chat.reset()
+    turn = chat.ask("what")
+    assert (turn.prompt, turn.encoded, len(chat.messages)) == (4, 0, 2)
+
+
+def test_an_interrupted_answer(chat):
+    chat.show(picture(0))
+    said = []
+
+    def stop(text):
+        said.append(text)
+        if len(said) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        chat.ask("what is this", stop)
+    assert chat.messages[-1]["content"][0]["text"] == "".join(said).strip()
+    turn = chat.ask("is this red")
+    assert turn.text == anew(chat)
+    assert turn.encoded == 1
+
+
+def test_a_conversation_that_gets_too_long(chat):
+    before = len(chat.messages)
+    with pytest.raises(ValueError, match=r"has 6\d\d tokens by now, and the model can hold 512: /reset"):
+        chat.ask("what " * 600)
+    assert len(chat.messages) == before
+
+
+def test_placeholders_in_a_question(chat):
+    with pytest.raises(ValueError, match="<image> stands for a picture and can't be part of a question"):
+        chat.ask("what is <image>")
+    assert chat.messages == []
+
+
+def test_needs_something_attached(chat):
+    with pytest.raises(ValueError, match="nothing is attached"):
+        Chat(detach(chat.model), chat.processor)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("64", (54, 10)),
+        ("128", (108, 20)),
+        ("192", (162, 30)),
+        ("16+3", (16, 3)),
+        ("0.2+0.05", (0.2, 0.05)),
+        ("0.64", (0.54, 0.1)),
+        ("64%", (0.54, 0.1)),
+        ("8+0", (8, 0)),
+    ],
+)
+def test_budgets(text, expected):
+    config = parse_budget(text, ZipConfig(dominant=54, contextual=10, merge="mean"))
+    assert (config.dominant, config.contextual) == pytest.approx(expected)
+    assert config.merge == "mean"
+    assert type(config.dominant) is type(expected[0])
+
+
+@pytest.mark.parametrize("text", ["", "x", "1+2+3", "0", "-5", "2.5", "+"])
+def test_no_budgets(text):
+    with pytest.raises(ValueError, match="is no budget"):
+        parse_budget(text, BUDGET)
+
+
+class TestTerminal:
+    @pytest.fixture
+    def talk(self, tmp_path, monkeypatch, capsys):
+        tiny_llava().save_pretrained(tmp_path / "base")
+        tiny_processor().save_pretrained(tmp_path / "base")
+        picture(0).save(tmp_path / "a.png")
+        monkeypatch.chdir(tmp_path)
+
+        def run(*lines, arguments=()):
+            import io
+
+            monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+            code = main(["chat", "base", "--dominant", "5", "--contextual", "3", "--max-new-tokens", "4", *arguments])
+            return code, capsys.readouterr()
+
+        return run
+
+    def test_a_transcript(self, talk):
+        code, printed = talk("what is this", "/budget 12", "what", "/reset", "how many", arguments=["--image", "a.png"])
+        assert code == 0
+        assert "8 visual tokens (5 dominant + 3 contextual) a picture. /help says" in printed.out
+        assert "picture: 8 of 16 tokens · prompt 14 tokens · first token after" in printed.out
+        assert (
+            "12 visual tokens (8 dominant + 4 contextual) a picture; the pictures so far are read anew." in printed.out
+        )
+        assert "1 pictures read anew" in printed.out.replace("1 picture read", "1 pictures read")
+        assert "Conversation and pictures forgotten." in printed.out
+
+    def test_mistakes_do_not_end_it(self, talk, tmp_path):
+        (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+        Image.new("CMYK", (20, 20)).save(tmp_path / "cmyk.jpg")
+        code, printed = talk(
+            "/image", "/image nope.png", "/image broken.jpg", '/image "', "/budget", "/wrong", "/image cmyk.jpg", "what"
+        )
+        assert code == 0
+        wrong = [line for line in printed.out.splitlines() if line.startswith("! ")]
+        expected = ["/image takes one or more", "no file nope.png", "broken.jpg can't be read as a picture", "No closing quotation",
+                    "/budget takes one value", "/wrong is no command"]  # fmt: skip
+        assert len(wrong) == len(expected)
+        for line, part in zip(wrong, expected, strict=True):
+            assert part in line
+        assert "picture: 8 of 16 tokens" in printed.out
+
+    def test_a_wrong_picture_ends_it_before_the_model_is_loaded(self, talk, monkeypatch):
+        monkeypatch.setattr("visionzip.load", None)
+        code, printed = talk(arguments=["--image", "nope.png"])
+        assert (code, printed.err) == (1, "visionzip chat: there is no file nope.png\n")
+
+
+def test_a_cache_that_ends_inside_a_picture_is_used_up_to_the_picture(chat):
+    ids = torch.tensor([0, 5, *[4] * 8, 7, *[4] * 8, 8, 6])
+    for held, expected in (
+        (5, (2, 0)),
+        (2, (2, 0)),
+        (10, (10, 1)),
+        (14, (11, 1)),
+        (19, (19, 2)),
+        (21, (20, 2)),
+        (1, (1, 0)),
+    ):
+        chat._held = ids[:held]
+        assert chat._common(ids, [8, 8]) == expected
+    assert chat._common(ids, [8, 9]) == (0, 0)  # counts that do not fit the prompt

@@ -1,0 +1,123 @@
+"""The dispatcher, and what is true of every command."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_llava, tiny_processor
+from visionzip import ZipConfig, attach, save
+from visionzip.cli import commands, main
+from visionzip.export import read
+
+ROOT = Path(__file__).parents[2]
+OURS = ("chat", "export", "inspect", "pull", "push", "table")
+
+
+def test_every_command_has_a_line_that_says_what_it_does(capsys):
+    assert set(OURS) <= set(commands())
+    assert main([]) == 2
+    printed = capsys.readouterr().out
+    for name, line in commands().items():
+        assert 20 < len(line) < 100
+        assert f"  {name:<11} {line}" in printed
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_help(name, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([name, "--help"])
+    assert left.value.code == 0
+    assert f"visionzip {name} " in capsys.readouterr().out.split("options:")[0].replace("usage: ", "")
+
+
+def test_help_is_quick():
+    """Listing the commands imports none of them, nor the libraries they need."""
+    script = (
+        "import sys, types, importlib.machinery\n"
+        "package = types.ModuleType('visionzip')\n"
+        "package.__path__ = ['visionzip']\n"  # without its __init__, which imports transformers
+        "sys.modules['visionzip'] = package\n"
+        "from visionzip.cli import main\n"
+        "main([])\n"
+        "assert not {'torch', 'transformers', 'gradio', 'matplotlib'} & set(sys.modules), sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "inspect" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["inspect"], ["export", "x"], ["chat"]])
+def test_wrong_use_is_2(arguments, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    assert "usage: visionzip" in capsys.readouterr().err
+
+
+def test_a_failure_is_1_and_one_line(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path / "nowhere")]) == 1
+    error = capsys.readouterr().err
+    assert error == f"visionzip inspect: there is nothing at {tmp_path / 'nowhere'}, and it is no hub id (owner/name)\n"
+
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "visionzip", "inspect", "/"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "a directory of a kind this toolkit does not know" in done.stdout
+
+
+class TestExport:
+    @pytest.fixture
+    def projector(self, tmp_path):
+        tiny_llava().save_pretrained(tmp_path / "base")
+        tiny_processor().save_pretrained(tmp_path / "base")
+        model = tiny_llava()
+        model.config._name_or_path = str(tmp_path / "base")
+        return save(attach(model, tiny_processor(), ZipConfig(dominant=5, contextual=3)), tmp_path / "projector")
+
+    def test_all_formats(self, projector, tmp_path, capsys):
+        for name, options in (("merged", []), ("peft", []), ("llava", ["--vision-tower", "x"]), ("safetensors", [])):
+            out = tmp_path / f"llava-{name}"
+            assert main(["export", str(projector), "--format", name, "--out", str(out), *options]) == 0
+            printed = capsys.readouterr().out.splitlines()
+            assert printed[0] == f"{out}  ({name})"
+            assert {line.split()[0] for line in printed[1:]} == {path.name for path in out.iterdir()}
+            read(out)
+
+    def test_overwrite(self, projector, tmp_path, capsys):
+        command = ["export", str(projector), "--out", str(tmp_path / "again")]
+        assert main(command) == 0
+        assert main(command) == 1
+        assert "is there already and not empty" in capsys.readouterr().err
+        assert main([*command, "--overwrite"]) == 0
+
+    def test_base(self, projector, tmp_path, capsys):
+        (tmp_path / "base").rename(tmp_path / "moved")
+        command = ["export", str(projector), "--format", "merged", "--out", str(tmp_path / "merged")]
+        assert main(command) == 1
+        assert "pass base=... if it lies elsewhere" in capsys.readouterr().err
+        assert main([*command, "--base", str(tmp_path / "moved")]) == 0
+        command[-1] = str(tmp_path / "llava-x")
+        command[3] = "llava"
+        assert main([*command, "--vision-tower", "x", "--base", str(tmp_path / "moved")]) == 0
+
+    def test_another_base(self, projector, tmp_path, capsys):
+        tiny_llava(seed=1).save_pretrained(tmp_path / "other")
+        tiny_processor().save_pretrained(tmp_path / "other")
+        command = [
+            "export",
+            str(projector),
+            "--format",
+            "merged",
+            "--out",
+            str(tmp_path / "x"),
+            "--base",
+            str(tmp_path / "other"),
+        ]
+        assert main(command) == 1
+        error = capsys.readouterr().err
+        assert "was trained for something else" in error
+        assert "llm: " in error
+        assert main([*command, "--force"]) == 0

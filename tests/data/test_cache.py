@@ -1,0 +1,284 @@
+"""The token cache: same tokens as from pixels, written by many, repaired where damaged, refused where stale."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import pickle
+import shutil
+
+import pytest
+import torch
+
+from data.cache import CacheError, check_identity, claim, fill, identity, main
+from data.cached_pictures import VISUAL, CachedPictures
+from data.config import DataConfig
+from data.dataset import build_dataset
+from data.partial import load_without
+from data.pictures import PixelPictures
+from data.sample import Media, Reject, Rejection, Sample
+from data.token_store import Damaged, Shard, Store, Writer, key_of
+from tests.tiny import picture, tiny_llava, tiny_processor
+from visionzip import ZipConfig, attach, attached
+
+BUDGET = ZipConfig(dominant=5, contextual=2)
+PICTURES = 6
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A JSON file of seven records about six files, of which two hold the same bytes; a model directory."""
+    for number in range(PICTURES - 1):
+        picture(number).save(tmp_path / f"{number}.png")
+    shutil.copy(tmp_path / "0.png", tmp_path / f"{PICTURES - 1}.png")
+    records = [
+        {"id": f"r{number}", "image": f"{number % PICTURES}.png",
+         "conversations": [{"from": "human", "value": "<image>\nwhat is this"}, {"from": "gpt", "value": "a red circle"}]}
+        for number in range(PICTURES + 1)
+    ]  # fmt: skip
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    tiny_llava().save_pretrained(tmp_path / "model")
+    tiny_processor().save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def data_config(place, **changes) -> DataConfig:
+    return DataConfig(
+        sources=[{"path": str(place / "records.json")}], template="plain", cache_dir=str(place / "index"), **changes
+    )
+
+
+def make(place, folder, *, zip_config=BUDGET, dtype="float32", shard_bytes=1 << 20, process=0, processes=1):
+    """One process's share of the cache; returns its builder."""
+    model, processor = tiny_llava(), tiny_processor()
+    attach(model, processor, zip_config)
+    data = data_config(place)
+    claim(folder, identity(model, processor, zip_config, data, dtype))
+    return fill(
+        folder, attached(model), processor, data, process=process, processes=processes, device=torch.device("cpu"),
+        dtype=getattr(torch, dtype), batch=2, workers=0, shard_bytes=shard_bytes,
+    )[0]  # fmt: skip
+
+
+def compressed(place, name: str) -> torch.Tensor:
+    model, processor = tiny_llava(), tiny_processor()
+    attachment = attached(attach(model, processor, BUDGET))
+    pixels = PixelPictures(data_config(place), processor)(sample(place, name))
+    return attachment.compress(**pixels.inputs)[0]
+
+
+def sample(place, *names: str) -> Sample:
+    return Sample("s", [], [Media("image", str(place / name)) for name in names])
+
+
+@pytest.fixture
+def cache(place):
+    folder = place / "cache"
+    make(place, folder)
+    return folder
+
+
+def test_tokens_are_those_of_the_encoder(place, cache):
+    cached = CachedPictures(cache, frames=8)
+    for number in range(PICTURES):
+        found = cached(sample(place, f"{number}.png"))
+        assert torch.allclose(found.inputs[VISUAL][0], compressed(place, f"{number}.png"), atol=1e-6)
+        assert found.placeholders == ["<image>" * 7]
+    two = cached(sample(place, "1.png", "2.png"))
+    assert len(two.inputs[VISUAL]) == len(two.placeholders) == 2
+    assert not torch.equal(two.inputs[VISUAL][0], two.inputs[VISUAL][1])
+
+
+def test_equal_files_are_one_entry(cache):
+    assert len(Store(cache)) == PICTURES - 1 + 1  # and the blank picture
+
+
+def test_the_second_time_nothing_is_computed(place, cache):
+    again = make(place, cache)
+    assert (len(again.written), again.reused) == (0, PICTURES)
+
+
+def test_a_picture_that_is_gone_is_found_by_name_and_a_changed_one_is_not(place, cache):
+    before = compressed(place, "1.png")
+    (place / "1.png").unlink()
+    cached = CachedPictures(cache, frames=8)
+    assert torch.allclose(cached(sample(place, "1.png")).inputs[VISUAL][0], before, atol=1e-6)
+    picture(77, (64, 32)).save(place / "1.png")
+    with pytest.raises(Reject, match="not in the cache"):
+        cached(sample(place, "1.png"))
+    make(place, cache)
+    after = CachedPictures(cache, frames=8)(sample(place, "1.png")).inputs[VISUAL][0]
+    assert torch.allclose(after, compressed(place, "1.png"), atol=1e-6)
+    assert not torch.allclose(after, before, atol=1e-3)
+
+
+def test_a_picture_elsewhere_is_found_by_content(place, cache):
+    shutil.copy(place / "2.png", place / "moved.png")
+    found = CachedPictures(cache, frames=8)(sample(place, "moved.png")).inputs[VISUAL][0]
+    assert torch.allclose(found, compressed(place, "2.png"), atol=1e-6)
+
+
+def test_half_the_bytes_in_bfloat16(place, cache):
+    make(place, place / "half", dtype="bfloat16")
+    found = CachedPictures(place / "half", frames=8)(sample(place, "3.png")).inputs[VISUAL][0]
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, compressed(place, "3.png").bfloat16())
+
+
+def write_share(place, folder, process, processes):
+    torch.set_num_threads(1)
+    make(place, folder, process=process, processes=processes)
+
+
+def test_many_processes_write_one_cache(place):
+    folder = place / "shared"
+    context = multiprocessing.get_context("fork")
+    running = [context.Process(target=write_share, args=(place, folder, number, 3)) for number in range(3)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+        assert process.exitcode == 0
+    cached = CachedPictures(folder, frames=8)
+    for number in range(PICTURES):
+        found = cached(sample(place, f"{number}.png")).inputs[VISUAL][0]
+        assert torch.allclose(found, compressed(place, f"{number}.png"), atol=1e-6)
+    assert make(place, folder).written == set()
+
+
+def test_what_a_killed_writer_had_not_finished_is_not_there(place):
+    folder = place / "killed"
+    folder.mkdir()
+    writer = Writer(folder)
+    writer.add(key_of(b"x"), {}, {"t": torch.ones(3)})
+    writer._file.flush()
+    assert len(Store(folder)) == 0
+    writer.close()
+    assert len(Store(folder)) == 1
+
+
+@pytest.mark.parametrize("where", ["entry", "table", "tail", "cut short", "empty"])
+def test_damage_is_noticed_and_repaired(place, where):
+    folder = place / "damaged"
+    make(place, folder, shard_bytes=1)  # every entry a shard of its own
+    key = Store(folder).named(key_of(b"image", str(place / "4.png").encode()))[0]
+    shard = next(path for path in folder.glob("*.tokens") if holds(path, key))
+    raw = bytearray(shard.read_bytes())
+    if where == "entry":
+        raw[70] ^= 1
+    elif where == "table":
+        raw[-200] ^= 1
+    elif where == "tail":
+        raw[-3] ^= 1
+    shard.write_bytes({"cut short": raw[: len(raw) // 2], "empty": b""}.get(where, raw))
+
+    with pytest.raises(Reject, match=r"damaged cache|not in the cache"):
+        CachedPictures(folder, frames=8)(sample(place, "4.png"))
+    assert len(make(place, folder).written) == 1
+    found = CachedPictures(folder, frames=8)(sample(place, "4.png")).inputs[VISUAL][0]
+    assert torch.allclose(found, compressed(place, "4.png"), atol=1e-6)
+
+
+def holds(path, key) -> bool:
+    return any((row["hi"], row["lo"]) == key for row in Shard(path).rows)
+
+
+def test_every_flipped_bit_of_a_shard_is_noticed(tmp_path):
+    writer = Writer(tmp_path)
+    writer.add(key_of(b"a"), {"a": 1}, {"t": torch.arange(8.0)})
+    writer.close()
+    (shard,) = tmp_path.glob("*.tokens")
+    good = shard.read_bytes()
+    for byte in range(len(good)):
+        bad = bytearray(good)
+        bad[byte] ^= 4
+        shard.write_bytes(bad)
+        for index in tmp_path.glob("index-*"):
+            index.unlink()
+        store = Store(tmp_path)
+        try:
+            entry = store.get(key_of(b"a"))
+        except Damaged:
+            continue
+        assert entry is None or (torch.equal(entry[1]["t"], torch.arange(8.0))), byte
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"zip_config": ZipConfig(dominant=6, contextual=2)}, "zip.dominant: 5 there, 6 here"),
+        ({"dtype": "bfloat16"}, "dtype: float32"),
+    ],
+)
+def test_a_stale_cache_is_refused_by_name(place, cache, change, says):
+    with pytest.raises(CacheError, match=says):
+        make(place, cache, **change)
+
+
+def test_another_encoder_or_preprocessing_is_refused_by_name(place, cache):
+    model, processor = tiny_llava(seed=1), tiny_processor()
+    attach(model, processor, BUDGET)
+    with pytest.raises(CacheError, match="encoder: "):
+        check_identity(cache, identity(model, processor, BUDGET, data_config(place), "float32"))
+    model, processor = tiny_llava(), tiny_processor()
+    attach(model, processor, BUDGET)
+    processor.image_processor.image_mean = [0.0, 0.0, 0.0]
+    with pytest.raises(CacheError, match=r"preprocessing.image_mean: \[0.48"):
+        check_identity(cache, identity(model, processor, BUDGET, data_config(place), "float32"))
+    with pytest.raises(CacheError, match="holds no token cache"):
+        check_identity(place / "nowhere", {})
+
+
+def test_workers_open_the_store_for_themselves(place, cache):
+    cached = CachedPictures(cache, frames=8)
+    cached(sample(place, "0.png"))
+    data = pickle.dumps(cached)
+    assert len(data) < 1000
+    again = pickle.loads(data)(sample(place, "0.png"))
+    assert torch.equal(again.inputs[VISUAL][0], cached(sample(place, "0.png")).inputs[VISUAL][0])
+
+
+def test_command_line(place, capsys):
+    config = {"model": {"path": str(place / "model"), "dtype": "float32"}, "zip": BUDGET.model_dump(),
+              "data": data_config(place).model_dump(mode="json")}  # fmt: skip
+    (place / "run.yaml").write_text(json.dumps(config))
+    assert main(["--config", str(place / "run.yaml")]) == 2
+    assert "data.cache=FOLDER" in capsys.readouterr().err
+    given = ["--config", str(place / "run.yaml"), "--workers", "0", f"data.cache={place / 'cli'}"]
+    assert main(given) == 0
+    assert f"{PICTURES} pictures, {PICTURES} computed" in capsys.readouterr().out
+    assert main(given) == 0
+    assert f"0 computed, {PICTURES} there already" in capsys.readouterr().out
+    assert main([*given, "zip.dominant=4"]) == 2
+    assert "zip.dominant: 5 there, 4 here" in capsys.readouterr().err
+
+
+def test_items_of_a_dataset_are_the_same_but_for_the_pictures(place, cache):
+    processor = tiny_processor()
+    attach(tiny_llava(), processor, BUDGET)
+    pixels = build_dataset(data_config(place), processor, 0)
+    cached = build_dataset(data_config(place, cache=str(cache)), processor, 0)
+    for index in range(len(pixels)):
+        a, b = pixels[index], cached[index]
+        assert not isinstance(a, Rejection)
+        assert not isinstance(b, Rejection)
+        assert torch.equal(a["input_ids"], b["input_ids"])
+        assert torch.equal(a["labels"], b["labels"])
+        assert "pixel_values" not in b
+    batch = cached.collator()([cached[0], cached[1]])
+    assert [len(tokens) for tokens in batch[VISUAL]] == [7, 7]
+
+
+def test_a_model_is_loaded_without_one_of_its_halves(place):
+    whole = tiny_llava().state_dict()
+    for without, gone in (("encoder", "model.vision_tower."), ("llm", "model.language_model.")):
+        model = load_without(str(place / "model"), [without])
+        loaded = dict(model.named_parameters())
+        assert loaded
+        assert not any(name.startswith(gone) for name in loaded)
+        assert "model.multi_modal_projector.linear_1.weight" in loaded
+        assert all(torch.equal(value, whole[name]) for name, value in loaded.items())
+        assert type(model) is type(tiny_llava())
+    model = attach(load_without(str(place / "model"), ["encoder"]), tiny_processor(), BUDGET)
+    with pytest.raises(RuntimeError, match="loaded without its weights"):
+        attached(model).compress(pixel_values=torch.zeros(1, 3, 32, 32))

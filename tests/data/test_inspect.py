@@ -1,0 +1,160 @@
+"""`python -m data.inspect` says what training would do with the data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from data import inspect
+from data.inspect_report import histogram
+from data.inspect_samples import coloured
+from data.measure import Facts, Survey, survey
+from data.sample import Rejection
+from tests.data import kit
+from tests.tiny import tiny_llava, tiny_processor
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model, 40 good records and two bad ones, and a training config with sections this command does not know."""
+    folder = tmp_path_factory.mktemp("inspect")
+    tiny_llava().save_pretrained(folder / "model")
+    tiny_processor().save_pretrained(folder / "model")
+    picture = kit.write_picture(folder / "a.png")
+    rows = [kit.record(n, picture if n % 2 else None, answer="a red circle " * (1 + n % 5)) for n in range(40)]
+    rows += [kit.record(40, "absent.png"), {"id": "r3", "conversations": []}]
+    config = {
+        "output_dir": "runs/x",
+        "model": {"path": str(folder / "model"), "dtype": "float32"},
+        "zip": {"dominant": 5, "contextual": 2},
+        "data": {
+            "sources": [{"path": kit.write_json(folder / "a.json", rows)}],
+            "template": "llava_v1",
+            "max_length": 64,
+            "cache_dir": str(folder / "cache"),
+        },
+        "trainer": {"learning_rate": 1e-3},
+    }
+    (folder / "c.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def run(folder: Path, capsys, *arguments: str) -> tuple[int, str, str]:
+    code = inspect.main(
+        ["--config", str(folder / "c.yaml"), "--out", str(folder / "out"), "--workers", "0", *arguments]
+    )
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_everything_is_said(folder, capsys):
+    code, out, _ = run(folder, capsys, "--samples", "8")
+    assert code == 1, "2 of 42 are bad, more than one in a hundred"
+    for expected in (
+        "42 read, 100.0% of an epoch: 40 used, 2 dropped",
+        "file missing",
+        "absent.png",
+        "empty conversation",
+        "4.76% dropped, data.max_rejected is 1.00%: a run would stop",
+        "[picture 1: 7 tokens]",
+        "tokens a sample",
+    ):
+        assert expected in out
+    numbers = json.loads((folder / "out" / "inspect.json").read_text())
+    assert (numbers["read"], numbers["used"], numbers["rejected"]) == (
+        42,
+        40,
+        {"file missing": 1, "empty conversation": 1},
+    )
+    assert numbers["per_sample"]["picture"]["sum"] == 20 * 7
+    rejected = [json.loads(line) for line in (folder / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert sorted(rejection["index"] for rejection in rejected) == [40, 41]
+    assert Image.open(folder / "out" / "inspect.png").size == (1320, 900)
+
+
+def test_overrides_and_a_limit(folder, capsys):
+    code, out, _ = run(folder, capsys, "--limit", "10", "--samples", "0", "data.max_rejected=1.0", "--uncompressed")
+    assert code == 0
+    assert "10 read, 23.8% of an epoch" in out
+    numbers = json.loads((folder / "out" / "inspect.json").read_text())
+    assert numbers["per_sample"]["picture"]["max"] == 16, "all patches"
+
+
+def test_the_numbers_are_those_of_the_items(folder):
+    """The survey counts what training gets, token for token."""
+    sections = inspect.read_sections(str(folder / "c.yaml"), [])
+    data = kit.build_dataset(inspect.DataConfig(**sections["data"]), inspect.load_processor(sections), 0)
+    image = data.encoder.processor.tokenizer.convert_tokens_to_ids("<image>")
+    result = [survey_ for survey_, _ in survey(data, None, 0)][-1]
+    data.make = data.encoder
+    items = {data.sample(index).id: data[index] for index in range(40)}
+    assert len(result.facts) == 40
+    for facts in result.facts:
+        item = items[facts.id]
+        assert facts.total == len(item["input_ids"])
+        assert facts.picture == int((item["input_ids"] == image).sum())
+        assert facts.supervised == int((item["labels"] != -100).sum())
+        assert facts.pictures == len(item.get("pixel_values", ()))
+
+
+def facts(number: int, before: int = 0, name: str | None = None) -> Facts:
+    return Facts(name or f"r{number}", "a", 10 + number, 0, 5, 0, 1, max(before, 10 + number))
+
+
+def test_what_is_cut_and_what_shares_an_id():
+    result = Survey([facts(0), facts(1, before=99), facts(2, name="x"), facts(3, name="x")])
+    result.add(Rejection("r9", "a", 9, "no answer"))
+    assert [cut.id for cut in result.cut] == ["r1"]
+    assert result.duplicates() == 2
+    assert result.rejected == pytest.approx(0.2)
+    assert np.array_equal(result.column("total"), [10, 11, 12, 13])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_histogram_of_samples_of_one_length(count):
+    text = histogram(Survey([facts(0, name=f"r{n}") for n in range(count)])).plain
+    assert f"10 – 11 {'▒' * 60} {count}" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.template=vicuna"], "there is no template 'vicuna'"),
+        (["data.sources.0.fractions=0.1"], "sources.0.fractions"),
+        (["zip.dominant=5000"], "dominant"),
+        (["model.path=/nowhere/at/all"], "/nowhere/at/all"),
+        (["data.sources.0.path=/nowhere/a.json"], "there is no file /nowhere/a.json"),
+    ],
+)
+def test_a_mistake_in_the_config_is_one_message(folder, capsys, overrides, message):
+    code, out, err = run(folder, capsys, *overrides)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_samples_show_what_is_supervised_and_pictures_as_notes(tmp_path):
+    kit.write_picture(tmp_path / "a.png")
+    data = kit.dataset(tmp_path, kit.write_json(tmp_path / "a.json", [kit.record(0, "a.png", answer="2 cats.")]))
+    encoded, _, _ = data.encoder.encode(data.sample(0))
+    text = coloured(data.encoder.template.tokenizer, encoded)
+    styles = {text.plain[span.start : span.end]: span.style for span in text.spans if span.style}
+    assert styles == {"[picture 1: 16 tokens]": "bold magenta", " 2 cats.</s>": "bold green"}
+    assert "USER: [picture 1: 16 tokens] \nWhat is it? ASSISTANT: 2 cats.</s>" in text.plain
+
+
+def test_a_stream_is_looked_at_up_to_the_limit(folder, capsys):
+    changes = ["data.sources.0.streaming=true", "data.max_rejected=1.0"]
+    code, out, _ = run(folder, capsys, "--limit", "20", *changes)
+    assert code == 0
+    assert "20 read:" in out
+    assert "stream" in out
+    code, _, err = run(folder, capsys, "--all", *changes)
+    assert code == 2
+    assert "a stream has no end: give a limit" in err

@@ -1,0 +1,304 @@
+"""A file that is not what it should be is refused, each kind with its own message, and nothing in it is run."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.export.conftest import BUDGET
+from tests.tiny import tiny_llava, tiny_processor
+from visionzip import attach, load, save
+from visionzip.export import load_into, read
+from visionzip.projector import projector_state
+
+FILES = {
+    "safetensors": "projector.safetensors",
+    "llava": "mm_projector.bin",
+    "merged": "model.safetensors",
+    "peft": "adapter_model.safetensors",
+}
+
+
+@pytest.fixture(params=FILES)
+def export(request, trained, tmp_path):
+    """(name of the format, directory, the file with the tensors)"""
+    options = {"vision_tower": "x"} if request.param == "llava" else {}
+    out = save(trained, tmp_path / f"llava-{request.param}", request.param, **options)
+    return request.param, out, out / FILES[request.param]
+
+
+def rewrite(file, change):
+    """Change the dict of tensors in a file of any format."""
+    if file.suffix == ".bin":
+        state = torch.load(file, weights_only=True)
+        change(state)
+        torch.save(state, file)
+        return
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    state = load_file(file)
+    change(state)
+    save_file(state, file, metadata=header)
+
+
+def key(state, ending):
+    return next(name for name in state if name.endswith(ending))
+
+
+SECOND = {"llava": "2.weight"}
+
+
+def test_a_key_renamed(export):
+    name, out, file = export
+
+    def rename(state):
+        wrong = key(state, f"projector.{SECOND.get(name, 'linear_2.weight')}")
+        state[wrong.replace("projector.", "projectile.")] = state.pop(wrong)
+
+    rewrite(file, rename)
+    fresh = attach(tiny_llava(), tiny_processor(), BUDGET)
+    with pytest.raises(
+        ValueError, match=r"missing \['model.m.*weight'\], unknown|lacks 1 of the projector's tensors: \['model.m"
+    ):
+        load_into(fresh, out)
+
+
+def test_a_shape_changed(export):
+    name, out, file = export
+
+    def cut(state):
+        wrong = key(state, f"projector.{SECOND.get(name, 'linear_2.weight')}")
+        state[wrong] = state[wrong][:-1].clone()
+
+    rewrite(file, cut)
+    fresh = attach(tiny_llava(), tiny_processor(), BUDGET)
+    before = projector_state(fresh)
+    with pytest.raises(
+        ValueError,
+        match=r"2.weight has shape \[47, 48\], the model's has \[48, 48\]|2.bias has shape \[48\], which fits no other; expected \[47\]",
+    ):
+        load_into(fresh, out)
+    assert all(torch.equal(value, before[name]) for name, value in projector_state(fresh).items())
+
+
+def test_a_file_truncated(export):
+    _, out, file = export
+    content = file.read_bytes()
+    for left in (0, 1, 10, 100, len(content) // 2, len(content) - 1):
+        file.write_bytes(content[:left])
+        with pytest.raises(ValueError, match="damaged"):
+            read(out)
+    with pytest.raises(ValueError, match="damaged"):
+        load(out, "cpu")
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.mark.parametrize("form", ["zip", 2, 4])
+def test_a_pickle_that_runs_code(trained, tmp_path, form):
+    out = save(trained, tmp_path / "llava-x", "llava", vision_tower="x")
+    Bomb.mark = tmp_path / "ran"
+    state = torch.load(out / "mm_projector.bin", weights_only=True)
+    content = {**state, "model.mm_projector.0.weight": Bomb()}
+    if form == "zip":
+        torch.save(content, out / "mm_projector.bin")
+    else:
+        (out / "mm_projector.bin").write_bytes(pickle.dumps(content, protocol=form))
+    for use in (read, lambda path: load(path, "cpu")):
+        with pytest.raises(
+            ValueError, match=r"is a pickle that could run code when read \((posix\.system|a bare.*)\); nothing was run"
+        ):
+            use(out)
+    assert not Bomb.mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.ones(2)], "holds a list; expected a dict of tensors"),
+        ({"a": 1}, "holds a dict of something else"),
+        ({"model.mm_projector.weight": torch.ones(2, 2)}, "is no two-layer projector of LLaVA's"),
+    ],
+)
+def test_a_bin_of_something_else(tmp_path, content, message):
+    torch.save(content, tmp_path / "mm_projector.bin")
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path)
+
+
+def test_a_bin_of_llavas_own_says_nothing_of_its_origin(trained, base, tmp_path, caplog):
+    save(trained, tmp_path / "llava-x", "llava", vision_tower="x")
+    alone = tmp_path / "mm_projector.bin"
+    (tmp_path / "llava-x" / "mm_projector.bin").rename(alone)
+    with pytest.raises(ValueError, match="does not name its base model; pass base="):
+        load(alone, "cpu")
+    with pytest.raises(ValueError, match="does not say what to keep; pass config="):
+        load(alone, "cpu", base=base)
+    model, _ = load(alone, "cpu", base=base, config=BUDGET)
+    assert "only names and shapes can be checked" in caplog.text
+    expected = {name: value.half().float() for name, value in projector_state(trained).items()}
+    assert all(torch.equal(value, expected[name]) for name, value in projector_state(model).items())
+
+
+class TestNotes:
+    @pytest.fixture
+    def note(self, trained, tmp_path):
+        return save(trained, tmp_path / "out", "peft") / "visionzip.json"
+
+    def test_no_json(self, note):
+        note.write_text("{")
+        with pytest.raises(ValueError, match=r"visionzip.json can't be read as JSON"):
+            read(note.parent)
+
+    def test_not_an_object(self, note):
+        note.write_text("[]")
+        with pytest.raises(ValueError, match="holds a list; expected a JSON object"):
+            read(note.parent)
+
+    def test_a_budget_that_is_none(self, note):
+        content = json.loads(note.read_text())
+        content["zip"]["dominant"] = -4
+        note.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"visionzip.json: zip.*dominant=-4 can't be met"):
+            read(note.parent)
+
+    def test_wrong_type(self, note):
+        note.write_text(json.dumps({**json.loads(note.read_text()), "fingerprint": 3}))
+        with pytest.raises(ValueError, match=r"visionzip.json: fingerprint: "):
+            read(note.parent)
+
+    def test_in_a_safetensors_header(self, trained, tmp_path):
+        out = save(trained, tmp_path / "st") / FILES["safetensors"]
+        from safetensors import safe_open
+
+        with safe_open(out, "pt") as opened:
+            header = opened.metadata()
+        save_file(load_file(out), out, metadata={**header, "zip": "{"})
+        with pytest.raises(ValueError, match="has a header that can't be read: zip: "):
+            read(out)
+
+
+class TestPeft:
+    @pytest.fixture
+    def out(self, trained, tmp_path):
+        return save(trained, tmp_path / "out", "peft")
+
+    def change(self, out, **changes):
+        path = out / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    def test_another_kind(self, out):
+        self.change(out, peft_type="IA3")
+        with pytest.raises(ValueError, match="of type 'IA3'; expected LORA"):
+            read(out)
+
+    def test_no_weights(self, out):
+        (out / "adapter_model.safetensors").rename(out / "adapter_model.bin")
+        with pytest.raises(ValueError, match=r"no adapter_model.safetensors; adapters are read from safetensors only"):
+            read(out)
+
+    def test_names_of_something_else(self, out):
+        rewrite(out / "adapter_model.safetensors", lambda state: state.__setitem__("x", torch.ones(1)))
+        with pytest.raises(ValueError, match=r"holds x; expected names that start with base_model.model."):
+            read(out)
+
+    def test_a_key_of_another_version_of_peft(self, out, tmp_path):
+        self.change(out, from_the_future=True)
+        save(out, tmp_path / "again", "peft")
+
+    def test_adapters_for_other_layers(self, adapted, tmp_path):
+        out = save(adapted, tmp_path / "lora", "peft")
+        rewrite(
+            out / "adapter_model.safetensors",
+            lambda state: state.pop(key(state, "layers.1.self_attn.v_proj.lora_B.weight")),
+        )
+        with pytest.raises(
+            ValueError, match=r"adapters missing \['model.language_model.layers.1.self_attn.v_proj.lora_B.weight'\]"
+        ):
+            load(out, "cpu")
+
+
+class TestLlava:
+    def test_its_name_decides_in_llavas_loader(self, trained, tmp_path):
+        for name in ("mine", "llava-lora-x"):
+            with pytest.raises(ValueError, match=r"must contain 'llava' and not 'lora'.*Choose one such as llava-"):
+                save(trained, tmp_path / name, "llava", vision_tower="x")
+
+    def test_a_tower_that_llava_could_not_load(self, trained, tmp_path):
+        with pytest.raises(ValueError, match="none is known for 3 layers of 32 at 32 pixels; pass vision_tower="):
+            save(trained, tmp_path / "llava-x", "llava")
+
+    def test_values_beyond_float16(self, trained, tmp_path):
+        with torch.no_grad():
+            trained.model.multi_modal_projector.linear_2.bias[0] = 1e5
+        with pytest.raises(
+            ValueError, match=r"mm_projector.2.bias has values that float16, which LLaVA loads, can't hold"
+        ):
+            save(trained, tmp_path / "llava-x", "llava", vision_tower="x")
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"multimodal_projector_bias": False}, "two linear layers with biases; this projector lacks"),
+            ({"projector_hidden_act": "relu"}, "GELU between its layers; .* has relu"),
+        ],
+    )
+    def test_a_projector_that_llava_does_not_have(self, tmp_path, changes, message):
+        model = tiny_llava(**changes)
+        model.save_pretrained(tmp_path / "other")
+        model.config._name_or_path = str(tmp_path / "other")
+        with pytest.raises(ValueError, match=message):
+            save(attach(model, tiny_processor(), BUDGET), tmp_path / "llava-x", "llava", vision_tower="x")
+
+    def test_config_as_llava_wants_it(self, trained, tmp_path):
+        out = save(trained, tmp_path / "llava-x", "llava", vision_tower="some/tower")
+        assert sorted(path.name for path in out.iterdir()) == [
+            "README.md",
+            "config.json",
+            "mm_projector.bin",
+            "visionzip.json",
+        ]
+        config = json.loads((out / "config.json").read_text())
+        expected = {
+            "model_type": "llava_llama",
+            "mm_projector_type": "mlp2x_gelu",
+            "mm_vision_tower": "some/tower",
+            "mm_vision_select_layer": -2,
+            "mm_vision_select_feature": "patch",
+            "mm_hidden_size": 32,
+            "hidden_size": 48,
+            "mm_use_im_patch_token": False,
+            "mm_use_im_start_end": False,
+            "image_aspect_ratio": "pad",
+            "use_mm_proj": True,
+        }
+        assert {name: config.get(name) for name in expected} == expected
+        state = torch.load(out / "mm_projector.bin", weights_only=True)
+        assert {name: (list(value.shape), value.dtype) for name, value in state.items()} == {
+            "model.mm_projector.0.weight": ([48, 32], torch.float16),
+            "model.mm_projector.0.bias": ([48], torch.float16),
+            "model.mm_projector.2.weight": ([48, 48], torch.float16),
+            "model.mm_projector.2.bias": ([48], torch.float16),
+        }
+
+    def test_sizes_of_the_published_7b(self):
+        """Vocabulary without the rows Hugging Face adds; the tower by its name."""
+        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+        from visionzip.export.llava import llava_config
+
+        vision = CLIPVisionConfig(
+            image_size=336, patch_size=14, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16
+        )
+        config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(vocab_size=32064), image_token_id=32000)
+        written = llava_config(config, {"model.mm_projector.0.weight": torch.empty(4096, 1024)}, None)
+        assert written["vocab_size"] == 32000
+        assert written["mm_vision_tower"] == "openai/clip-vit-large-patch14-336"

@@ -1,0 +1,191 @@
+"""Every mistake at once, under its dotted path; what is printed can be read again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.workspace import ROOT, environment
+from train.arguments import STAGES, accumulation, training_arguments
+from train.config import ConfigError, RunConfig, describe, load_config, parse_config, to_yaml
+
+GOOD: dict[str, Any] = {
+    "output_dir": "runs/x",
+    "model": {"path": "some/model"},
+    "data": {"sources": [{"path": "train.json"}]},
+}
+
+
+def mistakes(**changes: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**GOOD, **changes})
+    return str(caught.value)
+
+
+def test_every_mistake_is_named_at_once() -> None:
+    said = mistakes(
+        modle=3,
+        seed="7",
+        model={"dtyp": "x", "dtype": "fp8", "path": "m"},
+        zip={"dominant": "54"},
+        data={"sources": [{"pth": "x"}], "max_length": 1},
+        trainer={
+            "learning_rte": 1e-4,
+            "num_train_epochs": "3",
+            "deepspeed": "zero9",
+            "hang_timeout": "long",
+            "seed": 3,
+        },
+    )
+    for path, hint in {
+        "modle": "did you mean model?",
+        "seed": "integer",
+        "model.dtyp": "did you mean dtype?",
+        "model.dtype": "'float32', 'bfloat16' or 'float16'",
+        "zip.dominant": "found '54'",
+        "data.sources.0.pth": "did you mean path?",
+        "data.sources.0.path": "is needed",
+        "data.max_length": "16",
+        "trainer.learning_rte": "did you mean learning_rate?",
+        "trainer.num_train_epochs": "found '3'",
+        "trainer.deepspeed": "zero2_offload",
+        "trainer.hang_timeout": "number",
+        "trainer.seed": "set seed at the top",
+    }.items():
+        line = next((line for line in said.splitlines() if line.strip().startswith(f"{path}:")), None)
+        assert line is not None, f"{path} is not named in\n{said}"
+        assert hint in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"train": {"parts": []}}, "nothing would train"),
+        ({"train": {"parts": ["llm"], "lora": {"on": ["llm"]}}}, "llm can't be trained in full and have LoRA"),
+        ({"train": {"parts": ["vision"]}}, "train.parts.0"),
+        ({"model": {"path": "m", "quantization": "4bit"}, "train": {"parts": ["llm"]}}, "use train.lora"),
+        ({"model": {"path": "m", "quantization": "4bit"}, "trainer": {"deepspeed": "zero3"}}, "ZeRO-3"),
+        ({"trainer": {"global_batch_size": 8, "gradient_accumulation_steps": 2}}, "follows from global_batch_size"),
+        ({"trainer": {"fsdp": "full_shard"}}, "use trainer.deepspeed"),
+        ({"trainer": {"optim": "adafactor"}}, "trainer.optim"),
+        ({"zip": {"dominant": 0}}, "dominant"),
+    ],
+)
+def test_what_does_not_fit_together(changes: dict[str, Any], says: str) -> None:
+    assert says in mistakes(**changes)
+
+
+def test_the_resolved_config_can_be_read_again(tmp_path: Path) -> None:
+    config = parse_config(
+        {**GOOD, "trainer": {"learning_rate": 2e-5, "warmup_steps": 0.03}, "eval": {"sources": [{"path": "e"}]}}
+    )
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_overrides(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(to_yaml(parse_config(GOOD)))
+    config = load_config(
+        tmp_path / "c.yaml", ["trainer.learning_rate=2e-5", "train.parts=[llm]", "model.revision=null", "seed=3"]
+    )
+    assert config.trainer.model_extra == {"learning_rate": 2e-5}
+    assert (config.train.parts, config.seed) == (["llm"], 3)
+    for wrong in ("seed", "=3", "seed.x=3"):
+        with pytest.raises(ConfigError):
+            load_config(tmp_path / "c.yaml", [wrong])
+
+
+@pytest.mark.parametrize("content", ["- a\n- b", "a: [", "output_dir: ${nothing}", "\xff\xfe"])
+def test_a_file_that_is_no_config(tmp_path: Path, content: str) -> None:
+    (tmp_path / "c.yaml").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"c\.yaml"):
+        load_config(tmp_path / "c.yaml")
+    with pytest.raises(ConfigError, match="there is no config file"):
+        load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_every_shipped_config_is_right(path: Path) -> None:
+    config = load_config(path)
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any("train.py --config" in line for line in head), "the launch command heads the file"
+    if "llava-1.5" in str(path):
+        assert config.trainer.global_batch_size == 128
+        assert config.trainer.model_extra["learning_rate"] == 2e-5  # type: ignore[index]
+        assert config.data.sources[0].fraction == 0.1
+
+
+def test_every_stage_has_a_config_that_deepspeed_takes() -> None:
+    for stage in STAGES:
+        content = parse_config({**GOOD, "trainer": {"deepspeed": stage}}).trainer.deepspeed_config()
+        assert (content is None) == (stage == "off")
+        if content is not None:
+            assert content["zero_optimization"]["stage"] == int(stage[4])
+            assert "optimizer" not in content, "the trainer makes it, with its own parameter groups"
+
+
+@pytest.mark.parametrize(("world", "device", "steps"), [(1, 16, 8), (8, 16, 1), (4, 4, 8)])
+def test_the_global_batch_is_the_same_for_any_number_of_processes(world: int, device: int, steps: int) -> None:
+    section = parse_config(
+        {**GOOD, "trainer": {"global_batch_size": 128, "per_device_train_batch_size": device}}
+    ).trainer
+    assert accumulation(section, world)["gradient_accumulation_steps"] == steps
+    with pytest.raises(ValueError, match="no multiple of 3 processes"):
+        accumulation(section, 3)
+
+
+def test_help_lists_every_key() -> None:
+    text = describe()
+    for key in (
+        "output_dir",
+        "model.path",
+        "zip.dominant",
+        "data.sources[0].fraction",
+        "train.lora.r",
+        "trainer.resume",
+    ):
+        assert key in text
+    assert "Annotated" not in text
+
+
+def test_print_config_and_help_on_the_command_line() -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "train.py", *arguments],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+
+    shown = run("--config", "configs/tiny-llava/demo.yaml", "--print-config", "seed=5")
+    assert shown.returncode == 0
+    assert "seed: 5" in shown.stdout
+    assert "hang_timeout: 900" in shown.stdout, "defaults are resolved"
+    wrong = run("--config", "configs/tiny-llava/demo.yaml", "sed=5")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "did you mean seed?" in wrong.stderr
+
+
+def test_defaults_pass_on_to_training_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    config: RunConfig = parse_config({**GOOD, "trainer": {"deepspeed": "off", "weight_decay": 0.1, "logging_steps": 7}})
+    args = training_arguments(config.trainer, output_dir=str(tmp_path), seed=3, dtype="float32", world_size=1)
+    assert (args.weight_decay, args.logging_steps, args.seed) == (0.1, 7, 3)
+    assert args.average_tokens_across_devices
+    assert not args.logging_nan_inf_filter
+
+
+def test_overrides_reach_into_lists_and_read_numbers_as_yaml_does(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: x\nmodel: {path: m}\ndata: {sources: [{path: a.json}]}\n")
+    config = load_config(path, ["data.sources.0.path=b.json", "trainer.learning_rate=1e-4", "zip.dominant=5"])
+    assert config.data.sources[0].path == "b.json"
+    assert config.trainer.model_dump()["learning_rate"] == 1e-4
+    assert config.zip.dominant == 5

@@ -1,0 +1,147 @@
+"""Scoring: shared over processes, every question once; full, training-free and fine-tuned in one table and one report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.train.workspace import ROOT, Ranks, config_of, environment, write_config
+from train import report
+from train.build import build_model
+from train.config import parse_config
+from train.evaluate import Numbered, Scores, gather, normalise, score, table, won_back
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        ("Yes.", "yes", True),
+        ("  two  words ", "two words", True),
+        ("two\nwords", "two words", True),
+        ("3.5", "3.5", True),
+        ("yes .", "yes", True),
+        ("3.", "3", True),
+        ("yes..", "yes", False),
+        ("yes!", "yes", False),
+        ("", "no", False),
+    ],
+)
+def test_case_spaces_and_a_final_full_stop_do_not_count(a: str, b: str, same: bool) -> None:
+    assert (normalise(a) == normalise(b)) == same
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+@pytest.mark.parametrize("questions", [1, 5, 6])
+def test_every_question_is_answered_and_counted_once(world: int, questions: int) -> None:
+    shares = [Numbered(list(range(questions)), rank, world) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1, "ZeRO-3 needs as many turns on every process"
+    answered: dict[int, Any] = {}
+    for share in shares:
+        for place in range(len(share)):
+            number, question = share[place]
+            assert number == question
+            answered[number] = {"type": "t", "right": number % 2 == 0}
+    scores = gather(answered, 1)
+    assert scores.types == {"t": ((questions + 1) // 2, questions)}
+
+
+def held_out(workspace: Path) -> dict[str, Any]:
+    """Held-out questions whose right answers are what the model says, for half of them."""
+    return {
+        "sources": [{"path": str(workspace / "heldout.json"), "images": str(workspace / "images")}],
+        "max_new_tokens": 3,
+        "batch_size": 4,
+    }
+
+
+def known_answers(workspace: Path, output: Path) -> Path:
+    """A held-out file in which the first answer of every record is what the training-free model answers."""
+    config = parse_config(config_of(workspace, output, eval=held_out(workspace)))
+    model, processor = build_model(config)
+    answers = {row["id"]: row["answer"] for row in score(model, processor, config).answers}
+    rows = json.loads((workspace / "heldout.json").read_text())
+    for row in rows:
+        row["types"] = ["first"] + ["later"] * (len(row["conversations"]) // 2 - 1)
+        row["conversations"][1]["value"] = (answers[f"{row['id']}/0"] or "nothing").upper() + "."
+    path = output.parent / "known.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+@pytest.mark.launch
+def test_a_run_compares_all_three_and_writes_its_report(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
+    known = known_answers(workspace, tmp_path / "probe")
+    section = {**held_out(workspace), "sources": [{"path": str(known), "images": str(workspace / "images")}]}
+    changes = {"eval": section, "report__enabled": True, "report__pictures": 2, "seed": 3}
+    two = config_of(workspace, tmp_path / "two", **changes)
+    three = config_of(workspace, tmp_path / "zero3", trainer__deepspeed="zero3", **changes)
+    said = ranks.run(two, three)
+    assert "| training-free | 7 " in said
+    found = json.loads((tmp_path / "two" / "report" / "results.json").read_text())
+    assert found["by_type"]["training_free"]["first"] == 1.0, "it answers as it did before"
+    assert (found["tokens"], found["of_tokens"], found["questions"]) == (7, 16, 12)
+    assert (found["seed"], found["trainable_parameters"]) == (3, 3936)
+    assert 0 <= found["full"] < 1
+    assert 0 <= found["fine_tuned"] <= 1
+    sharded = json.loads((tmp_path / "zero3" / "report" / "results.json").read_text())
+    assert sharded["by_type"]["training_free"] == found["by_type"]["training_free"]
+    assert sharded["by_type"]["full"] == found["by_type"]["full"]
+    folder = tmp_path / "two" / "report"
+    for name in ("loss.png", "accuracy.png", "kept_0.png", "kept_1.png"):
+        assert Image.open(folder / name).size[0] > 500
+    assert "fine-tuned" in (folder / "table.md").read_text()
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 36
+
+    from visionzip import load
+
+    model, processor = load(tmp_path / "two" / "projector", device="cpu")
+    alone = score(model, processor, parse_config(two))
+    tuned = [row for row in answers if row["model"] == "fine_tuned"]
+    assert [row["answer"] for row in alone.answers] == [row["answer"] for row in tuned], (
+        "what was saved answers the same"
+    )
+
+
+@pytest.mark.launch
+def test_evaluation_alone(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
+    config = config_of(workspace, tmp_path / "run", eval=held_out(workspace))
+    ranks.run(config)
+    path = write_config(config)
+    done = subprocess.run(
+        [sys.executable, "-m", "train.evaluate", "--config", str(path), f"model.projector={tmp_path}/run/projector"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")] == [
+        "model",
+        "full tokens",
+        "training-free",
+        "fine-tuned",
+    ]
+
+
+def scores(**right: int) -> dict[str, Scores]:
+    return {name: Scores({"a": (value, 100), "b": (50, 100)}) for name, value in right.items()}
+
+
+def test_the_table_and_what_was_won_back() -> None:
+    found = scores(full=100, training_free=60, fine_tuned=90)
+    text = table(found, 16, 81)
+    assert "| full tokens   | 81     | 100.0 % | 50.0 % | 75.0 % |" in text
+    assert "| fine-tuned    | 16     | 90.0 %  | 50.0 % | 70.0 % |" in text
+    assert won_back(found) == ("Compression cost 20.0 points; fine-tuning the projector won 15.0 back: 75% of it.")
+    assert won_back(scores(full=1)) == ""
+    assert report.results(found, 16, 81, 0, 5)["fine_tuned"] == 0.7
+    assert "full" not in report.results(scores(fine_tuned=9), 16, 81, 0, 5)

@@ -1,0 +1,87 @@
+"""The memory table: arithmetic on the shapes of real models, without a weight of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.workspace import ROOT, config_of
+from train.config import load_config, parse_config
+from train.plan import GIB, activation_bytes, main, memory, model_without_weights, plans, sizes_of
+from train.trainable import choose, count
+
+SEVEN = ROOT / "configs" / "llava-1.5-7b"
+
+
+def test_llava_7b_is_counted_from_its_config() -> None:
+    config = load_config(SEVEN / "ft-64.yaml")
+    sizes = sizes_of(model_without_weights(config, SEVEN), config)
+    assert sizes.trained == 20_979_712 == config.train.expect_parameters
+    assert round(sizes.total / 1e9, 2) == 7.06
+    assert sizes.visual == 64
+    here = memory(plans(config)[0], sizes, 8, 364)
+    assert here["weights"] == pytest.approx(2 * sizes.total)
+    assert here["optimizer"] == pytest.approx(12 * sizes.trained / 8)
+    assert 3 * 4 * sizes.trained < 300e6, "a checkpoint is under 300 MB"
+
+
+def test_every_way_needs_no_more_than_the_one_before() -> None:
+    config = load_config(SEVEN / "ft-64.yaml")
+    sizes = sizes_of(model_without_weights(config, SEVEN), config)
+    ways = plans(config)
+    totals = {way.name: sum(memory(way, sizes, 8, 364).values()) / GIB for way in ways}
+    by_device = [totals[w.name] for w in ways if w.stage == 2 and not w.checkpointing and w.weight_bytes == 2]
+    assert by_device == sorted(by_device, reverse=True)
+    assert totals["… and deepspeed=zero3_offload"] < 4
+    assert totals["as configured"] > 24 > totals["per_device_train_batch_size=4"]
+
+
+def test_trained_parameters_are_those_that_would_train(workspace: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    for train in ({}, {"parts": ["projector", "llm"]}, {"parts": [], "lora": {"on": ["projector", "llm"], "r": 3}}):
+        config = parse_config(config_of(workspace, tmp_path, train=train))
+        planned = sizes_of(model_without_weights(config, tmp_path), config)
+        model = AutoModelForImageTextToText.from_pretrained(workspace / "model")
+        total = sum(p.numel() for p in model.parameters())
+        choose(model, config.train)
+        assert (planned.trained, planned.total) == (count(model), total)
+
+
+def test_activations_against_what_autograd_keeps(workspace: Path, tmp_path: Path) -> None:
+    """One frozen layer of LLaVA-7B's shape on tensors without memory: the bytes autograd saves for a token."""
+    config = load_config(SEVEN / "ft-64.yaml")
+    model = model_without_weights(config, SEVEN).to(torch.bfloat16)
+    sizes = sizes_of(model, config)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    llm = model.model.language_model
+    length, kept = 256, {}
+    hidden = torch.empty(1, length, sizes.hidden, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    positions = llm.rotary_emb(hidden, torch.arange(length, device="meta")[None])
+    frozen = {p.untyped_storage()._cdata for p in llm.parameters()} | {hidden.untyped_storage()._cdata}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes(), tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        llm.layers[0](hidden, position_embeddings=positions, attention_mask=None)
+    attention = length * length * sizes.hidden // 128  # what only the plain kernel keeps: a map for each head
+    measured = sum(n for cdata, (n, t) in kept.items() if cdata not in frozen and t.numel() < attention)
+    assert activation_bytes(sizes) == pytest.approx(measured / length, rel=0.25)
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["--config", str(SEVEN / "ft-64.yaml"), "--gpus", "8", "--gpu-memory", "24"]) == 0
+    said = capsys.readouterr().out
+    assert "252 MB" in said
+    assert "the least change that does: per_device_train_batch_size=4." in said
+    assert main(["--config", str(SEVEN / "ft-64.yaml"), "--gpu-memory", "80"]) == 0
+    assert "It fits as it is." in capsys.readouterr().out
+    assert main(["--config", str(SEVEN / "ft-64.yaml"), "--gpu-memory", "1"]) == 0
+    assert "Nothing here fits" in capsys.readouterr().out
+    assert main(["--config", str(ROOT / "configs/tiny-llava/demo.yaml"), f"model.path={tmp_path}/none"]) == 2
+    assert "model.path" in capsys.readouterr().err

@@ -1,0 +1,91 @@
+"""Config → model, processor, data: everything a run consists of."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from data.partial import load_without
+from train.config import ConfigError, ModelSection, RunConfig
+from visionzip import attach
+from visionzip.export import load_into
+
+
+def build_model(config: RunConfig) -> tuple[Any, Any]:
+    """The compressed model, all frozen, and its processor.
+
+    With a ZeRO-3 config, build `TrainingArguments` first: the weights are then sharded while they are loaded.
+
+    Raises:
+        ConfigError: no model there, no GPU for a quantised one, a budget or a model that is not supported.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    section = config.model
+    try:
+        load = AutoModelForImageTextToText.from_pretrained
+        if config.data.cache is not None and config.eval is None:  # an evaluation sees pictures that are in no cache
+            load = partial(load_without, without=["encoder"])
+        model = load(
+            section.path,
+            revision=section.revision or "main",
+            dtype=getattr(torch, section.dtype),
+            attn_implementation=section.attn_implementation,
+            **quantization(section),
+        )
+        processor = AutoProcessor.from_pretrained(section.path, revision=section.revision or "main")
+    except (OSError, ImportError, ValueError) as error:
+        raise ConfigError(f"model.path: {section.path} can't be loaded: {error}") from error
+    try:
+        attach(model, processor, config.zip)
+        if section.projector is not None:
+            load_into(model, section.projector, force=section.force_projector)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"zip / model: {error}") from error
+    model.config.use_cache = False
+    if section.quantization:
+        # The Trainer refuses quantised models without adapters; here only parts that are not quantised train.
+        model._hf_peft_config_loaded = True
+    return model, processor
+
+
+def quantization(section: ModelSection) -> dict[str, Any]:
+    """`from_pretrained` arguments that load the frozen LLM in 8 or 4 bit; the encoder and the projector stay as they are.
+
+    Raises:
+        ConfigError: without a GPU or without bitsandbytes.
+    """
+    if section.quantization is None:
+        return {}
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"model.quantization={section.quantization} needs a GPU, and there is none here; leave it out, or use "
+            "trainer.deepspeed=zero3_offload where memory is short"
+        )
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise ConfigError("model.quantization needs bitsandbytes; pip install 'visionzip-ft[quant]'") from None
+    from transformers import BitsAndBytesConfig
+
+    keep = ["vision_tower", "multi_modal_projector", "visual", "lm_head"]
+    if section.quantization == "8bit":
+        chosen = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
+    else:
+        chosen = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=getattr(torch, section.dtype),
+            llm_int8_skip_modules=keep,
+        )
+    return {"quantization_config": chosen, "device_map": {"": torch.cuda.current_device()}}
+
+
+def master_precision(model: nn.Module) -> None:
+    """Trainable weights in float32, for runs without DeepSpeed (whose optimizer keeps float32 copies of its own)."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()

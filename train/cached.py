@@ -1,0 +1,66 @@
+"""Training on visual tokens that were computed before: what the model needs for it, and what it can do without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from data.cache import check_identity, identity
+from data.cached_pictures import VISUAL, VISUAL_VIDEO
+from data.partial import load_without
+from train.config import RunConfig
+from visionzip import Attachment, attached
+from visionzip.fingerprint import remember
+
+
+class FromCache:
+    """Before the inner model's forward: cached tokens → projector → `mm_encoder_outputs`.
+
+    Inside the forward, not before it: ZeRO-3 gathers the projector there, autocast is on there, and it is where the projector
+    runs on pixels too.
+    """
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+
+    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        outputs = {}
+        for kind, name in (("image", VISUAL), ("video", VISUAL_VIDEO)):
+            pictures = kwargs.pop(name, None)
+            if pictures:
+                embeddings = self.attachment.project(pictures)
+                outputs[kind] = self.attachment.family.encoder_output(embeddings, kind)
+        if outputs:
+            kwargs["mm_encoder_outputs"] = outputs
+        return args, kwargs
+
+
+def read_from_cache(model: Any) -> None:
+    """Let the attached `model` take batches that hold cached tokens in place of pixels."""
+    attachment = attached(model)
+    assert attachment is not None
+    attachment.model.model.register_forward_pre_hook(FromCache(attachment), with_kwargs=True, prepend=True)
+
+
+def check_cache(config: RunConfig, model: Any, processor: Any) -> None:
+    """Refuse a cache that was made with anything else than this run has. `model` is attached; its encoder may be without weights.
+
+    The encoder alone is then read for a moment, to be compared.
+
+    Raises:
+        CacheError: what differs, by name.
+    """
+    section = config.model
+    assert config.data.cache is not None
+    family = attached(model).family  # type: ignore[union-attr]
+    tower = model.get_submodule(family.frozen["encoder"])
+    whole = model
+    if next(tower.parameters(), None) is None:
+        whole = load_without(
+            section.path, ["llm"], revision=section.revision or "main", dtype=getattr(torch, section.dtype)
+        )
+    wanted = identity(whole, processor, config.zip, config.data, section.dtype)
+    stored = check_identity(config.data.cache, wanted)
+    if whole is not model:
+        remember(tower, stored["encoder"]["encoder"])

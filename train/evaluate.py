@@ -1,0 +1,275 @@
+"""Answers held-out questions and scores them, shared over all processes.
+
+    python -m train.evaluate --config configs/tiny-llava/demo.yaml model.projector=runs/demo/projector
+
+compares full tokens, training-free compression and the projector that `model.projector` names, in one table by question type.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+
+from data.config import DataConfig
+from data.questions import Question, QuestionCollator, build_questions
+from train import random_state
+from train.config import EvalSection, RunConfig
+
+LABELS = {"full": "full tokens", "training_free": "training-free", "fine_tuned": "fine-tuned"}
+ALL = "all"
+
+
+@dataclass
+class Scores:
+    """Exact match of one model. `types`: type → (right, asked). `answers`: one dict a question, in the file's order."""
+
+    types: dict[str, tuple[int, int]] = field(default_factory=dict)
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    unread: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        right, asked = (sum(column) for column in zip(*self.types.values(), strict=True)) if self.types else (0, 0)
+        return right / asked if asked else 0.0
+
+    @property
+    def questions(self) -> int:
+        return sum(asked for _, asked in self.types.values())
+
+
+def normalise(text: str) -> str:
+    """Case, spaces and a final full stop do not count."""
+    return re.sub(r"\s+", " ", text).strip().removesuffix(".").rstrip().casefold()
+
+
+def questions_of(config: RunConfig, processor: Any) -> Any:
+    """The held-out questions, laid out by the template of training. The processor's state decides the placeholders.
+
+    Raises:
+        ValueError: without an eval section, or when it leads to no question at all.
+    """
+    if config.eval is None:
+        raise ValueError("there is no eval section in this config; add eval.sources")
+    data = DataConfig.model_validate(
+        {**config.data.model_dump(), "sources": [s.model_dump() for s in config.eval.sources]}
+    )
+    questions = build_questions(data, processor, limit=config.eval.max_questions)
+    if not len(questions):
+        raise ValueError(
+            f"eval.sources hold no question that can be asked ({len(questions.rejections)} records rejected)"
+        )
+    return questions
+
+
+def score(
+    model: Any,
+    processor: Any,
+    config: RunConfig,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    beat: Callable[[str], None] = lambda doing: None,
+    bar: Callable[[int, int], None] = lambda done, of: None,
+) -> Scores:
+    """Every question answered greedily by exactly one process, the result known to all of them. Collective."""
+    assert config.eval is not None
+    questions = Numbered(questions_of(config, processor), rank, world_size)
+    loader = DataLoader(questions, batch_size=config.eval.batch_size, collate_fn=NumberedCollator(processor))
+    answered: dict[int, dict[str, Any] | None] = {}
+    training = model.training
+    model.eval()
+    last: dict[str, Any] = {}
+    with torch.no_grad(), random_state.untouched():
+        for done, batch in enumerate(loader, start=1):
+            last = batch["inputs"] or last  # under ZeRO-3 every process has to run the model as often as the others
+            texts = generate(model, processor, last, config.eval) if last else []
+            answered |= dict.fromkeys(batch["numbers"])
+            answered |= {n: record(q, text) for (n, q), text in zip(batch["asked"], texts, strict=False)}
+            beat(f"answering held-out questions, batch {done} of {len(loader)}")
+            bar(done, len(loader))
+    model.train(training)
+    return gather(answered, world_size)
+
+
+class Numbered(Dataset):
+    """The questions one process answers, with their numbers. All shares are equally long: the last question may be asked
+    more than once, and counts once."""
+
+    def __init__(self, questions: Any, rank: int, world_size: int) -> None:
+        self.questions = questions
+        rounds = -(-len(questions) // world_size)
+        self.share = [min(rank + turn * world_size, len(questions) - 1) for turn in range(rounds)]
+
+    def __len__(self) -> int:
+        return len(self.share)
+
+    def __getitem__(self, place: int) -> tuple[int, Any]:
+        return self.share[place], self.questions[self.share[place]]
+
+
+class NumberedCollator:
+    """`inputs` for `generate`, `asked`: (number, question) of its rows, `numbers`: of all, unreadable ones too."""
+
+    def __init__(self, processor: Any) -> None:
+        self.collate = QuestionCollator(processor)
+
+    def __call__(self, items: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+        return {
+            "inputs": self.collate([question for _, question in items])["inputs"],
+            "asked": [(number, question) for number, question in items if isinstance(question, Question)],
+            "numbers": [number for number, _ in items],
+        }
+
+
+def generate(model: Any, processor: Any, inputs: dict[str, Any], section: EvalSection) -> list[str]:
+    tokenizer = getattr(processor, "tokenizer", processor)
+    device, dtype = model.device, model.dtype
+    moved = {
+        key: value.to(device, dtype if value.is_floating_point() else None) if torch.is_tensor(value) else value
+        for key, value in inputs.items()
+    }
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    output = model.generate(
+        **moved, max_new_tokens=section.max_new_tokens, do_sample=False, use_cache=True, pad_token_id=pad
+    )
+    return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def record(question: Any, text: str) -> dict[str, Any]:
+    return {
+        "id": question.id,
+        "type": question.type or ALL,
+        "question": question.question,
+        "expected": question.answer,
+        "answer": text.strip(),
+        "right": normalise(text) == normalise(question.answer),
+    }
+
+
+def gather(answered: dict[int, dict[str, Any] | None], world_size: int) -> Scores:
+    parts: list[Any] = [answered]
+    if world_size > 1:
+        parts = [None] * world_size
+        dist.all_gather_object(parts, answered)
+    everything = {number: row for part in parts for number, row in part.items()}
+    scores = Scores(unread=sum(row is None for row in everything.values()))
+    for number in sorted(everything):
+        row = everything[number]
+        if row is not None:
+            scores.answers.append(row)
+            right, asked = scores.types.get(row["type"], (0, 0))
+            scores.types[row["type"]] = (right + row["right"], asked + 1)
+    return scores
+
+
+def table(results: dict[str, Scores], tokens: int, of_tokens: int) -> str:
+    """One row a model, one column a question type, as Markdown."""
+    names = [name for name in LABELS if name in results]
+    types = sorted({kind for name in names for kind in results[name].types} - {ALL})
+    head = ["model", "tokens", *types, "all"]
+    rows = [
+        [
+            LABELS[name],
+            str(of_tokens if name == "full" else tokens),
+            *(percent(*results[name].types.get(kind, (0, 0))) for kind in types),
+            f"{100 * results[name].accuracy:.1f} %",
+        ]
+        for name in names
+    ]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in [head, *rows]
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def percent(right: int, asked: int) -> str:
+    return f"{100 * right / asked:.1f} %" if asked else ""
+
+
+def won_back(results: dict[str, Scores]) -> str:
+    """What compression cost, and how much of it fine-tuning won back, in words."""
+    if not {"full", "training_free", "fine_tuned"} <= set(results):
+        return ""
+    full, free, tuned = (results[name].accuracy for name in ("full", "training_free", "fine_tuned"))
+    lost, back = 100 * (full - free), 100 * (tuned - free)
+    share = f": {back / lost:.0%} of it" if lost > 0 else ""
+    return f"Compression cost {lost:.1f} points; fine-tuning the projector won {back:.1f} back{share}."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m train.evaluate --config … key=value …`; several processes under `torchrun -m train.evaluate`."""
+    from train.cli import parse_arguments, run_guarded
+
+    options = parse_arguments(arguments, program="python -m train.evaluate", about=__doc__ or "")
+    return run_guarded(lambda: evaluate_only(options))
+
+
+def evaluate_only(options: Any) -> int:
+    from train.build import build_model
+    from train.cli import read_config
+    from train.launch import prepare_environment, quiet
+    from visionzip import attached, detach
+    from visionzip.export import load_into
+    from visionzip.projector import projector_state
+
+    world_size = prepare_environment()
+    config = read_config(options)
+    rank = int(torch.distributed.get_rank()) if dist.is_initialized() else 0
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        rank = dist.get_rank()
+    quiet(rank)
+    start = config.model.projector
+    model, processor = build_model(
+        config.model_copy(update={"model": config.model.model_copy(update={"projector": None})})
+    )
+    model.to(f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
+    tokens, of_tokens = tokens_a_picture(model, processor, config)
+    results = {"training_free": score(model, processor, config, rank=rank, world_size=world_size)}
+    before = projector_state(model)
+    if start is not None:
+        load_into(model, start, force=config.model.force_projector)
+        results["fine_tuned"] = score(model, processor, config, rank=rank, world_size=world_size)
+        model.load_state_dict(before, strict=False)
+    assert attached(model) is not None
+    detach(model)
+    results["full"] = score(model, processor, config, rank=rank, world_size=world_size)
+    if rank == 0:
+        print(table(results, tokens, of_tokens))
+        print(json.dumps({name: round(scores.accuracy, 4) for name, scores in results.items()}))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+def tokens_a_picture(model: Any, processor: Any, config: RunConfig) -> tuple[int, int]:
+    """(tokens now, tokens of the untouched model) of the first picture that is asked about, or of a blank one."""
+    from data.collate import TEXT_KEYS
+    from data.sample import Rejection
+    from visionzip import attached
+
+    attachment = attached(model)
+    assert attachment is not None
+    questions = questions_of(config, processor)
+    for number in range(min(len(questions), 20)):
+        question = questions[number]
+        if not isinstance(question, Rejection):
+            pictures = {key: value for key, value in question.inputs.items() if key not in TEXT_KEYS}
+            if pictures:
+                stock, now = attachment.token_counts(**pictures)[0]
+                return now, stock
+    return 0, 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,68 @@
+"""What has to be true of the process before `TrainingArguments` is built, whichever way it was started."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+
+import torch
+
+
+def prepare_environment() -> int:
+    """Complete the environment for one process without a launcher; returns the number of processes.
+
+    DeepSpeed looks for MPI where RANK and its like are missing, even with one process.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in alone.items()})
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked data workers do not mix
+    return int(os.environ["WORLD_SIZE"])
+
+
+def join_deepspeed() -> None:
+    """Tell DeepSpeed of the process group that exists. Otherwise ZeRO-3 counts one process while it shards the weights on loading."""
+    import deepspeed
+
+    if torch.distributed.is_initialized() and not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False
+        )
+
+
+def quiet(rank: int) -> None:
+    """One voice: libraries speak from rank 0 and only when something is wrong."""
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    for name in ("DeepSpeed", "deepspeed", "accelerate", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
+    for name in ("httpx", "wandb", "PIL", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def check_world(seen: int, launched: int) -> None:
+    """Every rank must see its own share of the data.
+
+    Raises:
+        RuntimeError: when the libraries believe in another number of processes than the launcher started; all of them
+            would then train on the same data and save as rank 0, and nothing would look wrong.
+    """
+    if seen != launched:
+        raise RuntimeError(
+            f"the launcher started {launched} processes but the trainer sees {seen}: each would train alone on the same data. "
+            "Start with deepspeed, torchrun or plain python, and leave trainer.use_cpu to the program"
+        )

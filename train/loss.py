@@ -1,0 +1,166 @@
+"""Cross-entropy where there is a label, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+IGNORE = -100
+
+CHUNK_BYTES = 64 << 20
+"""Of float32 logits that are held at once. Larger ones only take memory: at 32,000 words this is 500 rows, enough for a matrix
+product to be at its best."""
+
+# What a text config calls an operation between head and loss; with one, logits are taken from the model itself.
+_AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+def summed_loss(
+    model: nn.Module, head: nn.Module, inputs: dict[str, Any], labels: Tensor, prefix: Any = None, masked: bool = True,
+    packed: Any = None,
+) -> Tensor:  # fmt: skip
+    """Cross-entropy in float32, summed over the supervised tokens of this batch; 0 with a gradient of 0 where there are none.
+
+    Args:
+        prefix: a `train.prefix.Prefix` that takes off what all rows begin with.
+        masked: hand the attention mask on. Rows padded on the right do without in a causal model: a real token sees none of the
+            padding, and of what the padding sees nothing is used.
+        packed: the LLM, if the samples are to be laid out in one row without padding (`train.packing`; no mask then either).
+    """
+    if packed is not None:
+        from train.packing import pack_batch, packed_attention
+
+        inputs, labels = pack_batch(inputs, labels, prefix)
+        with packed_attention(packed):
+            return _loss(model, head, inputs, labels)
+    if not masked:
+        inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    if prefix is not None:
+        inputs, labels = prefix.take_off(inputs, labels)
+    return _loss(model, head, inputs, labels)
+
+
+def _loss(model: nn.Module, head: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+    keep = supervised(labels)
+    targets = labels[:, 1:][keep[:, :-1]]
+    if not fusible(model, head):
+        with rows_of_head(head, keep):
+            logits = model(**inputs, use_cache=False).logits  # (supervised tokens, vocabulary)
+        return RowsCrossEntropy.apply(logits, targets.to(logits.device))
+    with rows_of_head(head, keep, withhold=True) as taken:
+        model(**inputs, use_cache=False)
+    rows = taken[0]
+    return HeadCrossEntropy.apply(rows, head.weight, targets.to(rows.device))
+
+
+def fusible(model: nn.Module, head: nn.Module) -> bool:
+    """Whether the head is nothing but a frozen matrix, whole on this rank, and its product is what the loss is taken of."""
+    config = getattr(model, "config", None)
+    texts = [config, getattr(config, "text_config", None)]
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and not head.weight.requires_grad
+        and not hasattr(head.weight, "ds_id")
+        and not any(getattr(text, name, None) for text in texts for name in _AFTER_HEAD)
+    )
+
+
+@contextmanager
+def rows_of_head(head: nn.Module, keep: Tensor, withhold: bool = False) -> Iterator[list[Tensor]]:
+    """Inside, `head` (``lm_head``) sees only the rows of its ``(B, L, D)`` input where `keep` ``(B, L)`` is true.
+
+    The model's own ``logits_to_keep`` picks columns: one mask for all rows of the batch. Answers stand at different places in
+    each row, so that would still compute most of the logits.
+
+    With `withhold` the head sees none at all (its product is empty) and the rows ``(kept, D)`` are put into the yielded list.
+    """
+    taken: list[Tensor] = []
+
+    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        rows = args[0][keep.to(args[0].device)]
+        if not withhold:
+            return (rows, *args[1:])
+        taken.append(rows)
+        return (rows[:0], *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield taken
+    finally:
+        handle.remove()
+
+
+class HeadCrossEntropy(torch.autograd.Function):
+    """Frozen head and cross-entropy in one, in chunks: rows ``(T, D)``, weight ``(V, D)``, targets ``(T,)`` → the sum.
+
+    Logits exist for one chunk at a time. The gradient of the rows is made on the way, while they are there (Hsu et al. 2024,
+    "Liger Kernel", section 3.2), so nothing of size V is kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        size = max(1, CHUNK_BYTES // (4 * len(weight)))
+        weight = weight.to(rows.dtype)
+        total = torch.zeros((), dtype=torch.float32, device=rows.device)
+        gradient = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            logits = rows[part] @ weight.t()
+            total += cross_entropy_(logits, targets[part])
+            if gradient is not None:
+                torch.mm(logits, weight, out=gradient[part])
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * above.to(gradient.dtype), None, None
+
+
+class RowsCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of logits ``(T, V)``, summed. The gradient is written over the logits; float32 copies are of a chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        size = max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        own = logits.detach() if ctx.needs_input_grad[0] else logits.detach().clone()
+        for part, wanted in zip(own.split(size), targets.split(size), strict=True):
+            total += cross_entropy_(part, wanted)
+        ctx.save_for_backward(own)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * above.to(gradient.dtype), None
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
+    """The summed loss of ``(T, V)`` logits, which are overwritten with its gradient. Float32 inside whatever their type."""
+    exact = logits.float()  # the same tensor where it is float32 already
+    right = exact.gather(1, targets[:, None])
+    total = exact.logsumexp(dim=1, keepdim=True)
+    loss = (total - right).sum()
+    exact.sub_(total).exp_()
+    exact.scatter_add_(1, targets[:, None], exact.new_full((len(targets), 1), -1.0))
+    if exact is not logits:
+        logits.copy_(exact)
+    return loss
+
+
+def supervised(labels: Tensor) -> Tensor:
+    """``(B, L)`` labels → mask of the places whose *next* token has a label. The last place predicts nothing."""
+    return functional.pad(labels[:, 1:] != IGNORE, (0, 1), value=False)
+
+
+def tokens_with_loss(labels: Tensor) -> int:
+    """How many tokens of ``(B, L)`` labels are predicted; the first of a row never is."""
+    return int(torch.count_nonzero(labels[:, 1:] != IGNORE))

@@ -1,0 +1,185 @@
+"""`report/`: what a run did, to look at. Loss curve, accuracy bars and kept patches as PNG; table and results as text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from train.config import RunConfig
+from train.evaluate import LABELS, Scores, questions_of, table, won_back
+
+# Okabe and Ito's palette: told apart by people who see red and green alike.
+COLOURS = {"full": "#0072B2", "training_free": "#E69F00", "fine_tuned": "#009E73"}
+
+
+def results(scores: dict[str, Scores], tokens: int, of_tokens: int, seed: int, trainable: int) -> dict[str, Any]:
+    """The content of `results.json`; accuracies are fractions, what was not measured is left out."""
+    return {
+        **{name: scores[name].accuracy for name in LABELS if name in scores},
+        "tokens": tokens,
+        "of_tokens": of_tokens,
+        "questions": max((s.questions for s in scores.values()), default=0),
+        "seed": seed,
+        "trainable_parameters": trainable,
+        "by_type": {
+            name: {kind: right / asked for kind, (right, asked) in sorted(s.types.items())}
+            for name, s in scores.items()
+        },
+    }
+
+
+def write(
+    folder: str | Path, config: RunConfig, scores: dict[str, Scores], facts: dict[str, Any], log: list[dict[str, Any]]
+) -> list[Path]:
+    """Everything that needs no model. `facts` is `results()`. Returns the pictures."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
+    pictures = []
+    if any("loss" in line for line in log):
+        pictures.append(loss_curve(folder / "loss.png", log))
+    if scores:
+        text = table(scores, facts["tokens"], facts["of_tokens"])
+        (folder / "table.md").write_text(f"{text}\n\n{won_back(scores)}\n")
+        with open(folder / "answers.jsonl", "w", encoding="utf-8") as file:
+            for name, result in scores.items():
+                file.writelines(json.dumps({"model": name, **row}) + "\n" for row in result.answers)
+        pictures.append(accuracy_bars(folder / "accuracy.png", scores, facts))
+    return pictures
+
+
+def loss_curve(path: Path, log: list[dict[str, Any]]) -> Path:
+    plt = _pyplot()
+    points = [(line["step"], line["loss"]) for line in log if "loss" in line]
+    steps, losses = np.array(points).T
+    figure, axes = plt.subplots(figsize=(7, 4))
+    axes.plot(steps, losses, color="#999999", linewidth=0.8, label="each log line")
+    window = max(1, len(losses) // 25)
+    if window > 1:
+        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+        axes.plot(steps[window - 1 :], smooth, color=COLOURS["full"], linewidth=2, label=f"mean of {window}")
+        axes.legend(frameon=False)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)", title="Training loss")
+    return _save(figure, path)
+
+
+def accuracy_bars(path: Path, scores: dict[str, Scores], facts: dict[str, Any]) -> Path:
+    plt = _pyplot()
+    names = [name for name in LABELS if name in scores]
+    types = sorted({kind for name in names for kind in scores[name].types})
+    kinds = [*types, "all questions"] if len(types) > 1 else ["all questions"]
+    figure, axes = plt.subplots(figsize=(max(5.0, 1.3 * len(kinds) + 2.5), 4))
+    width = 0.8 / len(names)
+    for place, name in enumerate(names):
+        result = scores[name]
+        values = [
+            100 * (result.accuracy if kind == "all questions" else _share(result.types.get(kind, (0, 0))))
+            for kind in kinds
+        ]
+        tokens = facts["of_tokens"] if name == "full" else facts["tokens"]
+        bars = axes.bar(np.arange(len(kinds)) + (place - (len(names) - 1) / 2) * width, values, width,
+                        color=COLOURS[name], label=f"{LABELS[name]} ({tokens} tokens)" if name != "full" else
+                        f"full ({tokens} tokens)")  # fmt: skip
+        axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=1)
+    axes.set_xticks(range(len(kinds)), kinds)
+    axes.set(ylabel="exact match, %", ylim=(0, 112), title=f"Held-out questions ({facts['questions']})")
+    axes.legend(frameon=False, ncols=len(names), loc="upper center", fontsize=8)
+    return _save(figure, path)
+
+
+def kept_patches(folder: str | Path, model: Any, processor: Any, config: RunConfig) -> list[Path]:
+    """A few held-out pictures with the patches marked that stay tokens of their own; the rest is whitened.
+
+    Only for families with one grid of patches a picture; others get no pictures here (`visionzip visualize` has them).
+    """
+    from data.collate import TEXT_KEYS
+    from data.sample import Rejection
+    from visionzip import attached
+    from visionzip.families.base import select
+
+    attachment = attached(model)
+    if attachment is None or not hasattr(attachment.family, "layer") or not config.report.pictures:
+        return []
+    questions = questions_of(config, processor)
+    family, tower = attachment.family, attachment.model.get_submodule(attachment.family.tower)
+    paths: list[Path] = []
+    seen: set[str] = set()
+    for number in range(len(questions)):
+        question = questions[number]
+        if isinstance(question, Rejection) or question.id.rsplit("/", 1)[0] in seen:
+            continue
+        inputs = {key: value for key, value in question.inputs.items() if key not in TEXT_KEYS}
+        if "pixel_values" not in inputs or inputs["pixel_values"].ndim != 4:
+            continue
+        seen.add(question.id.rsplit("/", 1)[0])
+        pixels = inputs["pixel_values"][:1].to(attachment.model.device, attachment.model.dtype)
+        with torch.no_grad():
+            layer = family.layer(attachment.model, attachment.config)
+            chosen = select(family.encoder(attachment.model), tower, pixels, layer, attachment.config)
+        cls = int(family.encoder(attachment.model).has_cls)
+        places = [int(place) - cls for place in chosen.kept[0] if int(place) >= cls]
+        grid = round((chosen.slots.shape[1] - cls) ** 0.5)
+        path = Path(folder) / f"kept_{len(paths)}.png"
+        paths.append(_draw(path, picture_of(pixels[0].float().cpu(), processor), places, grid, attachment.config))
+        if len(paths) >= config.report.pictures:
+            break
+    return paths
+
+
+def picture_of(pixels: torch.Tensor, processor: Any) -> np.ndarray:
+    """``(3, H, W)`` as the model sees it → ``(H, W, 3)`` in [0, 1]."""
+    images = processor.image_processor
+    mean = torch.tensor(getattr(images, "image_mean", None) or [0.0, 0.0, 0.0]).view(3, 1, 1)
+    spread = torch.tensor(getattr(images, "image_std", None) or [1.0, 1.0, 1.0]).view(3, 1, 1)
+    return (pixels * spread + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+
+
+def _draw(path: Path, image: np.ndarray, places: list[int], grid: int, zip_config: Any) -> Path:
+    plt = _pyplot()
+    from matplotlib.patches import Rectangle
+
+    side = image.shape[0] / grid
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.9))
+    for axes in (left, right):
+        axes.imshow(image, interpolation="nearest")
+        axes.set_axis_off()
+    right.imshow(np.ones_like(image), alpha=_veil(image.shape[0], places, grid, side), interpolation="nearest")
+    for place in places:
+        corner = (place % grid * side - 0.5, place // grid * side - 0.5)
+        right.add_patch(Rectangle(corner, side, side, fill=False, edgecolor="#D55E00", linewidth=1.2))
+    left.set_title("picture")
+    right.set_title(f"{len(places)} of {grid * grid} patches kept (+ {zip_config.contextual} merged)")
+    return _save(figure, path)
+
+
+def _veil(size: int, places: list[int], grid: int, side: float) -> np.ndarray:
+    veil = np.full((size, size), 0.8)
+    for place in places:
+        top, left = int(place // grid * side), int(place % grid * side)
+        veil[top : top + round(side), left : left + round(side)] = 0.0
+    return veil
+
+
+def _share(pair: tuple[int, int]) -> float:
+    return pair[0] / pair[1] if pair[1] else 0.0
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
+    return plt
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    _pyplot().close(figure)
+    return path

@@ -1,0 +1,165 @@
+"""What makes a run's W&B page worth looking at, besides curves: pictures with what is kept of them and what the model says of
+them as it learns, a table of every prediction, accuracy bars.
+
+A saved layout can't be made from here: W&B keeps layouts on its server and writes them through an API of its own that needs one.
+Names do the work instead: what belongs together has one prefix, and so one section of the page.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from data.collate import TEXT_KEYS
+from data.questions import Question
+from train import random_state
+from train.config import EvalSection
+from train.evaluate import ALL, LABELS, Scores, normalise
+from visionzip import attached
+
+logger = logging.getLogger(__name__)
+
+TIMES = 10
+"""How often a run shows its fixed questions, where the config does not say."""
+
+
+def predictions(wandb: Any, scores: dict[str, Scores]) -> Any:
+    """One row a question: what was asked and expected, and what each model answered."""
+    names = [name for name in LABELS if name in scores]
+    said = {name: {row["id"]: row for row in scores[name].answers} for name in names}
+    table = wandb.Table(
+        columns=["question id", "type", "question", "expected", *(LABELS[name] for name in names), "right"]
+    )
+    for row in scores[names[-1]].answers if names else ():
+        answers = [said[name].get(row["id"], {}) for name in names]
+        right = ", ".join(LABELS[name] for name, one in zip(names, answers, strict=True) if one.get("right")) or "none"
+        table.add_data(
+            row["id"], row["type"], row["question"], row["expected"], *(one.get("answer", "") for one in answers), right
+        )
+    return table
+
+
+def bars(wandb: Any, scores: dict[str, Scores], tokens: int, of_tokens: int) -> dict[str, Any]:
+    """Accuracy of each model, in all and for each type of question, as bars."""
+    names = [name for name in LABELS if name in scores]
+    kinds = sorted({kind for name in names for kind in scores[name].types} - {ALL})
+    drawn = {"eval/accuracy": [(name, scores[name].accuracy) for name in names]}
+    for kind in kinds if len(kinds) > 1 else ():
+        pairs = [(name, scores[name].types.get(kind, (0, 0))) for name in names]
+        drawn[f"eval/accuracy by type/{kind}"] = [
+            (name, right / asked if asked else 0.0) for name, (right, asked) in pairs
+        ]
+    made = {}
+    for key, rows in drawn.items():
+        label = {name: f"{LABELS[name]} ({of_tokens if name == 'full' else tokens} tokens)" for name in names}
+        table = wandb.Table(
+            columns=["model", "exact match, %"], data=[[label[name], 100 * value] for name, value in rows]
+        )
+        title = "Held-out questions" + (f": {key.rsplit('/', 1)[1]}" if key.count("/") > 1 else "")
+        made[key] = wandb.plot.bar(table, "model", "exact match, %", title=title)
+    return made
+
+
+def end_of_run(wandb: Any, scores: dict[str, Scores], tokens: int, of_tokens: int) -> dict[str, Any]:
+    """Everything the evaluation gives to the page."""
+    if not scores:
+        return {}
+    return {"predictions/held-out": predictions(wandb, scores), **bars(wandb, scores, tokens, of_tokens)}
+
+
+class Look(TrainerCallback):
+    """A few fixed held-out questions, every so often: their pictures with what is kept, and the answer of the moment.
+
+    Rank 0 alone, so not under ZeRO-3, where no rank has the weights. The training's random state is left as it was, and a
+    failure here ends the looking, never the run.
+    """
+
+    def __init__(
+        self,
+        log: Callable[[Callable[[Any], dict[str, Any]]], None],
+        questions: Callable[[], Sequence[Any]],
+        processor: Any,
+        section: EvalSection,
+        count: int = 4,
+        every: int | None = None,
+    ) -> None:
+        self.log, self.questions, self.processor, self.section = log, questions, processor, section
+        self.count, self.every = count, every
+        self.chosen: list[Question] | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        every = self.every if self.every is not None else max(1, state.max_steps // TIMES)
+        if state.is_world_process_zero and self.count and every and state.global_step % every == 0:
+            self.look(model, state.global_step)
+
+    def look(self, model: Any, step: int) -> None:
+        try:
+            with torch.no_grad(), random_state.untouched():
+                if self.chosen is None:
+                    self.chosen = one_a_picture(self.questions(), self.count)
+                shown = [(question, *self.answer(model, question)) for question in self.chosen]
+        except Exception as error:
+            logger.warning("no more pictures for W&B (%s: %s); the run goes on", type(error).__name__, error)
+            self.count = 0
+            return
+        self.log(lambda wandb: page_of(wandb, shown, step))
+
+    def answer(self, model: Any, question: Question) -> tuple[str, Any]:
+        """What the model says now, and a drawing of what is kept of the (last) picture; None where there are no pixels."""
+        from data.questions import QuestionCollator
+        from train.evaluate import generate
+        from visionzip.analysis import draw
+        from visionzip.analysis.trace import trace_inputs
+        from visionzip.analysis.visualize import note, views
+
+        attachment = attached(model)
+        training = model.training
+        model.eval()
+        try:
+            (text,) = generate(
+                model, self.processor, QuestionCollator(self.processor)([question])["inputs"], self.section
+            )
+            images = {key: value for key, value in question.inputs.items() if key not in TEXT_KEYS}
+            drawn = None
+            if attachment is not None and any(key.startswith("pixel_values") for key in images):
+                tile = trace_inputs(attachment, self.processor, images).tiles[-1]
+                drawn = draw.panel(views(tile, 280), note=note(tile))
+        finally:
+            model.train(training)
+        return text.strip(), drawn
+
+
+def page_of(wandb: Any, shown: list[tuple[Question, str, Any]], step: int) -> dict[str, Any]:
+    """Pictures with question, expected and given answer below, and how many are right."""
+    table = wandb.Table(columns=["step", "question", "expected", "answered", "right"])
+    values: dict[str, Any] = {"train/global_step": step}
+    right = 0
+    for place, (question, text, drawn) in enumerate(shown):
+        hit = normalise(text) == normalise(question.answer)
+        right += hit
+        table.add_data(step, question.question, question.answer, text, hit)
+        if drawn is not None:
+            caption = f"step {step} · asked: {question.question} · expected: {question.answer} · answered: {text}"
+            values[f"looked at/{place + 1}"] = wandb.Image(drawn, caption=caption)
+    if shown:
+        values |= {"looked at/answers": table, "looked at/right, %": 100 * right / len(shown)}
+    return values
+
+
+def one_a_picture(questions: Sequence[Any], count: int) -> list[Question]:
+    """The first question of each of the first `count` records that have pictures and can be read."""
+    chosen: list[Question] = []
+    seen: set[str] = set()
+    for number in range(len(questions)):
+        question = questions[number]
+        if len(chosen) == count:
+            break
+        record = getattr(question, "id", "").rsplit("/", 1)[0]
+        if isinstance(question, Question) and record not in seen and question.inputs.keys() - set(TEXT_KEYS):
+            seen.add(record)
+            chosen.append(question)
+    return chosen

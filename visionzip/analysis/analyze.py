@@ -1,0 +1,278 @@
+"""`visionzip analyze`: how concentrated the attention of an encoder is, over many pictures, layer by layer.
+
+What is measured of a picture is one line of ``pictures.jsonl``, so a run that was stopped goes on where it was; table, plots and
+JSON are made of that file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from visionzip.analysis import pictures, redundancy
+from visionzip.analysis.attention import attention_by_layer
+from visionzip.analysis.trace import Trace, image_inputs, trace
+from visionzip.attach import Attachment, attached
+from visionzip.fingerprint import short
+from visionzip.projector import fingerprint
+
+LINES = "pictures.jsonl"
+TOP = 0.10
+"""Share of the patches whose part of the attention is reported for each layer."""
+_DIGITS = 5
+#: Edges of the histogram of attention a patch has, in multiples of its picture's average; what lies outside counts at the ends.
+EDGES = torch.logspace(-10, 8, 73, base=2.0)
+
+
+@dataclass
+class Analysis:
+    """What `analyze` found: one dict a picture, files that were skipped, the number of pictures read again from before."""
+
+    folder: Path
+    head: dict[str, Any]
+    lines: list[dict[str, Any]]
+    skipped: dict[str, str] = field(default_factory=dict)
+    resumed: int = 0
+    maps: list[np.ndarray] = field(default_factory=list)  # of one picture: (rows, columns) a layer
+
+
+def analyze(
+    model: Any, path: str | Path, out: str | Path, *, limit: int | None = None, progress: bool = True
+) -> Analysis:
+    """Measure every picture in the folder `path` that ``out/pictures.jsonl`` does not hold yet.
+
+    Raises:
+        ValueError: where nothing is attached, no picture can be read, or `out` was made with another model or budget.
+    """
+    attachment = attached(model)
+    if attachment is None or attachment.processor is None:
+        raise ValueError("attach the model with its processor first: the budget says which patches are compared")
+    found = pictures.find(path, limit)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    head = {"model": type(attachment.model).__name__, "encoder": short({"encoder": fingerprint(attachment.model)["encoder"]}),
+            "zip": attachment.config.model_dump(), "levels": list(redundancy.LEVELS), "edges": len(EDGES)}  # fmt: skip
+    lines = _read(folder / LINES, head)
+    done = {line["name"] for line in lines}
+    todo = pictures.Found(found.root, [name for name in found.names if name not in done])
+    result = Analysis(folder, head, [line for line in lines if line["name"] in set(found.names)], resumed=len(done))
+
+    with open(folder / LINES, "a", encoding="utf-8") as file:
+        if not lines and not file.tell():
+            file.write(json.dumps(head) + "\n")
+        for name, picture in _bar(todo, progress):
+            line = measure(attachment, name, picture)
+            file.write(json.dumps(line) + "\n")
+            file.flush()  # a kill loses the picture it falls on, no other
+            result.lines.append(line)
+    result.skipped = todo.skipped
+    if not result.lines:
+        raise ValueError(f"none of the {len(found.names)} file(s) at {path} is a readable picture:\n{todo.summary()}")
+    shown = result.lines[0]["name"]
+    result.maps = layer_maps(attachment, pictures.read(found.root / shown))
+    return result
+
+
+def measure(attachment: Attachment, name: str, picture: Any) -> dict[str, Any]:
+    """Everything that is known of one picture; lists are by layer, tiles are averaged."""
+    layers = attention_by_layer(attachment, image_inputs(attachment.processor, picture))
+    traced = trace(attachment.model, picture, name=name)
+    chosen = _scores(traced)
+    keep = [int(tile.kept_mask.sum()) for tile in traced.tiles]
+    per_tile = [torch.stack([layer[place] for layer in layers]) for place in range(len(layers[0]))]  # each (L, P)
+    part = keep[0] / traced.tiles[0].patches  # of the encoder's patches, which may be finer than what is chosen from
+    return {
+        "name": name,
+        "tiles": len(traced.tiles),
+        "patches": traced.tiles[0].patches,
+        "tokens": traced.tokens,
+        "of_tokens": traced.of_tokens,
+        "keep": keep[0],
+        "held": _round(traced.held),
+        "budgets": [_round(redundancy.budget_for(chosen, level).float().mean()) for level in redundancy.LEVELS],
+        "curve": _round(redundancy.curve(chosen).mean(dim=0)),
+        "spread": _round(_histogram(chosen)),
+        "top": _by_layer(per_tile, lambda layer: redundancy.top_share(layer, TOP)),
+        "effective": _by_layer(per_tile, lambda layer: redundancy.effective_patches(layer) / layer.shape[-1]),
+        "layer_budgets": [
+            _by_layer(
+                per_tile, lambda layer, level=level: redundancy.budget_for(layer, level).float() / layer.shape[-1]
+            )
+            for level in redundancy.LEVELS
+        ],
+        "agreement": _round(
+            torch.stack([redundancy.agreement(one, max(1, round(part * one.shape[-1]))) for one in per_tile]).mean(
+                dim=0
+            )
+        ),
+    }
+
+
+def layer_maps(attachment: Attachment, picture: Any) -> list[np.ndarray]:
+    """The attention of each layer on the patches of a picture (its first tile), ``(rows, columns)``, where it has such a shape."""
+    inputs = image_inputs(attachment.processor, picture)
+    layers = attention_by_layer(attachment, inputs)
+    grid = trace(attachment.model, picture).tiles[0].grid
+    count = layers[0].shape[1]
+    if count == grid[0] * grid[1]:
+        return [layer[0].reshape(grid).numpy() for layer in layers]
+    side = int(count**0.5)  # pooled before selection: the encoder's own grid is finer
+    windows = bool(getattr(attachment.model.config.vision_config, "fullatt_block_indexes", None))
+    return [] if side * side != count or windows else [layer[0].reshape(side, side).numpy() for layer in layers]
+
+
+def summary(analysis: Analysis) -> dict[str, Any]:
+    """Means and spreads over the pictures: what ``analysis.json`` holds."""
+    lines = analysis.lines
+    layers = len(lines[0]["top"])
+
+    def stack(key: str) -> np.ndarray:
+        return np.array([line[key] for line in lines], dtype=float)
+
+    held = [line["held"] for line in lines if line["held"] is not None]
+    budgets, patches = stack("budgets"), stack("patches")
+    return {
+        **analysis.head,
+        "pictures": len(lines),
+        "skipped": analysis.skipped,
+        "patches_per_tile": _mean(patches),
+        "kept_patches_per_tile": _mean(stack("keep")),
+        "held_by_budget": _stats(np.array(held)) if held else None,
+        "budget_for": {
+            f"{level:.0%}": {"patches": _stats(budgets[:, place]), "share": _stats(budgets[:, place] / patches)}
+            for place, level in enumerate(redundancy.LEVELS)
+        },
+        "curve": _rounded(stack("curve").mean(axis=0)),
+        "spread": {"edges": _rounded(EDGES.numpy()), "share_of_patches": _rounded(stack("spread").mean(axis=0))},
+        "layers": [
+            {
+                "layer": layer + 1,
+                "top_10_percent_hold": _stats(stack("top")[:, layer]),
+                "effective_share": _stats(stack("effective")[:, layer]),
+                **{
+                    f"share_for_{level:.0%}": _stats(stack("layer_budgets")[:, place, layer])
+                    for place, level in enumerate(redundancy.LEVELS)
+                },
+            }
+            for layer in range(layers)
+        ],
+        "agreement": [_rounded(row) for row in stack("agreement").mean(axis=0)],
+    }
+
+
+def table(facts: dict[str, Any]) -> str:
+    """The summary as Markdown: budgets, then one line a layer."""
+    lines = [
+        f"{facts['pictures']} pictures, {facts['patches_per_tile']:.0f} patches each (a tile), median and quartiles", "",
+        "| attention held | patches needed | share of all |", "|---|---:|---:|",
+    ]  # fmt: skip
+    for level, found in facts["budget_for"].items():
+        patches, share = found["patches"], found["share"]
+        lines.append(
+            f"| {level} | {patches['median']:.0f} ({patches['low']:.0f} … {patches['high']:.0f}) | {share['median']:.0%} |"
+        )
+    if facts["held_by_budget"]:
+        kept = facts["kept_patches_per_tile"]
+        lines.append(
+            f"| {facts['held_by_budget']['median']:.0%} | {kept:.0f} (this budget) | {kept / facts['patches_per_tile']:.0%} |"
+        )
+    lines += [
+        "",
+        "| layer | the top 10 % hold | patches for 80 % | for 90 % | for 95 % | effective patches |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for layer in facts["layers"]:
+        needed = " | ".join(f"{layer[f'share_for_{level:.0%}']['median']:.0%}" for level in redundancy.LEVELS)
+        lines.append(
+            f"| {layer['layer']} | {layer['top_10_percent_hold']['median']:.0%} | {needed} | {layer['effective_share']['median']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def write(analysis: Analysis, theme: str = "light") -> list[Path]:
+    """``analysis.json``, ``analysis.md`` and the plots, into the folder of `analysis`."""
+    from visionzip.analysis import analysis_plots, plots
+
+    facts = summary(analysis)
+    folder = analysis.folder
+    (folder / "analysis.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (folder / "analysis.md").write_text(table(facts) + "\n", encoding="utf-8")
+    with plots.style(theme):
+        drawn = [
+            plots.save(figure, folder / f"{name}.png") for name, figure in analysis_plots.all_of(facts, analysis.maps)
+        ]
+    return [folder / "analysis.json", folder / "analysis.md", *drawn]
+
+
+def _scores(traced: Trace) -> Tensor:
+    """``(tiles, P)`` shares of what the budget is chosen by."""
+    shares = [tile.attention for tile in traced.tiles]
+    if any(share is None for share in shares):
+        raise ValueError("this model gives no attention scores for its patches, so there is nothing to analyze")
+    return torch.stack([share.flatten() for share in shares if share is not None])
+
+
+def _histogram(shares: Tensor) -> Tensor:
+    """``(tiles, P)`` → share of the patches in each bin of `EDGES`."""
+    times = (shares * shares.shape[-1]).flatten().clamp(float(EDGES[0]), float(EDGES[-1]) * 0.9999)
+    places = torch.bucketize(times, EDGES, right=True) - 1
+    return torch.bincount(places.clamp(0, len(EDGES) - 2), minlength=len(EDGES) - 1) / times.numel()
+
+
+def _by_layer(tiles: list[Tensor], measured: Any) -> Any:
+    return _round(torch.stack([measured(tile) for tile in tiles]).mean(dim=0))
+
+
+def _round(values: Any) -> Any:
+    if values is None:
+        return None
+    return _rounded(values.numpy()) if isinstance(values, Tensor) and values.ndim else round(float(values), _DIGITS)
+
+
+def _rounded(values: np.ndarray) -> Any:
+    return np.round(values.astype(float), _DIGITS).tolist()
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean())
+
+
+def _stats(values: np.ndarray) -> dict[str, float]:
+    low, median, high = np.percentile(values, [25, 50, 75])
+    return {"mean": float(values.mean()), "low": float(low), "median": float(median), "high": float(high)}
+
+
+def _read(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
+    """What an earlier run measured. A line cut off by a kill is cut from the file too.
+
+    Raises:
+        ValueError: when it was another model, encoder or budget.
+    """
+    if not path.exists():
+        return []
+    whole = path.read_bytes()
+    good = whole[: whole.rfind(b"\n") + 1]
+    if good != whole:
+        path.write_bytes(good)
+    records = [json.loads(line) for line in good.splitlines()]
+    if not records:
+        return []
+    if records[0] != head:
+        other = [key for key in head if records[0].get(key) != head[key]]
+        raise ValueError(
+            f"{path} was measured with another {', '.join(other)}; choose another --out, or delete it to measure anew"
+        )
+    return records[1:]
+
+
+def _bar(found: pictures.Found, progress: bool) -> Iterator[tuple[str, Any]]:
+    from tqdm import tqdm
+
+    yield from tqdm(found.pictures(), total=len(found.names), unit="picture", disable=not progress)

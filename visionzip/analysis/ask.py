@@ -1,0 +1,91 @@
+"""One question about one picture, answered and timed: time to the first token, in all, and how many tokens it took."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from visionzip.analysis.trace import to_model
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was said. Times in seconds, from pixels on: `first` to the first token (encoder and prefill), `seconds` in all."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    first: float
+    seconds: float
+
+    @property
+    def decode_ms(self) -> float:
+        """Milliseconds each token after the first took; 0 for a single one."""
+        return 1000 * (self.seconds - self.first) / (self.new_tokens - 1) if self.new_tokens > 1 else 0.0
+
+
+class Stopwatch(BaseStreamer):
+    """Given to ``generate`` as its streamer: it is handed the prompt first, then each token as it comes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.times: list[float] = []
+        self.start = self.now()
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(self.now())
+
+    def end(self) -> None:
+        pass
+
+    @property
+    def first(self) -> float:
+        """Seconds to the first token."""
+        return self.times[1] - self.start if len(self.times) > 1 else 0.0
+
+    @property
+    def all(self) -> float:
+        return self.times[-1] - self.start if self.times else 0.0
+
+
+def prompt(processor: Any, question: str) -> str:
+    """The text of one turn with one picture, laid out as the model's own chat template says."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return f"USER: {getattr(processor, 'image_token', '<image>')}\n{question} ASSISTANT:"
+
+
+def ask(
+    model: Any,
+    processor: Any,
+    picture: Image.Image,
+    question: str,
+    *,
+    max_new_tokens: int = 128,
+    around: AbstractContextManager[None] | None = None,
+) -> Answer:
+    """Answer greedily. `around` is entered while the model runs (`visionzip.compress.choosing`, say)."""
+    inputs = to_model(model, dict(processor(text=prompt(processor, question), images=[picture], return_tensors="pt")))
+    tokenizer = getattr(processor, "tokenizer", processor)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    watch = Stopwatch(model.device)
+    with torch.no_grad(), around or nullcontext():
+        output = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, streamer=watch
+        )
+    length = inputs["input_ids"].shape[1]
+    new = output[0, length:]
+    return Answer(tokenizer.decode(new, skip_special_tokens=True).strip(), length, len(new), watch.first, watch.all)

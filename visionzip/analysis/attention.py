@@ -1,0 +1,159 @@
+"""Every layer's attention of a vision encoder, watched while it runs as it always does.
+
+The modules of transformers' encoders all call one attention function, chosen by name in their config. While watching, that name
+stands for a function that calls the one the model runs with and shows queries and keys to a watcher besides. So no encoder needs
+code of its own here, hidden states stay what they are, and no map is formed but what is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from visionzip.analysis.trace import to_model
+from visionzip.attach import Attachment
+from visionzip.encoders.base import CHUNK
+
+_NAME = "visionzip_watched"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of one layer's attention. ``B`` pictures (or 1, with windows one after another), ``H`` heads, ``N`` tokens."""
+
+    module: nn.Module
+    queries: Tensor  # (B, H, N, d)
+    keys: Tensor  # (B, H, N, d)
+    scale: float
+    mask: Tensor | None  # added to the logits
+
+    def probabilities(self, chosen: slice) -> Tensor:
+        """``(B, H, n, N)`` float32 attention of the queries `chosen`."""
+        logits = (self.queries[:, :, chosen] @ self.keys.transpose(-1, -2)) * self.scale
+        if self.mask is not None:
+            logits = logits + self.mask[..., chosen, : self.keys.shape[2]]
+        return logits.softmax(dim=-1, dtype=torch.float32)
+
+    def from_first(self) -> Tensor:
+        """``(B, N)``: what token 0 attends to, mean over heads; sums to 1."""
+        return self.probabilities(slice(0, 1)).mean(dim=1).squeeze(1)
+
+    def received(self) -> Tensor:
+        """``(B, N)``: what each token receives, mean over heads and queries; sums to 1. In chunks: never all of an N × N map."""
+        count = self.queries.shape[2]
+        chunks = [slice(start, start + CHUNK) for start in range(0, count, CHUNK)]
+        return torch.stack([self.probabilities(chunk).mean(dim=1).sum(dim=1) for chunk in chunks]).sum(dim=0) / count
+
+    def map(self) -> Tensor:
+        """``(B, N, N)`` mean over heads: row = the query, column = what it attends to."""
+        return self.probabilities(slice(None)).mean(dim=1)
+
+
+_watcher: ContextVar[tuple[str, Callable[[Call], None]] | None] = ContextVar("visionzip_watcher", default=None)
+
+
+@contextmanager
+def watching(tower: nn.Module, watcher: Callable[[Call], None]) -> Iterator[None]:
+    """Inside, `watcher` sees every attention call of `tower` that is made in this thread.
+
+    Raises:
+        ValueError: for an encoder whose modules don't choose their attention by config.
+    """
+    configs: dict[int, Any] = {
+        id(m.config): m.config for m in tower.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
+    }
+    if not configs:
+        raise ValueError(f"the attention of {type(tower).__name__} can't be watched: it is no encoder of transformers'")
+    AttentionInterface.register(_NAME, _watched)  # adds a name; what other names stand for stays as it is
+    before = {key: config._attn_implementation_internal for key, config in configs.items()}
+    token = _watcher.set((next(iter(before.values())) or "sdpa", watcher))
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = _NAME
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+        _watcher.reset(token)
+
+
+def _watched(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    found = _watcher.get()
+    name = found[0] if found else "sdpa"
+    run = ALL_ATTENTION_FUNCTIONS.get(
+        name, ALL_ATTENTION_FUNCTIONS["sdpa"]
+    )  # "eager" is a function of the model's file
+    if found is not None:
+        repeat = query.shape[1] // key.shape[1]
+        keys = key.repeat_interleave(repeat, dim=1) if repeat > 1 else key
+        found[1](Call(module, query, keys, scaling if scaling is not None else query.shape[-1] ** -0.5, attention_mask))
+    return run(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def attention_by_layer(attachment: Attachment, inputs: dict[str, Any], every_layer: bool = True) -> list[Tensor]:
+    """For each layer ``(tiles, P)``: the share of attention each patch has; rows sum to 1.
+
+    From CLS where there is one, else received from all patches. An encoder that attends within windows gives one row with its
+    windows one after another.
+
+    Args:
+        inputs: image inputs of ``forward``, of one picture.
+        every_layer: also those after the layer that is read, which the compressed model does not run.
+    """
+    tower = attachment.model.get_submodule(attachment.family.tower)
+    cls = int(getattr(attachment.family.encoder(attachment.model), "has_cls", False))
+    rows: dict[nn.Module, list[Tensor]] = {}
+
+    def watch(call: Call) -> None:
+        found = call.from_first() if cls else call.received()
+        rows.setdefault(call.module, []).append(found[:, cls:].cpu())
+
+    config = attachment.config.model_copy(update={"layer": -1}) if every_layer else attachment.config
+    with torch.no_grad(), watching(tower, watch):
+        attachment.family.compress(attachment.model, config, **to_model(attachment.model, inputs))
+    return [_shares(calls, encoder_rows=cls == 1) for calls in rows.values()]
+
+
+def _shares(calls: list[Tensor], encoder_rows: bool) -> Tensor:
+    """Several calls of one layer are batches of pictures (same ``N``, with CLS) or windows of one (joined by their size)."""
+    if encoder_rows or all(len(call) > 1 for call in calls):
+        found = torch.cat(calls)
+    else:
+        found = torch.cat([call * call.shape[1] for call in calls], dim=1)
+    return found / found.sum(dim=1, keepdim=True).clamp(min=1e-12)
+
+
+def attention_map(attachment: Attachment, inputs: dict[str, Any]) -> Tensor:
+    """``(tiles, N, N)`` attention of the layer that is read, mean over heads: row = the query. CLS included where there is one.
+
+    Raises:
+        ValueError: where no such map exists: an encoder whose layer attends within windows or merges patches afterwards.
+    """
+    tower = attachment.model.get_submodule(attachment.family.tower)
+    calls: list[Call] = []
+    with torch.no_grad(), watching(tower, calls.append):
+        attachment.compress(**to_model(attachment.model, inputs))
+    if not calls:
+        raise ValueError(f"no attention of {type(tower).__name__} was seen for this picture")
+    last = [call for call in calls if call.module is calls[-1].module]
+    sizes = {call.queries.shape[2] for call in last}
+    if len(sizes) != 1 or (len(last[0].queries) == 1 and len(last) > 1):
+        raise ValueError(
+            f"{type(tower).__name__} attends within windows in this layer: there is no map of the whole picture"
+        )
+    return torch.cat([call.map().cpu() for call in last])

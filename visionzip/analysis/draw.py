@@ -1,0 +1,191 @@
+"""Pictures of what was kept, with Pillow alone: kept patches, merged groups, heat maps, and panels that put them side by side.
+
+Every colour is of a palette that people who see red and green alike can tell apart (Okabe and Ito; cividis), and no meaning is
+in a colour alone: kept patches have an outline, groups have numbers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from visionzip.analysis.trace import KEPT, Tile
+from visionzip.compress import DROPPED
+
+#: Okabe and Ito's palette without black and yellow, which vanish on dark and light pictures. Repeats after six groups.
+GROUP_COLOURS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0))
+MARK = (213, 94, 0)  # vermilion: outline of what is kept
+_CIVIDIS = np.array(
+    [(0, 34, 78), (0, 46, 106), (26, 56, 111), (50, 67, 109), (67, 78, 108), (83, 90, 109),
+     (97, 101, 111), (111, 112, 115), (125, 124, 120), (140, 136, 120), (155, 148, 118), (171, 160, 114),
+     (188, 174, 108), (205, 187, 99), (222, 201, 88), (240, 216, 70), (254, 232, 56)], dtype=np.float32)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Background, text and quiet lines of a page or panel."""
+
+    background: tuple[int, int, int]
+    text: tuple[int, int, int]
+    quiet: tuple[int, int, int]
+
+
+THEMES = {
+    "light": Theme((255, 255, 255), (28, 32, 38), (110, 118, 129)),
+    "dark": Theme((22, 27, 34), (230, 237, 243), (145, 152, 161)),
+}
+
+
+@lru_cache
+def font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """DejaVu Sans where matplotlib brings it (× and most alphabets), else Pillow's own, which has little beyond Latin."""
+    spec = importlib.util.find_spec("matplotlib")
+    if spec is not None and spec.origin:
+        path = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+        if path.is_file():
+            return ImageFont.truetype(path, size)
+    return ImageFont.load_default(size)
+
+
+def cell_size(grid: tuple[int, int], side: int = 480) -> int:
+    """Pixels a patch is drawn with: about `side` for the whole picture, but never too small for a number."""
+    return max(20, round(side / max(grid)))
+
+
+def enlarged(tile: Tile, side: int = 480) -> Image.Image:
+    """What the encoder saw, at the size all drawings of it have."""
+    cell = cell_size(tile.grid, side)
+    return tile.image.convert("RGB").resize((tile.grid[1] * cell, tile.grid[0] * cell), Image.Resampling.BICUBIC)
+
+
+def kept(tile: Tile, side: int = 480, veil: float = 0.82) -> Image.Image:
+    """The picture with the patches outlined that stay tokens of their own, the rest whitened."""
+    picture, cell = enlarged(tile, side), cell_size(tile.grid, side)
+    mask = np.kron(tile.kept_mask.numpy(), np.ones((cell, cell), dtype=bool))
+    pixels = np.asarray(picture).astype(np.float32)
+    pixels[~mask] += (255 - pixels[~mask]) * veil
+    picture = Image.fromarray(pixels.round().astype(np.uint8))
+    pen = ImageDraw.Draw(picture)
+    for row, column in tile.kept_mask.nonzero().tolist():
+        pen.rectangle(_box(row, column, cell), outline=MARK, width=max(1, cell // 14))
+    return picture
+
+
+def merged(tile: Tile, side: int = 480, tint: float = 0.6) -> Image.Image:
+    """Patches that became one contextual token have one colour and number; its target has a thick frame. Kept ones are plain."""
+    picture, cell = enlarged(tile, side), cell_size(tile.grid, side)
+    pixels = np.asarray(picture).astype(np.float32)
+    grey = np.asarray(picture.convert("L").convert("RGB")).astype(np.float32)  # all hue is a group's
+    groups = tile.groups.numpy()
+    for row, column in np.ndindex(*tile.grid):
+        group = int(groups[row, column])
+        if group == KEPT:
+            continue
+        place = np.s_[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
+        colour = np.array((255, 255, 255) if group == DROPPED else colour_of(group), dtype=np.float32)
+        share = 0.82 if group == DROPPED else tint
+        pixels[place] = grey[place] * (1 - share) + colour * share
+    picture = Image.fromarray(pixels.round().astype(np.uint8))
+    pen = ImageDraw.Draw(picture)
+    digits = font(max(10, round(cell * 0.42)))
+    for row, column in np.ndindex(*tile.grid):
+        group = int(groups[row, column])
+        if group >= 0:
+            left, top, right, bottom = _box(row, column, cell)
+            centre = ((left + right) / 2, (top + bottom) / 2)
+            ink = text_on(_mixed(picture, centre))
+            if row * tile.grid[1] + column in tile.target_patches:
+                pen.rectangle((left, top, right, bottom), outline=ink, width=max(2, cell // 8))
+            pen.text(centre, str(group + 1), fill=ink, font=digits, anchor="mm")
+        elif group == KEPT:
+            pen.rectangle(_box(row, column, cell), outline=(255, 255, 255), width=max(1, cell // 14))
+    return picture
+
+
+def heat(tile: Tile, side: int = 480, opacity: float = 0.72) -> Image.Image:
+    """Share of attention of each patch over the picture in grey: dark blue least, yellow most.
+
+    On a square-root scale: a few patches hold most of it (the paper's point), and the others would all look the same.
+
+    Raises:
+        ValueError: when the selector's encoder gave no scores.
+    """
+    if tile.attention is None:
+        raise ValueError("this model gave no attention scores for the picture, so there is no heat map to draw")
+    return overlay(tile, tile.attention.numpy(), side, opacity)
+
+
+def overlay(tile: Tile, values: np.ndarray, side: int = 480, opacity: float = 0.72) -> Image.Image:
+    """Any ``(rows, columns)`` values of at least 0 over the picture, square-root scale from 0 to their maximum."""
+    cell = cell_size(tile.grid, side)
+    scaled = np.sqrt(np.clip(values, 0, None) / max(float(values.max()), 1e-12))
+    colours = np.kron(cividis(scaled), np.ones((cell, cell, 1)))
+    grey = np.asarray(enlarged(tile, side).convert("L").convert("RGB")).astype(np.float32)
+    return Image.fromarray((grey * (1 - opacity) + colours * opacity).round().astype(np.uint8))
+
+
+def cividis(values: np.ndarray) -> np.ndarray:
+    """Values in [0, 1] → RGB of the cividis scale, in [0, 255], one axis more."""
+    places = np.linspace(0, 1, len(_CIVIDIS))
+    return np.stack([np.interp(values, places, _CIVIDIS[:, channel]) for channel in range(3)], axis=-1)
+
+
+def colour_of(group: int) -> tuple[int, int, int]:
+    return GROUP_COLOURS[group % len(GROUP_COLOURS)]
+
+
+def text_on(colour: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Black or white, whichever is easier to read on `colour` (relative luminance as in WCAG 2)."""
+    linear = [((value / 255 + 0.055) / 1.055) ** 2.4 if value > 10 else value / 3294.6 for value in colour]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return (0, 0, 0) if luminance > 0.179 else (255, 255, 255)
+
+
+def panel(
+    pictures: Sequence[tuple[str, Image.Image]], title: str = "", note: str = "", theme: str = "light"
+) -> Image.Image:
+    """Pictures with their captions side by side, a title above and a note below."""
+    look = THEMES[theme]
+    big, small = font(19), font(14)
+    gap, line = 16, 24
+    top = gap + (34 if title else 0)
+    notes = note.splitlines()
+    width = gap + sum(picture.width + gap for _, picture in pictures)
+    width = max(
+        [width, *(round(small.getlength(text)) + 2 * gap for text in notes), round(big.getlength(title)) + 2 * gap]
+    )
+    height = top + line + max(picture.height for _, picture in pictures) + gap + line * len(notes)
+    sheet = Image.new("RGB", (width, height), look.background)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((gap, gap), title, fill=look.text, font=big)
+    left = gap
+    for caption, picture in pictures:
+        pen.text((left, top), _fitted(caption, small, picture.width), fill=look.text, font=small)
+        sheet.paste(picture, (left, top + line))
+        left += picture.width + gap
+    for number, text in enumerate(notes):
+        pen.text((gap, height - gap // 2 - line * (len(notes) - number)), text, fill=look.quiet, font=small)
+    return sheet
+
+
+def _fitted(text: str, used: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    if used.getlength(text) <= width:
+        return text
+    while text and used.getlength(text + "…") > width:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+def _box(row: int, column: int, cell: int) -> tuple[int, int, int, int]:
+    return column * cell, row * cell, (column + 1) * cell - 1, (row + 1) * cell - 1
+
+
+def _mixed(picture: Image.Image, place: tuple[float, float]) -> tuple[int, int, int]:
+    red, green, blue = picture.getpixel((int(place[0]), int(place[1])))  # type: ignore[misc]
+    return int(red), int(green), int(blue)

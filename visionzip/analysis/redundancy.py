@@ -1,0 +1,56 @@
+"""How few tokens hold most of the attention: measures on shares, one row a picture or tile.
+
+Everywhere ``P`` patches, ``L`` layers; shares are non-negative and sum to 1 over the patches. Source of the questions: the
+paper's figures 2 (attention sits on a few tokens) and 5 (it concentrates as it goes deeper).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LEVELS = (0.80, 0.90, 0.95)
+POINTS = 100
+"""Cumulative curves are kept at 0 %, 1 % … 100 % of the patches, so that pictures of all sizes can be averaged."""
+
+
+def cumulative(shares: Tensor) -> Tensor:
+    """``(…, P)`` → ``(…, P + 1)``: the attention that the 0, 1 … P most attended patches hold together."""
+    held = shares.sort(dim=-1, descending=True).values.cumsum(dim=-1)
+    return torch.nn.functional.pad(held, (1, 0)).clamp(max=1.0)
+
+
+def budget_for(shares: Tensor, level: float) -> Tensor:
+    """The least number of patches that hold at least `level` of the attention: ``(…, P)`` → ``(…,)`` int64."""
+    # The last places of a sum of float32 shares are rounding; without the allowance 100 % might never be reached.
+    return (cumulative(shares) < level - 1e-6).sum(dim=-1)
+
+
+def curve(shares: Tensor) -> Tensor:
+    """``(…, P)`` → ``(…, POINTS + 1)``: `cumulative` at whole per cents of the patches, linear in between."""
+    held = cumulative(shares)
+    place = torch.linspace(0, shares.shape[-1], POINTS + 1)
+    low = place.floor().long().clamp(max=shares.shape[-1] - 1)
+    share = place - low
+    return held[..., low] * (1 - share) + held[..., low + 1] * share
+
+
+def effective_patches(shares: Tensor) -> Tensor:
+    """exp(entropy): so many equally attended patches would be as spread out. ``(…, P)`` → ``(…,)``, in [1, P]."""
+    return torch.special.entr(shares).sum(dim=-1).exp()
+
+
+def top_share(shares: Tensor, share: float = 0.1) -> Tensor:
+    """Attention held by the most attended `share` of the patches: ``(…, P)`` → ``(…,)``."""
+    return cumulative(shares)[..., max(1, round(shares.shape[-1] * share))]
+
+
+def agreement(layers: Tensor, keep: int) -> Tensor:
+    """Of the `keep` patches one layer attends to most, the share another layer agrees on: ``(L, P)`` → ``(L, L)``.
+
+    1 on the diagonal, ``keep / P`` where two layers have nothing to do with each other.
+    """
+    chosen = torch.zeros_like(layers).scatter_(
+        -1, layers.argsort(dim=-1, descending=True, stable=True)[..., :keep], 1.0
+    )
+    return chosen @ chosen.transpose(-1, -2) / keep

@@ -1,0 +1,250 @@
+"""What was kept of a picture, tile by tile, for any family: scores, kept patches, merged groups, and the pixels they belong to.
+
+Nothing here knows a family. A family's own ``compress`` is run on one picture while `visionzip.compress.listening`, so what is
+shown is what the model is given, whatever is done before and after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from visionzip.attach import Attachment, attached
+from visionzip.compress import DROPPED, Compressed, compress, listening
+from visionzip.config import ZipConfig
+from visionzip.selectors import Features
+
+KEPT = -2
+"""In `Tile.groups`: this patch is a token of its own. `DROPPED` (-1): it is in no token at all."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One picture, tile or frame as the encoder saw it, and what was kept of it. ``N`` tokens of the encoder, CLS included.
+
+    Attributes:
+        image: what the encoder saw.
+        grid: ``(rows, columns)`` of patches, after pooling or merging where the family selects after it.
+        features: what was chosen from, a batch of one.
+        kept: ``(dominant,)`` places among the ``N`` tokens, ascending, CLS first where there is one.
+        targets: ``(contextual,)`` places of the tokens that others were merged into.
+        slots: ``(N,)`` the output token each token went to, or `DROPPED`.
+    """
+
+    image: Image.Image
+    grid: tuple[int, int]
+    features: Features
+    kept: Tensor
+    targets: Tensor
+    slots: Tensor
+
+    @property
+    def cls(self) -> int:
+        """Tokens before the first patch, 0 or 1: patch ``p`` is token ``p + cls``."""
+        return self.features.cls
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @cached_property
+    def attention(self) -> Tensor | None:
+        """``(rows, columns)`` share of the attention on patches that each patch has; sums to 1. ``None`` without scores."""
+        if self.features.scores is None:
+            return None
+        scores = self.features.scores[0, self.cls :].float().cpu()
+        return (scores / scores.sum().clamp(min=1e-12)).reshape(self.grid)
+
+    @cached_property
+    def groups(self) -> Tensor:
+        """``(rows, columns)`` int64: the number of the contextual token a patch went into, `KEPT` or `DROPPED`."""
+        slots = self.slots[self.cls :].cpu()
+        dominant = len(self.kept)
+        groups = torch.where(slots >= dominant, slots - dominant, torch.full_like(slots, KEPT))
+        return groups.masked_fill(slots == DROPPED, DROPPED).reshape(self.grid)
+
+    @cached_property
+    def kept_mask(self) -> Tensor:
+        """``(rows, columns)`` bool: the patches that are tokens of their own."""
+        return self.groups == KEPT
+
+    @property
+    def target_patches(self) -> list[int]:
+        """Patch number of every contextual token's target, in the order of the tokens."""
+        return [int(place) - self.cls for place in self.targets]
+
+    @property
+    def held(self) -> float | None:
+        """Share of the attention on patches that the kept patches hold."""
+        return None if self.attention is None else float(self.attention[self.kept_mask].sum())
+
+    def again(self, config: ZipConfig) -> Tile:
+        """The same picture under another budget or selector, without running the encoder again."""
+        total = self.features.hidden_states.shape[1]
+        dominant, contextual = config.resolve(total, reserved=self.cls, cap=True)
+        result = compress(self.features, dominant, contextual, selector=config.selector, merge=config.merge)
+        return Tile(self.image, self.grid, self.features, result.kept[0], result.targets[0], result.slots[0])
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One picture or video: its tiles or frames, and the number of visual tokens the LLM gets of it, now and untouched."""
+
+    image: Image.Image
+    tiles: list[Tile]
+    tokens: int
+    of_tokens: int
+    name: str = ""
+
+    @property
+    def held(self) -> float | None:
+        """Mean over tiles of the share of attention that the kept patches hold."""
+        shares = [tile.held for tile in self.tiles if tile.held is not None]
+        return sum(shares) / len(shares) if shares else None
+
+
+def trace(model: Any, picture: Image.Image, processor: Any = None, name: str = "") -> Trace:
+    """What the attached `model` keeps of `picture`.
+
+    Args:
+        processor: whose image processor is used; default: the one attached with the model.
+
+    Raises:
+        ValueError: for a model nothing is attached to, or without a processor.
+    """
+    attachment, processor = _parts(model, processor)
+    return _traced(attachment, processor, image_inputs(processor, picture), [picture], name)
+
+
+def trace_video(model: Any, frames: Sequence[Image.Image], processor: Any = None, name: str = "") -> Trace:
+    """What is kept of a video. Where the model has no way for videos, each frame is a picture of its own.
+
+    Args:
+        frames: the pictures, already sampled.
+    """
+    attachment, processor = _parts(model, processor)
+    if not frames:
+        raise ValueError(f"no frames were given{' of ' + name if name else ''}; expected at least one")
+    if getattr(processor, "video_processor", None) is None:
+        each = [trace(model, frame, processor) for frame in frames]
+        tiles = [tile for one in each for tile in one.tiles]
+        return Trace(frames[0], tiles, sum(t.tokens for t in each), sum(t.of_tokens for t in each), name)
+    inputs = processor.video_processor(videos=[list(frames)], do_sample_frames=False, return_tensors="pt")
+    return _traced(attachment, processor, _known(processor, inputs), list(frames), name)
+
+
+def trace_inputs(attachment: Attachment, processor: Any, inputs: dict[str, Any], name: str = "") -> Trace:
+    """What is kept of pixels that are ready for ``forward``: `pixel_values` and what goes with it, of one picture."""
+    return _traced(attachment, processor, inputs, [], name)
+
+
+def image_inputs(processor: Any, picture: Image.Image) -> dict[str, Any]:
+    """What the model's ``forward`` takes for one picture."""
+    options = {**getattr(processor, "images_kwargs", {}), "return_tensors": "pt"}
+    return _known(processor, processor.image_processor(images=[picture.convert("RGB")], **options))
+
+
+def to_model(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Tensors on the model's device, floating-point ones in its dtype."""
+    device, dtype = model.device, model.dtype
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }
+
+
+def _traced(
+    attachment: Attachment, processor: Any, inputs: dict[str, Any], pictures: list[Image.Image], name: str
+) -> Trace:
+    seen: list[tuple[Features, Compressed]] = []
+    moved = to_model(attachment.model, inputs)
+    with torch.no_grad(), listening(lambda features, result: seen.append((features, result))):
+        attachment.compress(**moved)
+    rows = [_row(features, result, place) for features, result in seen for place in range(len(result.kept))]
+    grids = [_grid(features, inputs, processor) for features, _ in rows]
+    images = _images(inputs, processor, grids, pictures)
+    tiles = [
+        Tile(image, grid, features, result.kept[0], result.targets[0], result.slots[0])
+        for image, grid, (features, result) in zip(images, grids, rows, strict=True)
+    ]
+    counts = attachment.token_counts(**moved)
+    return Trace(
+        pictures[0] if pictures else images[0],
+        tiles,
+        sum(now for _, now in counts),
+        sum(was for was, _ in counts),
+        name,
+    )
+
+
+def _parts(model: Any, processor: Any) -> tuple[Attachment, Any]:
+    attachment = attached(model)
+    if attachment is None:
+        raise ValueError(
+            "nothing is attached to this model; call visionzip.attach(model, processor, ZipConfig(...)) first"
+        )
+    processor = processor if processor is not None else attachment.processor
+    if processor is None:
+        raise ValueError("a processor is needed to make pixels of a picture; pass processor=...")
+    return attachment, processor
+
+
+def _known(processor: Any, inputs: Any) -> dict[str, Any]:
+    """What ``forward`` takes: tensors, without names the family has no use for and notes such as `video_metadata`."""
+    unused = {"video_metadata", *getattr(processor, "unused_input_names", ())}
+    return {name: torch.as_tensor(value) for name, value in inputs.items() if name not in unused}
+
+
+def _row(features: Features, result: Compressed, place: int) -> tuple[Features, Compressed]:
+    one = slice(place, place + 1)
+    scores = None if features.scores is None else features.scores[one]
+    row = Features(features.hidden_states[one], features.metric[one], scores, features.has_cls)
+    return row, Compressed(result.tokens[one], result.kept[one], result.targets[one], result.slots[one])
+
+
+def _grid(features: Features, inputs: dict[str, Any], processor: Any) -> tuple[int, int]:
+    """Rows and columns of the patches. Square, unless the inputs say otherwise (Qwen's ``*_grid_thw``, in unmerged patches)."""
+    patches = features.hidden_states.shape[1] - features.cls
+    for key in ("image_grid_thw", "video_grid_thw"):
+        for _, height, width in torch.as_tensor(inputs.get(key, torch.empty(0, 3))).tolist():
+            merge = round((height * width / patches) ** 0.5) or 1
+            if (height // merge) * (width // merge) == patches:
+                return int(height // merge), int(width // merge)
+    side = int(patches**0.5)
+    rows = next(rows for rows in range(side, 0, -1) if patches % rows == 0)
+    return rows, patches // rows
+
+
+def _images(
+    inputs: dict[str, Any], processor: Any, grids: list[tuple[int, int]], pictures: list[Image.Image]
+) -> list[Image.Image]:
+    """What the encoder saw, one a tile: its pixels with the normalisation undone, or the picture where they are in patches."""
+    pixels = next(
+        (value for name, value in inputs.items() if name.startswith("pixel_values") and value.ndim >= 4), None
+    )
+    if pixels is not None:
+        tiles = pixels.reshape(-1, *pixels.shape[-3:])
+        if len(tiles) >= len(grids):
+            return [unnormalised(tile, processor) for tile in tiles[: len(grids)]]
+    if not pictures:
+        raise ValueError(f"these inputs hold no pixels that can be shown (found {', '.join(inputs)})")
+    share = len(pictures) / len(grids)  # Qwen makes one grid of two frames
+    return [
+        pictures[int(place * share)].convert("RGB").resize((columns * 28, rows * 28))
+        for place, (rows, columns) in enumerate(grids)
+    ]
+
+
+def unnormalised(pixels: Tensor, processor: Any) -> Image.Image:
+    """``(3, height, width)`` as a model takes it → the picture."""
+    images = processor.image_processor
+    mean = torch.tensor(getattr(images, "image_mean", None) or [0.0] * 3).view(3, 1, 1)
+    spread = torch.tensor(getattr(images, "image_std", None) or [1.0] * 3).view(3, 1, 1)
+    values = (pixels.detach().float().cpu() * spread + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())

@@ -1,0 +1,149 @@
+"""`visionzip visualize`: what is kept of pictures, tiles and frames, as PNGs and one HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from visionzip.analysis import draw, page, pictures, plots
+from visionzip.analysis.trace import Tile, Trace, trace, trace_video
+from visionzip.attach import attached
+
+SIDE = 400
+"""Pixels of a drawing's longer side."""
+
+
+@dataclass
+class Result:
+    """What was written and what was not: `page`, `images` (PNGs), `skipped` (file → reason), one `rows` entry a picture."""
+
+    page: Path
+    images: list[Path] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+
+
+def visualize(
+    model: Any,
+    path: str | Path,
+    out: str | Path = "visionzip-report.html",
+    *,
+    theme: str = "light",
+    frames: int = 8,
+    limit: int | None = None,
+    title: str = "",
+    progress: bool = True,
+) -> Result:
+    """Draw what the attached `model` keeps of the picture, video or folder of pictures at `path`.
+
+    Args:
+        out: the page; PNGs go into the folder beside it that has its name without the ending.
+        theme: of the PNGs, ``"light"`` or ``"dark"``; the page follows the reader's system.
+        frames: taken evenly from a video.
+        limit: at most so many pictures of a folder, in the order of their names.
+
+    Raises:
+        ValueError: where nothing is attached, there is no picture, or none can be read.
+    """
+    attachment = attached(model)
+    if attachment is None:
+        raise ValueError("nothing is attached to this model, so nothing is left out; give a budget to look at")
+    target = Path(out)
+    if target.suffix.lower() not in (".html", ".htm"):
+        target = target / "report.html"
+    folder = target.with_suffix("") if target.stem != "report" else target.parent / "pictures"
+    if pictures.is_video(path):
+        name = Path(path).name
+        traces: Iterable[Trace] = [trace_video(model, pictures.frames(path, frames), name=name)]
+        found, count = pictures.Found(Path(path).parent, [name]), 1
+    else:
+        found = pictures.find(path, limit)
+        count = len(found.names)
+        traces = (trace(model, picture, name=name) for name, picture in found.pictures())
+
+    result = Result(target)
+    sections = []
+    for one in _bar(traces, count, progress):
+        sections.append(_section(one, folder, theme, result))
+    result.skipped = dict(found.skipped)
+    if not sections:
+        raise ValueError(f"none of the {count} file(s) at {path} is a readable picture:\n{found.summary()}")
+    config = attachment.config
+    intro = [
+        f"{type(attachment.model).__name__} {title}".strip(),
+        f"selector {config.selector}, dominant {config.dominant}, contextual {config.contextual}, merge {config.merge}",
+    ]
+    head = ("picture", "tiles or frames", "tokens", "of", "attention held by kept patches")
+    parts = [page.table(head, result.rows), *sections]
+    if found.skipped:
+        parts.append(page.preformatted("Skipped", found.summary()))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(page.page("What is kept", intro, parts), encoding="utf-8")
+    return result
+
+
+def _section(one: Trace, folder: Path, theme: str, result: Result) -> str:
+    """One picture: its PNGs written, its part of the page returned."""
+    kind = "frame" if pictures.is_video(one.name) else "tile"
+    what = kind if len(one.tiles) > 1 else "picture"
+    rows = []
+    for number, tile in enumerate(one.tiles):
+        drawings = views(tile)
+        if len(one.tiles) > 1:
+            drawings[0] = (f"{kind} {number + 1} of {len(one.tiles)}", drawings[0][1])
+        stem = _stem(one.name) + (f".{kind}{number + 1:02d}" if len(one.tiles) > 1 else "")
+        sheet = draw.panel(
+            drawings, f"{one.name}{f', {drawings[0][0]}' if len(one.tiles) > 1 else ''}", note(tile), theme
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        sheet.save(folder / f"{stem}.kept.png")
+        result.images.append(folder / f"{stem}.kept.png")
+        rows.append([page.figure(caption, picture) for caption, picture in drawings])
+    if one.held is not None:
+        with plots.style(theme):
+            result.images.append(
+                plots.save(plots.histogram(one.tiles, what), folder / f"{_stem(one.name)}.attention.png")
+            )
+        with plots.style("page"):
+            drawn = [page.drawing("how the attention is spread", plots.svg(plots.histogram(one.tiles, what)))]
+            if len(one.tiles) == 1:
+                drawn.append(page.drawing("what a budget holds", plots.svg(plots.budget_curve(one.tiles[0]))))
+            rows.append(drawn)
+    held = f"{one.held:.0%}" if one.held is not None else "no scores"
+    result.rows.append((one.name, str(len(one.tiles)), str(one.tokens), str(one.of_tokens), held))
+    return page.section(one.name, [f"{one.tokens} of {one.of_tokens} visual tokens", note(one.tiles[0])], rows)
+
+
+def views(tile: Tile, side: int = SIDE) -> list[tuple[str, Image.Image]]:
+    """The drawings of one tile with their captions; the heat map is left out where there are no scores."""
+    found = [("what the encoder saw", draw.enlarged(tile, side))]
+    if tile.attention is not None:
+        most = float(tile.attention.max()) * tile.patches
+        found.append((f"attention (yellow: {most:.1f}× average)", draw.heat(tile, side)))
+    found.append((f"kept: {int(tile.kept_mask.sum())} of {tile.patches} patches", draw.kept(tile, side)))
+    if len(tile.targets):
+        found.append((f"merged into {len(tile.targets)} tokens (frame: target)", draw.merged(tile, side)))
+    return found
+
+
+def note(tile: Tile) -> str:
+    """The budget of one tile in words."""
+    cls = " and CLS" if tile.cls else ""
+    tokens = len(tile.kept) + len(tile.targets)
+    held = "" if tile.held is None else f"; the kept patches hold {tile.held:.0%} of the attention"
+    return f"{tokens} tokens: {int(tile.kept_mask.sum())} patches{cls} as they are, {len(tile.targets)} merged{held}"
+
+
+def _stem(name: str) -> str:
+    """A file name of its own for every picture, also for two of the same name in different subfolders."""
+    return name.replace("/", "_").replace("\\", "_")
+
+
+def _bar(items: Iterable[Trace], count: int, progress: bool) -> Iterable[Trace]:
+    from tqdm import tqdm
+
+    return tqdm(items, total=count, unit="picture", disable=not progress)

@@ -1,0 +1,200 @@
+"""What the page can do, without the page: look at a picture, move the budget, follow a patch's attention, ask."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from visionzip.analysis import pictures
+from visionzip.analysis.ask import Answer, ask
+from visionzip.analysis.attention import attention_map
+from visionzip.analysis.trace import Tile, Trace, image_inputs, trace
+from visionzip.attach import attach, attached, detach
+from visionzip.compress import choosing
+from visionzip.config import ZipConfig
+from visionzip.selectors import Features
+
+TOUCHED = 0.1
+"""Share of a patch that paint must cover for the patch to be kept."""
+
+
+@dataclass
+class Look:
+    """A picture that was uploaded, as the encoder saw it.
+
+    `maps` ``(tiles, N, N)``: attention, once a patch was clicked. `shown`: the tile as it was drawn last.
+    """
+
+    picture: Image.Image
+    trace: Trace
+    maps: Tensor | None = None
+    shown: Tile | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same question with all visual tokens and with few."""
+
+    full: Answer
+    compressed: Answer
+    full_tokens: int
+    tokens: int
+
+
+class Looker:
+    """One attached model and its processor. Everything that runs the model is one at a time."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        attachment = attached(model)
+        if attachment is None:
+            raise ValueError("nothing is attached to this model; load it with a budget")
+        self.model, self.processor, self.config = model, processor, attachment.config
+        self.lock = threading.Lock()
+        self.warm = False
+
+    def look(self, path: str | Path) -> Look:
+        """Read a picture and run the encoder on it.
+
+        Raises:
+            ValueError: for what is no readable picture.
+        """
+        picture = pictures.read(path)
+        with self.lock:
+            return Look(picture, trace(self.model, picture))
+
+    def blank(self) -> tuple[Tile, tuple[int, int, int]]:
+        """A tile of a picture of nothing, and its `budget`: what the sliders show before there is a picture."""
+        with self.lock:
+            tile = trace(self.model, Image.new("RGB", (640, 480), (127, 127, 127))).tiles[0]
+        return tile, self.budget(tile)
+
+    def budget(self, tile: Tile) -> tuple[int, int, int]:
+        """``(dominant, contextual, tokens there are)`` of the attached budget for this tile."""
+        total = tile.features.hidden_states.shape[1]
+        return *self.config.resolve(total, reserved=tile.cls, cap=True), total
+
+    def with_budget(self, dominant: int, contextual: int, selector: str = "", merge: str = "") -> ZipConfig:
+        changes = {"dominant": int(dominant), "contextual": int(contextual)}
+        named = {key: value for key, value in (("selector", selector), ("merge", merge)) if value}
+        return ZipConfig(**{**self.config.model_dump(), **changes, **named})
+
+    def by_hand(self, tile: Tile, patches: Tensor, under: Tile) -> Tile:
+        """`tile` with `patches` kept and the rest merged into as many tokens as `under` has."""
+        total = tile.features.hidden_states.shape[1]
+        config = self.with_budget(len(patches) + tile.cls, min(len(under.targets), total - tile.cls - len(patches)))
+        with choosing(keeping(0, patches, 1)):
+            return tile.again(config)
+
+    def attention_of(self, look: Look, number: int, patch: int) -> tuple[np.ndarray, np.ndarray]:
+        """What a patch of tile `number` attends to, and what attends to it: both ``(rows, columns)``.
+
+        Patch ``p`` is token ``p + 1`` where a CLS token stands in front (the authors' demo forgets it and is off by one).
+
+        Raises:
+            ValueError: where the encoder has no map of single patches to show.
+        """
+        tile = look.trace.tiles[number]
+        if look.maps is None:
+            with self.lock:
+                look.maps = attention_map(self._attachment(), image_inputs(self.processor, look.picture))
+        total = tile.features.hidden_states.shape[1]
+        if look.maps.shape[1] != total:
+            raise ValueError(
+                f"this model chooses among {total} tokens made of {look.maps.shape[1]} patches of its encoder, so there is "
+                f"no attention of a single one to show"
+            )
+        token, first = patch + tile.cls, tile.cls
+        found = look.maps[number]
+        return found[token, first:].reshape(tile.grid).numpy(), found[first:, token].reshape(tile.grid).numpy()
+
+    def answers(
+        self, look: Look, question: str, config: ZipConfig, by_hand: tuple[int, Tensor] | None = None, length: int = 64
+    ) -> Pair:
+        """The question with all visual tokens, then with `config`'s.
+
+        Args:
+            by_hand: tile number and the patches of it to keep, ascending; the budget's dominant tokens are then as many
+                as these, and other tiles keep their best of that number.
+
+        Raises:
+            ValueError: for an empty question, a budget that can't be met, or an empty painting.
+        """
+        if not question.strip():
+            raise ValueError("ask something first")
+        around = None
+        if by_hand is not None:
+            number, patches = by_hand
+            tile = look.trace.tiles[number]
+            if not len(patches):
+                raise ValueError("no patch is painted; paint some, or let the selector choose")
+            total = tile.features.hidden_states.shape[1]
+            contextual = min(int(config.contextual), total - tile.cls - len(patches))
+            config = self.with_budget(len(patches) + tile.cls, contextual, config.selector, config.merge)
+            around = choosing(keeping(number, patches, len(look.trace.tiles)))
+        with self.lock:
+            before = self._attachment().config
+            if not self.warm:  # the first run of a process pays for what no other pays for
+                ask(self.model, self.processor, look.picture, question, max_new_tokens=2)
+                self.warm = True
+            try:
+                attach(self.model, self.processor, config)
+                inputs = image_inputs(self.processor, look.picture)
+                ((full_tokens, tokens),) = self._attachment().token_counts(**inputs)
+                compressed = ask(
+                    self.model, self.processor, look.picture, question, max_new_tokens=length, around=around
+                )
+                detach(self.model)
+                full = ask(self.model, self.processor, look.picture, question, max_new_tokens=length)
+            finally:
+                attach(self.model, self.processor, before)
+        return Pair(full, compressed, full_tokens, tokens)
+
+    def _attachment(self) -> Any:
+        attachment = attached(self.model)
+        assert attachment is not None
+        return attachment
+
+
+def keeping(number: int, patches: Tensor, tiles: int) -> Any:
+    """A chooser for `choosing`: tile `number` of `tiles` keeps `patches`, the others their most attended ones."""
+
+    def choose(features: Features, keep: int) -> Tensor:
+        batch = features.hidden_states.shape[0]
+        ranked = features.scores
+        if ranked is None:
+            ranked = (
+                -torch.arange(features.hidden_states.shape[1], device=features.hidden_states.device)
+                .expand(batch, -1)
+                .float()
+            )
+        chosen = ranked[:, features.cls :].argsort(dim=-1, descending=True, stable=True)[:, :keep].sort(dim=-1).values
+        if batch != tiles or keep != len(patches):
+            raise ValueError("patches were painted on another picture than the one that is asked about; paint again")
+        chosen[number] = patches.to(chosen.device)
+        return chosen
+
+    return choose
+
+
+def painted(layers: list[Image.Image], grid: tuple[int, int]) -> Tensor:
+    """Patches that paint covers, ascending. `layers` are what was painted, transparent elsewhere, any size."""
+    cover = np.zeros(grid, dtype=np.float32)
+    for layer in layers:
+        alpha = layer.convert("RGBA").getchannel("A").resize((grid[1], grid[0]), Image.Resampling.BOX)
+        cover = np.maximum(cover, np.asarray(alpha, dtype=np.float32) / 255)
+    return torch.from_numpy(np.flatnonzero(cover >= TOUCHED))
+
+
+def patch_at(tile: Tile, size: tuple[int, int], x: float, y: float) -> int:
+    """The patch under a point of a drawing of ``size`` (width, height) pixels."""
+    rows, columns = tile.grid
+    column = min(columns - 1, max(0, int(x * columns / size[0])))
+    row = min(rows - 1, max(0, int(y * rows / size[1])))
+    return row * columns + column

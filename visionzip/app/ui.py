@@ -1,0 +1,340 @@
+"""The page, made with Gradio. Needs the extra ``viz``; nothing is fetched from outside."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import socket
+import tempfile
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from visionzip.analysis import draw, pictures
+from visionzip.analysis.trace import Tile
+from visionzip.analysis.visualize import note
+from visionzip.app.looker import Look, Looker, painted, patch_at
+from visionzip.selectors import SELECTORS
+
+SIDE = 420
+UPLOAD = "20mb"
+QUESTION = "What is in the picture?"
+
+_CSS = """
+.answer textarea { font-size: 1.1rem; }
+#look img { cursor: crosshair; }
+footer { display: none !important; }
+"""
+
+
+def gradio() -> Any:
+    """The library, told to call nobody and to keep uploads in a folder of this process.
+
+    Raises:
+        ValueError: where it is not installed.
+    """
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    if "GRADIO_TEMP_DIR" not in os.environ:  # read when components are made; only what lies in it is served
+        folder = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="visionzip-app-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        import gradio
+    except ImportError as error:
+        raise ValueError("the app needs Gradio: pip install 'visionzip-ft[viz]'") from error
+    return gradio
+
+
+def build(looker: Looker, title: str, picture: str | None = None) -> Any:
+    """The page as ``gr.Blocks``, not yet served. `picture` is there from the start."""
+    gr = gradio()
+
+    def shown(
+        look: Look | None, number: int, dominant: float, contextual: float, selector: str, merge: str
+    ) -> list[Any]:
+        """Heat map, kept, merged and the line below for a budget; called at every move of a slider."""
+        if look is None:
+            return [None, None, None, ""]
+        tile = look.shown = budgeted(looker, look, number, dominant, contextual, selector, merge)
+        heat = draw.heat(tile, SIDE) if tile.attention is not None else None
+        tokens = (len(tile.kept) + len(tile.targets)) * len(look.trace.tiles)
+        words = f"**{tokens} of {look.trace.of_tokens} visual tokens.** {note(tile)}."
+        return [heat, draw.kept(tile, SIDE), draw.merged(tile, SIDE), words]
+
+    def opened(path: str | None, selector: str, merge: str) -> list[Any]:
+        """A new picture: run the encoder, set the sliders to what there is, draw."""
+        if not path:
+            return [None, *[gr.skip()] * 3, None, None, None, None, "", None, None, None, ""]
+        try:
+            look = looker.look(path)
+        except ValueError as error:
+            raise gr.Error(f"This picture can't be used: {error}") from error
+        tile = look.trace.tiles[0]
+        dominant, contextual, total = looker.budget(tile)
+        picture = draw.enlarged(tile, SIDE)
+        names = [(f"{place + 1} of {len(look.trace.tiles)}", place) for place in range(len(look.trace.tiles))]
+        return [
+            look,
+            gr.Dropdown(choices=names, value=0, visible=len(names) > 1),
+            gr.Slider(maximum=total, minimum=1 + tile.cls, value=dominant),
+            gr.Slider(maximum=total - 1 - tile.cls, value=contextual),
+            *shown(look, 0, dominant, contextual, selector, merge),
+            picture, canvas(picture), None, None, "",
+        ]  # fmt: skip
+
+    def turned(look: Look | None, number: int, *budget: Any) -> list[Any]:
+        """Another tile of the same picture."""
+        if look is None:
+            return [None, None, None, "", None, None, None, None, ""]
+        picture = draw.enlarged(look.trace.tiles[number], SIDE)
+        return [*shown(look, number, *budget), picture, canvas(picture), None, None, ""]
+
+    def clicked(
+        look: Look | None, number: int, dominant: float, contextual: float, selector: str, merge: str, event: Any
+    ) -> list[Any]:
+        """What the patch under the pointer attends to, and what attends to it."""
+        if look is None:
+            return [gr.skip()] * 4
+        tile = budgeted(looker, look, number, dominant, contextual, selector, merge)
+        picture = draw.enlarged(tile, SIDE)
+        patch = patch_at(tile, picture.size, *event.index)
+        try:
+            to, by = looker.attention_of(look, number, patch)
+        except ValueError as error:
+            raise gr.Error(str(error)) from error
+        row, column = divmod(patch, tile.grid[1])
+        return [framed(tile, picture, patch), framed(tile, draw.overlay(tile, to, SIDE), patch),
+                framed(tile, draw.overlay(tile, by, SIDE), patch), about(tile, patch, row, column, to, by)]  # fmt: skip
+
+    clicked.__annotations__["event"] = gr.SelectData  # how Gradio knows to pass the click; not importable at the top
+
+    def counted(look: Look | None, number: int, editor: dict[str, Any] | None) -> list[Any]:
+        """What painting comes to: drawing, and how many patches. Not given the sliders: a new picture moves those as well."""
+        if look is None or look.shown is None or not editor:
+            return [None, ""]
+        tile = look.trace.tiles[number]
+        patches = painted(editor["layers"], tile.grid)
+        if not len(patches):
+            return [None, "Nothing is painted yet."]
+        hand = looker.by_hand(tile, patches, look.shown)
+        return [draw.merged(hand, SIDE), note(hand) + "."]
+
+    def asked(
+        look: Look | None, number: int, question: str, length: float, choice: str, editor: Any, *budget: Any
+    ) -> list[Any]:
+        if look is None:
+            raise gr.Error("Upload a picture first.")
+        try:
+            tile = budgeted(looker, look, number, *budget)
+            config = looker.with_budget(len(tile.kept), len(tile.targets), *budget[2:])
+            by_hand = None
+            if choice == HAND:
+                by_hand = (number, painted((editor or {}).get("layers") or [], tile.grid))
+            pair = looker.answers(look, question, config, by_hand, int(length))
+        except ValueError as error:
+            raise gr.Error(str(error)) from error
+        rows = [
+            [name, tokens, answer.prompt_tokens, f"{1000 * answer.first:.0f}", f"{answer.decode_ms:.0f}", answer.new_tokens,
+             f"{1000 * answer.seconds:.0f}"]
+            for name, tokens, answer in (("all tokens", pair.full_tokens, pair.full), ("compressed", pair.tokens, pair.compressed))
+        ]  # fmt: skip
+        return [pair.full.text, pair.compressed.text, rows]
+
+    first, (kept_now, merged_now, total) = looker.blank()
+    with gr.Blocks(
+        title=f"VisionZip: {title}", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
+    ) as page:
+        state = gr.State()
+        gr.Markdown(f"# What a model keeps of a picture\n`{title}`")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                upload = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Picture", height=240,
+                                  value=pictures.read_one(picture) if picture else None, elem_id="picture", format="png", buttons=[])  # fmt: skip
+                # Gradio would decode it first, whatever its size, and show a stack trace where it can't; `pictures.read` says why.
+                upload.preprocess = lambda payload: payload.path if payload else None
+                tile_choice = gr.Dropdown(label="Tile", choices=[("1 of 1", 0)], value=0, visible=False, elem_id="tile")
+                dominant = gr.Slider(
+                    1 + first.cls,
+                    total,
+                    kept_now,
+                    step=1,
+                    label="Kept as they are",
+                    info="tokens, CLS included",
+                    elem_id="dominant",
+                )
+                contextual = gr.Slider(
+                    0,
+                    total - 1 - first.cls,
+                    merged_now,
+                    step=1,
+                    label="Merged",
+                    info="tokens that the rest is merged into",
+                    elem_id="contextual",
+                )
+                with gr.Row():
+                    selector = gr.Dropdown(
+                        SELECTORS.names(), value=looker.config.selector, label="Selector", min_width=120
+                    )
+                    merge = gr.Dropdown(
+                        ["add", "mean", "none"], value=looker.config.merge, label="Merge", min_width=120
+                    )
+            with gr.Column(scale=3):
+                with gr.Row():
+                    heat = _image(gr, "Attention (yellow: most)", "heat")
+                    kept = _image(gr, "Kept as they are", "kept")
+                    merged = _image(gr, "Merged (frame: target)", "merged")
+                words = gr.Markdown(elem_id="words")
+        with gr.Tabs():
+            with gr.Tab("Click a patch"):
+                with gr.Row():
+                    look_at = _image(gr, "What the encoder saw: click a patch", "look")
+                    attends = _image(gr, "What this patch attends to", "attends")
+                    attended = _image(gr, "What attends to this patch", "attended")
+                patch_words = gr.Markdown("Click a patch of the picture on the left.", elem_id="patch")
+            with gr.Tab("Keep by hand"):
+                gr.Markdown(
+                    f"Paint the patches to keep; below, ask with “{HAND}”. What is not painted is merged as the budget says."
+                )
+                with gr.Row():
+                    editor = gr.ImageEditor(
+                        type="pil", show_label=False, sources=[], transforms=[], layers=False, elem_id="editor", buttons=[],
+                        brush=gr.Brush(default_size=30, colors=["#D55E0099"], default_color="#D55E0099", color_mode="fixed"),
+                        height=SIDE + 80, image_mode="RGBA", scale=2,
+                    )  # fmt: skip
+                    with gr.Column(scale=1, min_width=240):
+                        by_hand = gr.Image(
+                            show_label=False, interactive=False, format="png", elem_id="by_hand", buttons=["fullscreen"]
+                        )
+                        paint_words = gr.Markdown("Nothing is painted yet.", elem_id="painted")
+        gr.Markdown("## Ask")
+        with gr.Row():
+            question = gr.Textbox(QUESTION, label="Question", scale=3, elem_id="question", max_length=2000)
+            choice = gr.Radio([SELECTOR, HAND], value=SELECTOR, label="Kept tokens", scale=2, elem_id="choice")
+            length = gr.Slider(1, 256, 32, step=1, label="Longest answer, tokens", scale=1, elem_id="length")
+        button = gr.Button("Ask with all tokens and with few", variant="primary", elem_id="ask")
+        with gr.Row():
+            full = gr.Textbox(label="All tokens", lines=3, elem_id="full", elem_classes="answer")
+            few = gr.Textbox(label="Compressed", lines=3, elem_id="few", elem_classes="answer")
+        times = gr.Dataframe(
+            headers=["", "visual tokens", "prompt tokens", "first token, ms", "each further, ms", "answer tokens", "in all, ms"],
+            interactive=False, elem_id="times", show_label=False, buttons=[],
+        )  # fmt: skip
+
+        budget = [dominant, contextual, selector, merge]
+        drawings = [heat, kept, merged, words]
+        patch_views = [look_at, editor, attends, attended, patch_words]
+        everything = [state, tile_choice, dominant, contextual, *drawings, *patch_views]
+        upload.change(opened, [upload, selector, merge], everything, api_name="open")
+        if picture:
+            page.load(opened, [upload, selector, merge], everything, api_name=False)
+        tile_choice.input(turned, [state, tile_choice, *budget], [*drawings, *patch_views], api_name=False)
+        for control in budget:
+            control.input(shown, [state, tile_choice, *budget], drawings, trigger_mode="always_last", show_progress="hidden",
+                          concurrency_limit=4, api_name="budget" if control is dominant else False)  # fmt: skip
+        look_at.select(
+            clicked, [state, tile_choice, *budget], [look_at, attends, attended, patch_words], api_name=False
+        )
+        gr.on([editor.change, editor.input], counted, [state, tile_choice, editor], [by_hand, paint_words],
+              trigger_mode="always_last", show_progress="hidden", api_name=False)  # fmt: skip
+        asking = [state, tile_choice, question, length, choice, editor, *budget]
+        gr.on([button.click, question.submit], asked, asking, [full, few, times], api_name="ask")
+    return page
+
+
+SELECTOR, HAND = "chosen by the selector", "painted by hand"
+
+
+def budgeted(
+    looker: Looker, look: Look, number: int, dominant: float, contextual: float, selector: str, merge: str
+) -> Tile:
+    """A tile under what the sliders say; contextual tokens give way where both together are too many."""
+    tile = look.trace.tiles[number]
+    total = tile.features.hidden_states.shape[1]
+    kept = min(max(int(dominant), 1 + tile.cls), total)
+    return tile.again(looker.with_budget(kept, min(int(contextual), total - kept), selector, merge))
+
+
+def canvas(picture: Image.Image) -> dict[str, Any]:
+    """What the editor is given: a picture and nothing painted on it."""
+    return {"background": picture, "layers": [], "composite": picture}
+
+
+def framed(tile: Tile, picture: Image.Image, patch: int) -> Image.Image:
+    """A drawing with one patch framed."""
+    from PIL import ImageDraw
+
+    cell = draw.cell_size(tile.grid, SIDE)
+    row, column = divmod(patch, tile.grid[1])
+    box = (column * cell - 1, row * cell - 1, (column + 1) * cell, (row + 1) * cell)
+    picture = picture.copy()
+    pen = ImageDraw.Draw(picture)
+    pen.rectangle(
+        tuple(side + grow for side, grow in zip(box, (-2, -2, 2, 2), strict=True)), outline=(255, 255, 255), width=2
+    )
+    pen.rectangle(box, outline=draw.MARK, width=3)
+    return picture
+
+
+def about(tile: Tile, patch: int, row: int, column: int, to: np.ndarray, by: np.ndarray) -> str:
+    """The clicked patch in words."""
+    fate = int(tile.groups[row, column])
+    what = {-2: "kept as it is", -1: "dropped"}.get(fate, f"merged into token {fate + 1}")
+    best = [divmod(int(place), tile.grid[1]) for place in (to.argmax(), by.argmax())]
+    names = [f"row {r + 1}, column {c + 1}" for r, c in best]
+    share = (
+        ""
+        if tile.attention is None
+        else f", with {float(tile.attention[row, column]) * tile.patches:.1f}× the average attention"
+    )
+    return (
+        f"**Patch {patch + 1} (row {row + 1}, column {column + 1})**, {what}{share}. "
+        f"It attends most to {names[0]}; most attended to by {names[1]}."
+    )
+
+
+def _image(gr: Any, caption: str, name: str) -> Any:
+    """A drawing below its caption: Gradio's own label would lie on the first patches."""
+    with gr.Column(min_width=240):
+        gr.Markdown(caption)
+        return gr.Image(
+            label=caption, show_label=False, interactive=False, elem_id=name, format="png", buttons=["fullscreen"]
+        )
+
+
+def serve(
+    page: Any, host: str = "127.0.0.1", port: int = 7860, *, block: bool = True, open_browser: bool = False
+) -> tuple[str, Any]:
+    """Serve the page; returns its address and what `close` ends it.
+
+    Uploads are limited in size and go to a folder of its own, and no other file is served.
+
+    Raises:
+        ValueError: when the port is taken or can't be bound.
+    """
+    gr = gradio()
+    refuse_taken(host, port)
+    page.queue(default_concurrency_limit=1, max_size=32)
+    _, address, _ = page.launch(
+        server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, inbrowser=open_browser,
+        max_file_size=UPLOAD, allowed_paths=[], css=_CSS, show_error=True, footer_links=[], run_history=False, ssr_mode=False,
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+    )  # fmt: skip
+    if block:
+        print(f"{address}  (Ctrl+C ends it)")
+        page.block_thread()
+    return address, page
+
+
+def refuse_taken(host: str, port: int) -> None:
+    if not 0 < port < 65536:
+        raise ValueError(f"port {port} does not exist; choose one from 1 to 65535")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(
+                f"port {port} on {host} can't be used ({error.strerror}); choose another with --port"
+            ) from error

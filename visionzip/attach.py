@@ -1,0 +1,195 @@
+"""Put compression on one model instance and its processor, and take it off again.
+
+What changes: the inner model's instance gets its own ``get_image_features``, the processor's instance its own
+``replace_image_token`` and ``_get_num_multimodal_tokens``, and the model's config an entry ``visionzip``. Classes, weights and
+every other model in the process stay as they are; ``detach`` deletes exactly what was added.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from visionzip.config import ZipConfig
+from visionzip.families import Family, Picture, family_for
+from visionzip.selectors import SELECTORS
+from visionzip.shorten import ShortenPrompts
+
+_ATTRIBUTE = "_visionzip"
+_CONFIG_KEY = "visionzip"
+
+
+@dataclass
+class Attachment:
+    """What `attach` put on a model; `attached(model)` finds it. The one object the rest of the toolkit talks to."""
+
+    model: PreTrainedModel
+    config: ZipConfig
+    family: Family
+    processor: Any = None
+    changes: list[tuple[object, str]] = field(default_factory=list)
+    handles: list[RemovableHandle] = field(default_factory=list)
+    shortener: ShortenPrompts | None = None
+
+    @property
+    def projector_names(self) -> list[str]:
+        """Dotted names of the modules that map visual tokens into the LLM: what VisionZip-FT trains."""
+        return list(self.family.projectors)
+
+    def compress(self, **image_inputs: Any) -> list[Picture]:
+        """Frozen part: image inputs of ``forward`` → for each picture its ``(L_i, D)`` tokens. No gradient.
+
+        A pure function of the picture, so its result can be stored and used again for every epoch, run and rank.
+        """
+        return self.family.compress(self.model, self.config, **image_inputs)
+
+    def project(self, pictures: list[Picture]) -> list[Tensor]:
+        """Trained part: `compress`'s result → ``(L_i, hidden)`` embeddings a picture, with gradient to the projector."""
+        return self.family.project(self.model, pictures)
+
+    def encoder_outputs(self, pictures: list[Picture], kind: str = "image") -> dict[str, Any]:
+        """`compress`'s result → what ``forward`` and ``generate`` take as ``mm_encoder_outputs`` in place of pixels.
+
+        Args:
+            kind: ``"image"`` or ``"video"``; for a batch with both, join the two dicts.
+        """
+        return {kind: self.family.outputs(self.model, pictures, kind)}
+
+    def token_counts(self, **image_inputs: Any) -> list[tuple[int, int]]:
+        """For each picture (visual tokens of the untouched model, visual tokens now)."""
+        return self.family.token_counts(self.model, self.config, **image_inputs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The processor is the caller's; copying or pickling a model must not copy a tokenizer along.
+        return {**self.__dict__, "processor": None, "changes": [c for c in self.changes if c[0] is not self.processor]}
+
+
+def attach(model: PreTrainedModel, processor: Any = None, config: ZipConfig | None = None, **budget: Any) -> Any:
+    """Compress the visual tokens of `model` from now on.
+
+    Args:
+        model: a ``*ForConditionalGeneration`` instance of a supported family (changed in place).
+        processor: the processor its prompts are made with (changed in place), which then writes ``K`` placeholders a
+            picture. Without one, prompts made by a stock processor are shortened as they come in.
+        config: what to keep; or give its fields: ``attach(model, processor, dominant=54, contextual=10)``.
+
+    Returns:
+        `model`, for chaining. Attaching again replaces what was attached.
+
+    Raises:
+        ValueError: for a budget that can't be met, a model or vision encoder that is not supported, a processor that does
+            not belong to the model. Nothing is changed then.
+    """
+    if config is not None and budget:
+        raise ValueError(f"give either a ZipConfig or its fields, not both (got config and {', '.join(budget)})")
+    config = config if config is not None else ZipConfig(**budget)
+    if not isinstance(config, ZipConfig):
+        raise ValueError(f"config is a {type(config).__name__}; expected a ZipConfig")
+    family = family_for(model)
+    SELECTORS[config.selector]
+    family.check(model, config)
+    if processor is not None:
+        family.check_processor(model, processor)
+        _free_processor(processor, model)
+    stock = family.stock_count(model)
+    if processor is None and stock is None and family.needs_placeholders:
+        raise ValueError(
+            f"{type(model).__name__} needs its processor: the number of placeholders depends on the picture"
+        )
+
+    patches = family.patches(model, processor, config)
+    _refuse_taken(patches, attached(model))
+    detach(model)
+    attachment = Attachment(model, config, family, processor)
+    for owner, name, value in patches:
+        owner.__dict__[name] = value  # not setattr: a module would register a submodule
+        attachment.changes.append((owner, name))
+    if processor is not None:
+        names = [name for owner, name, _ in patches if owner is processor]
+        processor.__dict__[_ATTRIBUTE] = Owner(weakref.ref(model), names)
+        attachment.changes.append((processor, _ATTRIBUTE))
+    attachment.handles = family.hooks(model, config)
+    if processor is None and stock is not None:
+        attachment.shortener = ShortenPrompts.install(model, stock, sum(family.budget(model, config)))
+    setattr(model, _ATTRIBUTE, attachment)
+    setattr(model.config, _CONFIG_KEY, config.model_dump())
+    return model
+
+
+def detach(model: nn.Module) -> Any:
+    """Take compression off: model and processor give bit-identical outputs to ones never touched. Returns `model`."""
+    attachment = attached(model)
+    if attachment is not None:
+        for owner, name in attachment.changes:
+            owner.__dict__.pop(name, None)
+        for handle in attachment.handles:
+            handle.remove()
+        if attachment.shortener is not None:
+            attachment.shortener.remove()
+        base = attachment.model
+        delattr(base, _ATTRIBUTE)
+        if _CONFIG_KEY in base.config.__dict__:
+            delattr(base.config, _CONFIG_KEY)
+    return model
+
+
+def attached(model: nn.Module) -> Attachment | None:
+    """What is attached to `model`, looking through PEFT, DeepSpeed, DDP and ``torch.compile`` wrappers."""
+    found = unwrap(model).__dict__.get(_ATTRIBUTE)
+    return found if isinstance(found, Attachment) else None
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The transformers model inside any wrappers."""
+    while True:
+        inner: Any = getattr(model, "_orig_mod", None) or model.__dict__.get("_modules", {}).get("module")
+        if inner is None and hasattr(model, "get_base_model"):
+            inner = cast(Any, model).get_base_model()
+        if not isinstance(inner, nn.Module) or inner is model:
+            return model
+        model = inner
+
+
+def visionzip(model: PreTrainedModel, dominant: int = 54, contextual: int = 10, processor: Any = None) -> Any:
+    """The authors' call: ``model = visionzip(model, dominant=54, contextual=10)``. See `attach`."""
+    return attach(model, processor, dominant=dominant, contextual=contextual)
+
+
+@dataclass
+class Owner:
+    """On a processor: the model it was attached with, so that a second model does not change the first one's prompts."""
+
+    model: weakref.ref | None
+    names: list[str]
+
+    def __reduce__(self) -> tuple:
+        return (Owner, (None, self.names))  # a worker process has the processor alone
+
+
+def _refuse_taken(patches: list[tuple[object, str, object]], mine: Attachment | None) -> None:
+    replaced_by_us = [(id(owner), name) for owner, name in mine.changes] if mine else []
+    for owner, name, _ in patches:
+        if name in owner.__dict__ and (id(owner), name) not in replaced_by_us:
+            raise ValueError(f"{type(owner).__name__}.{name} was already replaced on this instance by something else")
+
+
+def _free_processor(processor: Any, model: nn.Module) -> None:
+    """Refuse a processor that a living model is attached with; clean one whose model is gone."""
+    owner = processor.__dict__.get(_ATTRIBUTE)
+    if not isinstance(owner, Owner):
+        return
+    other = owner.model() if owner.model else None
+    theirs = attached(other) if other is not None else None
+    if other is not None and other is not model and theirs is not None and theirs.processor is processor:
+        raise ValueError(
+            "this processor is already attached with another model, whose prompts would change under it; "
+            "load a second one, or detach the other model first"
+        )
+    if other is not model:
+        for name in (*owner.names, _ATTRIBUTE):
+            processor.__dict__.pop(name, None)

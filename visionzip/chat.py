@@ -1,0 +1,263 @@
+"""A conversation with a compressed model that keeps its KV cache: a picture is encoded and prefilled once, however long it goes on.
+
+Every turn the whole conversation is rendered by the processor's template and compared with what the cache holds; what they have in
+common is not computed again. So the prompt is always what the template makes of it, whatever a tokenizer does at the seams.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TextStreamer
+
+from visionzip.attach import attach, attached, detach, unwrap
+from visionzip.config import ZipConfig
+from visionzip.families import family_for
+from visionzip.pictures import uncropped
+
+ROLES = {"user": "USER", "assistant": "ASSISTANT"}
+
+
+@dataclass
+class Turn:
+    """One answer and what it took.
+
+    Attributes:
+        pictures: (tokens now, tokens of the untouched model) of each picture this turn brought.
+        prompt: tokens of the conversation before the answer.
+        prefilled: how many of them were computed in this turn; the others came from the cache.
+        encoded: pictures that went through the encoder in this turn.
+        first: seconds from the question to the first token of the answer.
+        seconds: … to the last.
+        tokens: generated.
+    """
+
+    text: str
+    pictures: list[tuple[int, int]]
+    prompt: int
+    prefilled: int
+    encoded: int
+    first: float
+    seconds: float
+    tokens: int
+
+
+@dataclass
+class Chat:
+    """State of a conversation. `model` is attached with `processor`."""
+
+    model: Any
+    processor: Any
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    pictures: list[Any] = field(default_factory=list)
+    waiting: list[Any] = field(default_factory=list)
+    _cache: Any = None
+    _held: Tensor | None = None  # ids of what the cache holds, (L,)
+    _counted: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        attachment = attached(self.model)
+        if attachment is None:
+            raise ValueError("nothing is attached to this model; load it with visionzip.load, or attach it first")
+        self.config = attachment.config
+
+    def show(self, picture: Any) -> None:
+        """Put a picture (PIL) before the next question; nothing of it is cut off."""
+        self.waiting.append(uncropped(self.processor, picture))
+
+    def reset(self) -> None:
+        """Forget the conversation and its pictures."""
+        self.messages, self.pictures, self.waiting, self._counted = [], [], [], {}
+        self._forget()
+
+    def budget(self, config: ZipConfig | None) -> None:
+        """Go on with another budget, or with all tokens (None). The conversation stays; its pictures are read anew.
+
+        Raises:
+            ValueError: when the model can't have that budget; the old one stays.
+        """
+        if config is None:
+            detach(self.model)
+        else:
+            attach(unwrap(self.model), self.processor, config)
+            self.config = config
+        self._counted = {}
+        self._forget()
+
+    def ask(self, question: str, write: Callable[[str], None] = lambda text: None) -> Turn:
+        """Answer, handing text to `write` as it comes.
+
+        Raises:
+            ValueError: when the conversation does not fit into the model any more, or the question holds the text that
+            stands for a picture; nothing has changed then.
+        KeyboardInterrupt: passed on; what was said until then is kept.
+        """
+        start = time.perf_counter()
+        if self.processor.image_token in question:
+            raise ValueError(
+                f"{self.processor.image_token} stands for a picture and can't be part of a question; show one first"
+            )
+        content = [{"type": "image"} for _ in self.waiting] + [{"type": "text", "text": question}]
+        messages = [*self.messages, {"role": "user", "content": content}]
+        pictures = [*self.pictures, *self.waiting]
+        inputs = self._inputs(self._render(messages), pictures)
+        ids = inputs["input_ids"][0]
+        self._check_length(len(ids))
+        counts = [self._count(picture) for picture in pictures]
+        known, old = self._common(ids, [now for now, _ in counts])
+        given: dict[str, Any] = {}
+        if old < len(pictures):
+            given = self._pixels(pictures[old:])
+        if known < self._length():
+            self._crop(known)
+        streamer = _Streamer(self.processor.tokenizer, write)
+        try:
+            with torch.inference_mode():
+                output = self.model.generate(
+                    input_ids=ids[None],
+                    attention_mask=torch.ones_like(ids)[None],
+                    past_key_values=self._cache,
+                    max_new_tokens=self.max_new_tokens,
+                    do_sample=self.temperature > 0,
+                    **({"temperature": self.temperature} if self.temperature > 0 else {}),
+                    suppress_tokens=self._marks(),  # an answer that held a placeholder would ask for a picture
+                    streamer=streamer,
+                    return_dict_in_generate=True,
+                    **given,
+                )
+        except BaseException as error:
+            self._forget()  # what the cache holds now is not known
+            if isinstance(error, KeyboardInterrupt):
+                self._said(messages, pictures, streamer.text)
+            raise
+        self._cache = output.past_key_values
+        self._held = output.sequences[0][: self._length()]
+        arrived = len(self.waiting)
+        self._said(messages, pictures, streamer.text)
+        end = time.perf_counter()
+        return Turn(
+            text=streamer.text,
+            pictures=counts[len(pictures) - arrived :],
+            prompt=len(ids),
+            prefilled=len(ids) - known,
+            encoded=len(pictures) - old,
+            first=(streamer.first or end) - start,
+            seconds=end - start,
+            tokens=output.sequences.shape[1] - len(ids),
+        )
+
+    def _said(self, messages: list[dict[str, Any]], pictures: list[Any], answer: str) -> None:
+        text = [{"type": "text", "text": answer.strip()}]
+        self.messages, self.pictures, self.waiting = [*messages, {"role": "assistant", "content": text}], pictures, []
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        if getattr(self.processor, "chat_template", None):
+            return self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        # LLaVA-1.5's own way of asking, for a processor that has none
+        parts = []
+        for message in messages:
+            marks = [self.processor.image_token + "\n" for part in message["content"] if part["type"] == "image"]
+            text = [part["text"] for part in message["content"] if part["type"] == "text"]
+            parts.append(f"{ROLES[message['role']]}: {''.join(marks)}{' '.join(text)}")
+        return " ".join([*parts, "ASSISTANT:"])
+
+    def _inputs(self, text: str, pictures: list[Any]) -> Any:
+        start = self.processor.tokenizer.bos_token
+        inputs = self.processor(
+            text=text,
+            images=pictures or None,
+            return_tensors="pt",
+            add_special_tokens=not (start and text.startswith(start)),
+        )
+        return self._moved(inputs)
+
+    def _pixels(self, pictures: list[Any]) -> dict[str, Any]:
+        """The model's inputs of some pictures alone."""
+        made = self.processor(text=self.processor.image_token * len(pictures), images=pictures, return_tensors="pt")
+        return {name: value for name, value in self._moved(made).items() if name not in TEXT}
+
+    def _moved(self, inputs: Any) -> Any:
+        return inputs.to(self.model.device, dtype=self.model.dtype)
+
+    def _count(self, picture: Any) -> tuple[int, int]:
+        """(tokens now, tokens of the untouched model) of one picture, all its tiles together."""
+        if id(picture) not in self._counted:
+            model = unwrap(self.model)
+            counted = family_for(model).token_counts(model, self.config, **self._pixels([picture]))
+            stock, now = (sum(each) for each in zip(*counted, strict=True))
+            self._counted[id(picture)] = (now if attached(model) else stock, stock)
+        return self._counted[id(picture)]
+
+    def _common(self, ids: Tensor, counts: list[int]) -> tuple[int, int]:
+        """(how many ids the cache already holds, how many pictures stand among them). At least one id is left to compute."""
+        if self._held is None:
+            return 0, 0
+        shorter = min(len(ids) - 1, len(self._held))
+        differs = (ids[:shorter] != self._held[:shorter]).nonzero()
+        known = int(differs[0]) if len(differs) else shorter
+        places = (ids == unwrap(self.model).config.image_token_id).nonzero().flatten().tolist()
+        if len(places) != sum(counts):
+            return 0, 0  # a family that writes more than its pictures' tokens: begin anew
+        old, done = 0, 0
+        while old < len(counts) and places[done + counts[old] - 1] < known:
+            done, old = done + counts[old], old + 1
+        if old < len(counts):
+            known = min(known, places[done])  # never from the middle of a picture
+            if old and hasattr(unwrap(self.model).model, "get_rope_index"):
+                return 0, 0  # positions of a new picture on an old cache: transformers' M-RoPE models can't
+        return known, old
+
+    def _crop(self, length: int) -> None:
+        if length == 0 or any(
+            getattr(self._cache, "is_sliding", [])
+        ):  # a sliding window has thrown away what comes before
+            self._forget()
+        else:
+            self._cache.crop(length - self._length())  # negative: how many to take off
+
+    def _length(self) -> int:
+        return int(self._cache.get_seq_length()) if self._cache is not None else 0
+
+    def _forget(self) -> None:
+        self._cache = self._held = None
+
+    def _marks(self) -> list[int]:
+        config = unwrap(self.model).config
+        marks = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
+        return [mark for mark in marks if mark is not None]
+
+    def _check_length(self, prompt: int) -> None:
+        text = unwrap(self.model).config.get_text_config()
+        most = getattr(text, "max_position_embeddings", None)
+        if most and prompt + 1 > most:
+            raise ValueError(f"the conversation has {prompt:,} tokens by now, and the model can hold {most:,}: /reset")
+
+
+#: what a processor makes of the text, as opposed to the pictures
+TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+
+
+class _Streamer(TextStreamer):
+    """Hands on text, and notes when the first token came."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._write = write
+        self.first: float | None = None
+        self.text = ""
+
+    def put(self, value: Tensor) -> None:
+        if not self.next_tokens_are_prompt and self.first is None:
+            self.first = time.perf_counter()
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text += text
+        self._write(text)

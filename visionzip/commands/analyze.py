@@ -1,0 +1,37 @@
+"""measure how concentrated an encoder's attention is over many pictures
+
+  visionzip analyze data/tiny-llava pictures/ --out runs/attention
+
+Concentration per layer, attention held against budget with the budgets that hold 80, 90 and 95 %, agreement between layers: a
+table, plots, and JSON. What was measured is kept, so the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from visionzip.commands import _model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    _model.add_arguments(parser)
+    parser.add_argument("path", help="a folder of pictures")
+    parser.add_argument("--out", default="visionzip-analysis", help="folder for table, plots and JSON")
+    parser.add_argument("--theme", choices=("light", "dark"), default="light", help="of the plots")
+    parser.add_argument("--limit", type=int, help="at most so many pictures, in the order of their names")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from visionzip.analysis import pictures
+    from visionzip.analysis.analyze import analyze, summary, table, write
+
+    pictures.find(arguments.path)  # before a model is loaded for nothing
+    model, _ = _model.load(arguments)
+    found = analyze(model, arguments.path, arguments.out, limit=arguments.limit)
+    if found.resumed:
+        print(f"{found.resumed} pictures were measured before")
+    print(table(summary(found)))
+    for name, reason in found.skipped.items():
+        print(f"skipped {name}: {reason}", file=sys.stderr)
+    print(f"\n{arguments.out}: {', '.join(path.name for path in write(found, arguments.theme))}")

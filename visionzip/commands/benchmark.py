@@ -1,0 +1,103 @@
+"""time a model and weigh its cache, with all visual tokens and with few
+
+  visionzip benchmark data/tiny-llava --budgets all,16,8
+  visionzip benchmark llava-hf/llava-1.5-7b-hf --budgets all,192,128,64 --batches 1,8 --turns 3 --json bench.json --plot bench.png
+  visionzip benchmark llava-hf/llava-1.5-13b-hf --quantize 4
+
+Prefill, time to first token, decoding, peak memory, keys and values, FLOPs. Turns after the first reuse the cache, as a chat does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from visionzip.commands import _model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    _model.add_arguments(parser)
+    parser.add_argument("--budgets", help="all, 64 or 54+10, separated by commas (default: all and the model's budget)")
+    parser.add_argument("--batches", default="1", help="batch sizes, separated by commas (default: 1)")
+    parser.add_argument("--turns", type=int, default=1, help="of the conversation (default: 1)")
+    parser.add_argument("--new-tokens", type=int, default=32, help="length of each answer (default: 32)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="the median of so many runs (default: 3), after one to warm up"
+    )
+    parser.add_argument("--picture", help="default: 640 × 480 pixels of a gradient")
+    parser.add_argument(
+        "--quantize", type=int, choices=(8, 4), help="load the weights in 8 or 4 bit (bitsandbytes, GPU)"
+    )
+    parser.add_argument("--json", help="write every figure to this file")
+    parser.add_argument("--plot", help="draw it into this PNG")
+    parser.add_argument("--theme", choices=("light", "dark"), default="light", help="of the plot")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from visionzip import benchmark as bench
+    from visionzip.analysis import pictures
+
+    budgets = bench.parse_budgets(arguments.budgets) if arguments.budgets else None
+    try:
+        batches = [int(part) for part in arguments.batches.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--batches {arguments.batches!r} is not understood; expected numbers such as 1,8") from error
+    picture = pictures.read_one(arguments.picture) if arguments.picture else gradient()
+    model, processor = _model.load(arguments, **quantized(arguments))
+    if budgets is None:
+        from visionzip import attached
+
+        attachment = attached(model)
+        assert attachment is not None
+        budgets = [None, attachment.config]
+    rows = bench.benchmark(
+        model, processor, picture, budgets=budgets, batches=batches, turns=arguments.turns,
+        new_tokens=arguments.new_tokens, repeats=arguments.repeats,
+        report=lambda doing: print(f"  {doing}", file=sys.stderr, flush=True),
+    )  # fmt: skip
+    found = bench.facts(rows, model, name=arguments.model, quantize=arguments.quantize, new_tokens=arguments.new_tokens,
+                        picture=list(picture.size))  # fmt: skip
+    where = f"{arguments.model} on {found['device']}, {found['dtype']}" + (
+        f", {arguments.quantize} bit" if arguments.quantize else ""
+    )
+    print(f"{where}\n\n{bench.table(rows)}")
+    if arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump(found, file, indent=1)
+    if arguments.plot:
+        from visionzip.analysis import plots
+
+        with plots.style(arguments.theme):
+            plots.save(bench.plot(rows, where), arguments.plot)
+
+
+def quantized(arguments: argparse.Namespace) -> dict:
+    """What ``from_pretrained`` needs for 8 or 4 bit.
+
+    Raises:
+        ValueError: without a GPU or bitsandbytes.
+    """
+    if arguments.quantize is None:
+        return {}
+    import importlib.util
+
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"--quantize {arguments.quantize} needs a GPU, and there is none; leave it out to measure on the CPU"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("--quantize needs bitsandbytes: pip install bitsandbytes")
+    config = BitsAndBytesConfig(load_in_4bit=arguments.quantize == 4, load_in_8bit=arguments.quantize == 8)
+    return {"quantization_config": config}
+
+
+def gradient() -> Any:
+    """A picture that needs no file."""
+    from PIL import Image
+
+    return Image.linear_gradient("L").resize((640, 480)).convert("RGB")

@@ -1,0 +1,194 @@
+"""talk with a compressed model about pictures; each is read once, every turn reuses the cache
+
+  visionzip chat runs/demo/projector --image photo.jpg
+  visionzip chat llava-hf/llava-1.5-7b-hf --dominant 54 --contextual 10
+
+In the chat:
+  /image photo.jpg [more.png]   show pictures before the next question
+  /budget 64                    keep 64 tokens a picture from now on; also 54+10, 0.1 (a share), or full
+  /reset                        forget the conversation and its pictures
+  /help, /exit
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from typing import Any
+
+from visionzip.commands import _model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    _model.add_arguments(parser)
+    parser.add_argument("--image", action="append", default=[], help="a picture to begin with; can be given again")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: 512)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from visionzip.chat import Chat
+
+    begun = [open_picture(path) for path in arguments.image]  # before the model: a wrong path costs nothing
+    model, processor = _model.load(arguments)
+    chat = Chat(model, processor, arguments.max_new_tokens, arguments.temperature)
+    for picture in begun:
+        chat.show(picture)
+    Terminal(chat, arguments.model).run()
+
+
+class Terminal:
+    """Reads lines, prints answers. Commands begin with a slash."""
+
+    def __init__(self, chat: Any, name: str) -> None:
+        self.chat, self.name = chat, name
+        self.live = sys.stdin.isatty()
+        self.dim, self.plain = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
+
+    def run(self) -> None:
+        if self.live:
+            import contextlib
+
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401 (line editing and history for input())
+        self.note(f"{self.name}: {self.budget_words()}. /help says what can be done, /exit ends.")
+        if self.chat.waiting:
+            self.note(
+                f"{len(self.chat.waiting)} picture{'s' * (len(self.chat.waiting) > 1)} before the first question."
+            )
+        while True:
+            try:
+                line = input("> ").strip()
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print("\n(/exit ends)")
+                continue
+            if not self.live:
+                print(line)  # so that a transcript of piped input can be read
+            if line in ("/exit", "/quit"):
+                return
+            try:
+                if line.startswith("/"):
+                    self.command(line)
+                elif line:
+                    self.answer(line)
+            except (ValueError, OSError) as error:
+                print(f"! {error}")
+
+    def answer(self, question: str) -> None:
+        def write(text: str) -> None:
+            print(text, end="", flush=True)
+
+        try:
+            turn = self.chat.ask(question, write)
+        except KeyboardInterrupt:
+            print(" … (stopped)")
+            return
+        print()
+        self.note(summary(turn))
+
+    def command(self, line: str) -> None:
+        """Raises ValueError for what it does not know."""
+        try:
+            word, *rest = shlex.split(line)
+        except ValueError as error:
+            raise ValueError(f"{line}: {error}") from None
+        if word == "/image":
+            if not rest:
+                raise ValueError("/image takes one or more files: /image photo.jpg")
+            for picture in [open_picture(path) for path in rest]:
+                self.chat.show(picture)
+                self.note(f"{picture.width} × {picture.height} picture, shown with the next question.")
+        elif word == "/budget":
+            if len(rest) != 1:
+                raise ValueError(f"/budget takes one value such as 64, 54+10, 0.1 or full; now: {self.budget_words()}")
+            self.chat.budget(parse_budget(rest[0], self.chat.config))
+            self.note(f"{self.budget_words()}; the pictures so far are read anew.")
+        elif word == "/reset":
+            self.chat.reset()
+            self.note("Conversation and pictures forgotten.")
+        elif word == "/help":
+            print((__doc__ or "").split("In the chat:\n")[1].rstrip())
+        else:
+            raise ValueError(f"{word} is no command; there are /image, /budget, /reset, /help and /exit")
+
+    def budget_words(self) -> str:
+        from visionzip.attach import attached
+        from visionzip.export.card import budget_words
+
+        attachment = attached(self.chat.model)
+        return budget_words(attachment.config.model_dump()) + " a picture" if attachment else "all visual tokens"
+
+    def note(self, text: str) -> None:
+        print(f"{self.dim}{text}{self.plain}", flush=True)
+
+
+def summary(turn: Any) -> str:
+    """One line of what a turn took."""
+    parts = [f"picture: {now} of {stock} tokens" for now, stock in turn.pictures]
+    cached = turn.prompt - turn.prefilled
+    parts.append(f"prompt {turn.prompt} tokens" + (f" ({cached} from the cache)" if cached else ""))
+    if turn.encoded > len(turn.pictures):
+        parts.append(f"{turn.encoded} pictures read anew")
+    rate = (turn.tokens - 1) / (turn.seconds - turn.first) if turn.tokens > 1 and turn.seconds > turn.first else None
+    parts.append(f"first token after {1000 * turn.first:.0f} ms")
+    parts.append(f"{turn.tokens} tokens" + (f", {rate:.0f}/s" if rate else ""))
+    return " · ".join(parts)
+
+
+def parse_budget(text: str, config: Any) -> Any:
+    """``64`` in the proportion of `config`, ``54+10``, ``0.1`` or ``10%`` as shares; ``full`` is None.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    from visionzip.config import ZipConfig
+
+    if text == "full":
+        return None
+    try:
+        if "+" in text:
+            first, second = text.split("+")
+            dominant, contextual = _model.tokens(first), _model.tokens(second)
+        else:
+            total = float(text[:-1]) / 100 if text.endswith("%") else _model.tokens(text)
+            share = config.contextual / (config.dominant + config.contextual)
+            if isinstance(config.dominant, float) is not isinstance(config.contextual, float):
+                share = 10 / 64
+            contextual = total * share if isinstance(total, float) else round(total * share)
+            dominant = total - contextual
+    except ValueError:
+        raise ValueError(
+            f"{text} is no budget; give a number of tokens (64), two (54+10), a share (0.1), or full"
+        ) from None
+    changes = {"dominant": dominant, "contextual": contextual}
+    try:
+        return ZipConfig.model_validate({**config.model_dump(), **changes})
+    except ValueError as error:
+        raise ValueError(f"{text} is no budget: {_first_line(error)}") from None
+
+
+def _first_line(error: ValueError) -> str:
+    errors = getattr(error, "errors", None)
+    return str(errors()[0]["msg"]).removeprefix("Value error, ") if errors else str(error)
+
+
+def open_picture(path: str) -> Any:
+    """A file as an upright RGB picture.
+
+    Raises:
+        ValueError: when it is none, or can't be read.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(os.path.expanduser(path)) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path}") from None
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} can't be read as a picture: {error}") from None

@@ -1,0 +1,26 @@
+"""say in plain words what a model, projector, checkpoint, cache or run is
+
+visionzip inspect runs/demo/projector
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", help="a file, a directory, or an id on the hub")
+    parser.add_argument("--json", action="store_true", help="one JSON object in place of text")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from visionzip.describe import describe, show
+    from visionzip.hub import local_copy
+
+    found = describe(local_copy(arguments.path))
+    if arguments.json:
+        print(json.dumps(asdict(found), indent=2, default=str))
+    else:
+        show(found)

@@ -1,0 +1,23 @@
+"""download an export from a hub repository
+
+visionzip pull somebody/tiny-llava-visionzip-16 --out runs/theirs
+"""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("repository", help="owner/name")
+    parser.add_argument("--out", help="directory to put it in (default: the hub's cache)")
+    parser.add_argument("--revision", help="branch, tag or commit (default: main)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from visionzip.describe import describe, show
+    from visionzip.hub import pull
+
+    path = pull(arguments.repository, arguments.out, revision=arguments.revision)
+    print(path)
+    show(describe(path))

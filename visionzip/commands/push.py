@@ -1,0 +1,32 @@
+"""upload an export to a hub repository, with its model card
+
+  visionzip push runs/demo/merged somebody/tiny-llava-visionzip-16
+
+Uses the token of `hf auth login`, and the hub that HF_ENDPOINT names.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", help="what `visionzip export` wrote")
+    parser.add_argument("repository", help="owner/name; made if it does not exist")
+    parser.add_argument("--private", action="store_true", help="if it is made now, only you can see it")
+    parser.add_argument("--revision", help="branch to commit to (default: main)")
+    parser.add_argument("--message", help="of the commit")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from visionzip.hub import push
+
+    print(
+        push(
+            arguments.directory,
+            arguments.repository,
+            private=arguments.private,
+            revision=arguments.revision,
+            message=arguments.message,
+        )
+    )

@@ -1,0 +1,45 @@
+"""draw what is kept of pictures, tiles and frames, as PNGs and one HTML page
+
+  visionzip visualize data/tiny-llava pictures/ --out runs/look.html
+  visionzip visualize llava-hf/llava-1.5-7b-hf photo.jpg --dominant 54 --contextual 10
+  visionzip visualize runs/ft-64/projector clip.mp4 --frames 8
+
+For each picture: what the encoder saw, where its attention is, the kept patches with the rest whitened, and which patches were
+merged into which token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from visionzip.commands import _model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    _model.add_arguments(parser)
+    parser.add_argument("path", help="a picture, a folder of pictures, or a video")
+    parser.add_argument("--out", default="visionzip-report.html", help="the page; PNGs go into a folder of its name")
+    parser.add_argument(
+        "--theme", choices=("light", "dark"), default="light", help="of the PNGs (the page follows the reader)"
+    )
+    parser.add_argument("--frames", type=int, default=8, help="taken evenly from a video (default: 8)")
+    parser.add_argument("--limit", type=int, help="at most so many pictures of a folder")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from visionzip.analysis import pictures
+    from visionzip.analysis.visualize import visualize
+
+    if not pictures.is_video(arguments.path):
+        pictures.find(arguments.path)  # before a model is loaded for nothing
+    model, _ = _model.load(arguments)
+    result = visualize(
+        model, arguments.path, arguments.out, theme=arguments.theme, frames=arguments.frames, limit=arguments.limit,
+        title=arguments.model, progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    for name, _, tokens, of_tokens, held in result.rows:
+        print(f"{name}: {tokens} of {of_tokens} tokens, holding {held} of the attention")
+    for name, reason in result.skipped.items():
+        print(f"skipped {name}: {reason}", file=sys.stderr)
+    print(f"{result.page}  ({len(result.images)} PNGs in {result.images[0].parent})")

@@ -1,0 +1,165 @@
+"""Score → select → merge: VisionZip in pure tensor functions that know no model.
+
+Shapes: ``B`` pictures (or tiles, or frames), ``N`` tokens of the encoder with CLS, ``D`` hidden size, ``K`` kept tokens =
+dominant + contextual. Source: arXiv 2412.04467, section 3; where paper and authors' code disagree (the merge adds, the
+pseudo-code averages) the code is followed, because it produced the published numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visionzip.config import Merge
+from visionzip.selectors import SELECTORS, Features
+
+DROPPED = -1
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """The tokens that are left of ``B`` pictures, and where each one came from.
+
+    Attributes:
+        tokens: ``(B, K, D)``: CLS, dominant patches in raster order, contextual tokens.
+        kept: ``(B, dominant)`` int64: their places among the encoder's tokens, ascending; 0 is CLS where there is one.
+        targets: ``(B, contextual)`` int64: the places of the tokens that others were merged into.
+        slots: ``(B, N)`` int64: for every token of the encoder the place in `tokens` it went to, or ``DROPPED``.
+    """
+
+    tokens: Tensor
+    kept: Tensor
+    targets: Tensor
+    slots: Tensor
+
+
+Listener = Callable[[Features, Compressed], None]
+_listener: ContextVar[Listener | None] = ContextVar("visionzip_listener", default=None)
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Inside, `listener` sees what goes into and comes out of every `compress` of this thread (`visionzip.analysis.trace`).
+
+    Here rather than in a model's family: whatever a family does before and after, its tokens are chosen here.
+    """
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def listened() -> bool:
+    """Somebody wants to see the scores, also of a selector that does without."""
+    return not torch.compiler.is_compiling() and _listener.get() is not None  # dynamo can't trace a ContextVar
+
+
+Chooser = Callable[[Features, int], Tensor]
+_chooser: ContextVar[Chooser | None] = ContextVar("visionzip_chooser", default=None)
+
+
+@contextmanager
+def choosing(chooser: Chooser) -> Iterator[None]:
+    """Inside, `chooser` stands for every selector in this thread: patches kept by hand, to ask what they are worth."""
+    token = _chooser.set(chooser)
+    try:
+        yield
+    finally:
+        _chooser.reset(token)
+
+
+def compress(
+    features: Features, dominant: int, contextual: int, *, selector: str = "visionzip", merge: Merge = "add"
+) -> Compressed:
+    """Keep `dominant` tokens as they are and merge the others into `contextual` ones.
+
+    Args:
+        features: one layer of an encoder, ``N`` tokens of ``B`` pictures.
+        dominant: tokens kept, CLS included where there is one.
+        contextual: tokens the rest is merged into; with 0 the rest is dropped.
+
+    Raises:
+        ValueError: when the budget is larger than ``N``.
+    """
+    result = _compress(features, dominant, contextual, selector, merge)
+    listener = _listener.get() if listened() else None
+    if listener is not None:
+        listener(features, result)
+    return result
+
+
+def _compress(features: Features, dominant: int, contextual: int, selector: str, merge: Merge) -> Compressed:
+    batch, total = features.hidden_states.shape[:2]
+    if not features.cls <= dominant <= total or not 0 <= contextual <= total - dominant:
+        raise ValueError(f"dominant={dominant} + contextual={contextual} of {total} tokens can't be kept")
+    by_hand = None if torch.compiler.is_compiling() else _chooser.get()
+    patches = (by_hand or SELECTORS[selector].choose)(features, dominant - features.cls)
+    kept = F.pad(patches + features.cls, (features.cls, 0))  # CLS is token 0
+    rest = complement(kept, total)  # (B, R)
+
+    slots = torch.full((batch, total), DROPPED, device=kept.device)
+    slots.scatter_(1, kept, torch.arange(dominant, device=kept.device).expand(batch, -1))
+    tokens = take(features.hidden_states, kept)
+    if contextual == 0:
+        return Compressed(tokens, kept, rest[:, :0], slots)
+
+    target_places = contextual_targets(rest.shape[1], contextual, device=kept.device)
+    group = assign(take(features.metric, rest), target_places)  # (B, R)
+    merged = merge_groups(take(features.hidden_states, rest), target_places, group, merge)
+    if merge == "none":  # of the others nothing is left
+        slots.scatter_(1, rest[:, target_places], group[:, target_places] + dominant)
+    else:
+        slots.scatter_(1, rest, group + dominant)
+    return Compressed(torch.cat((tokens, merged), dim=1), kept, rest[:, target_places], slots)
+
+
+def take(tokens: Tensor, places: Tensor) -> Tensor:
+    """``(B, N, D)`` and ``(B, K)`` → ``(B, K, D)``."""
+    return tokens.gather(1, places.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def complement(places: Tensor, total: int) -> Tensor:
+    """Of `total` tokens those that are not in `places` ``(B, K)``, ascending: ``(B, total - K)``."""
+    left = torch.ones(places.shape[0], total, dtype=torch.bool, device=places.device).scatter_(1, places, False)
+    # A stable sort rather than nonzero(): its shape is known beforehand, so it neither waits for a GPU nor breaks a graph.
+    return left.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : total - places.shape[1]]
+
+
+def contextual_targets(rest: int, contextual: int, device: torch.device) -> Tensor:
+    """Every ``max(1, rest // contextual)``-th of the remaining tokens in raster order, the first `contextual` of them."""
+    return torch.arange(contextual, device=device) * max(1, rest // contextual)
+
+
+def assign(metric: Tensor, targets: Tensor) -> Tensor:
+    """Each of ``R`` remaining tokens goes to the target whose key is most similar (cosine); a target goes to itself.
+
+    Shapes: metric ``(B, R, d)``, targets ``(T,)`` → ``(B, R)`` in ``[0, T)``. Float32: a tie broken by rounding would
+    move a token from one group to another.
+    """
+    metric = F.normalize(metric.float(), dim=-1)
+    group = (metric @ metric[:, targets].transpose(1, 2)).argmax(dim=-1)
+    group[:, targets] = torch.arange(len(targets), device=targets.device)
+    return group
+
+
+def merge_groups(tokens: Tensor, targets: Tensor, group: Tensor, merge: Merge) -> Tensor:
+    """``(B, R, D)`` in ``T`` groups → ``(B, T, D)``. ``add``: target + mean of the others; ``mean``: of all; ``none``: target.
+
+    The sum is a product with a one-hot matrix, not a scatter-add, whose order on a GPU is random.
+    """
+    kept = tokens[:, targets]
+    if merge == "none":
+        return kept
+    members = F.one_hot(group, len(targets)).to(torch.float32)  # (B, R, T)
+    if merge == "add":
+        members[:, targets] = 0.0
+    counts = members.sum(dim=1).clamp(min=1.0).unsqueeze(-1)
+    mean = (members.transpose(1, 2) @ tokens.float()) / counts
+    return (kept.float() + mean if merge == "add" else mean).to(tokens.dtype)

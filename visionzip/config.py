@@ -1,0 +1,80 @@
+"""What to keep of a picture: one validated object, stored with the model and with everything that is exported."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, model_validator
+
+Merge = Literal["add", "mean", "none"]
+
+
+class ZipConfig(BaseModel):
+    """How many visual tokens are kept, and how they are chosen.
+
+    A budget is a number of tokens (an ``int``) or a share of the tokens the encoder makes (a ``float`` in (0, 1]).
+    ``dominant`` counts the CLS token where the encoder has one, as the authors' call does: ``dominant=54`` on CLIP is
+    CLS and 53 patches (authors' code; paper, section 3.2).
+
+    Raises:
+        pydantic.ValidationError: (a ``ValueError``) for a budget that no encoder could meet, or an unknown key.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dominant: StrictInt | StrictFloat = Field(
+        54, description="tokens kept as they are, CLS included; a share if below 1"
+    )
+    contextual: StrictInt | StrictFloat = Field(10, description="tokens that the rest is merged into; 0 drops the rest")
+    selector: str = Field("visionzip", description="how the dominant tokens are chosen (visionzip/selectors/)")
+    merge: Merge = Field("add", description="target + mean of its group (authors' code), mean of all, or target alone")
+    layer: int | None = Field(
+        None, description="hidden state that is read, as in `hidden_states[layer]`; None: the one the model reads"
+    )
+
+    @model_validator(mode="after")
+    def _budgets_are_possible(self) -> ZipConfig:
+        for name, least in (("dominant", 1), ("contextual", 0)):
+            value = getattr(self, name)
+            if isinstance(value, float) and not (0.0 <= value <= 1.0 and (value > 0.0 or least == 0)):
+                raise ValueError(
+                    f"{name}={value} is no share of the tokens; expected a float in ({'0' if least else '0 or more'}, 1],"
+                    f" or an int for a number of tokens"
+                )
+            if isinstance(value, int) and value < least:
+                raise ValueError(
+                    f"{name}={value} can't be met; expected an int of at least {least}, or a share in (0, 1]"
+                )
+        return self
+
+    def resolve(self, tokens: int, reserved: int = 0, *, cap: bool = False) -> tuple[int, int]:
+        """The budget in tokens for an encoder that makes `tokens` of them.
+
+        Args:
+            tokens: ``N``, tokens a picture has, CLS included.
+            reserved: tokens that are always kept (CLS) and therefore need a place among the dominant.
+            cap: a picture with fewer tokens than asked for keeps all it has; for encoders whose pictures differ in size.
+
+        Returns:
+            ``(dominant, contextual)``, both in tokens.
+
+        Raises:
+            ValueError: when the encoder has fewer tokens than asked for.
+        """
+        dominant = self._tokens(self.dominant, tokens)
+        contextual = self._tokens(self.contextual, tokens)
+        dominant = max(dominant, reserved, 1) if isinstance(self.dominant, float) else dominant
+        if cap:
+            dominant = min(dominant, tokens)
+        if cap or isinstance(self.dominant, float) or isinstance(self.contextual, float):
+            contextual = max(0, min(contextual, tokens - dominant))
+        if dominant < reserved or dominant + contextual > tokens:
+            raise ValueError(
+                f"a budget of dominant={self.dominant} + contextual={self.contextual} can't be met: the encoder makes "
+                f"{tokens} tokens a picture{' (CLS included)' if reserved else ''}. Choose dominant + contextual <= {tokens}."
+            )
+        return dominant, contextual
+
+    @staticmethod
+    def _tokens(budget: int | float, tokens: int) -> int:
+        return budget if isinstance(budget, int) else round(budget * tokens)

@@ -1,0 +1,109 @@
+"""What an encoder adapter must offer, and the attention arithmetic the adapters share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visionzip.registry import Registry
+from visionzip.selectors import Features
+
+# Queries handled at once where attention received is summed: bounds memory to B × H × CHUNK × N floats.
+CHUNK = 256
+
+Layer = int | Sequence[int]
+
+
+class Encoder(ABC):
+    """Reads one layer of one kind of vision encoder: hidden states, keys and scores, in one pass and no further.
+
+    An adapter is stateless; the module it reads is passed in, so that one adapter serves every model in the process.
+    """
+
+    has_cls: bool
+
+    @abstractmethod
+    def tokens(self, tower: Any) -> int:
+        """``N``, tokens of a picture of the size the encoder was made for, CLS included."""
+
+    @abstractmethod
+    def depth(self, tower: Any) -> int:
+        """Number of transformer layers."""
+
+    @abstractmethod
+    def encode(self, tower: Any, pixel_values: Tensor, layer: Layer, *, scores: bool = True) -> Features:
+        """Run the encoder up to the layer that is read.
+
+        Args:
+            pixel_values: ``(B, C, height, width)``.
+            layer: as in ``hidden_states[layer]`` (0 = embeddings, -1 = last output); for several, their hidden states
+                are joined on the last axis and keys and scores come from the deepest.
+            scores: compute ``Features.scores``; a selector that needs no attention does without.
+        """
+
+    def layers_run(self, tower: Any, layer: Layer) -> list[int]:
+        """`layer` as numbers of layers run before each hidden state that is read.
+
+        Raises:
+            ValueError: for a hidden state the encoder does not have, or the embeddings alone, which attend to nothing.
+        """
+        depth = self.depth(tower)
+        wanted = [layer] if isinstance(layer, int) else list(layer)
+        resolved = [index if index >= 0 else depth + 1 + index for index in wanted]
+        if not resolved or min(resolved) < 0 or max(resolved) > depth:
+            raise ValueError(
+                f"layer {layer} does not exist: this vision encoder has {depth} layers, so {-depth - 1} … {depth} can be read"
+            )
+        if max(resolved) == 0:
+            raise ValueError(
+                f"layer {layer} is the embeddings, before any attention; choose 1 … {depth} or -{depth} … -1"
+            )
+        return resolved
+
+
+ENCODERS: Registry[Encoder] = Registry("vision encoder", "visionzip.encoders")
+
+
+def encoder_for(tower: Any) -> Encoder:
+    """The adapter of a vision encoder, by the name of its class or of a base class.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    for kind in type(tower).__mro__:
+        adapter = ENCODERS.get(kind.__name__)
+        if adapter is not None:
+            return adapter
+    raise ValueError(
+        f"the vision encoder {type(tower).__name__} is not supported; supported: {', '.join(ENCODERS.names())}. "
+        f"A new one is one file in visionzip/encoders/."
+    )
+
+
+def split_heads(states: Tensor, heads: int) -> Tensor:
+    """``(B, N, H·d)`` → ``(B, H, N, d)``."""
+    return states.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def attention_from_cls(query: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """What CLS attends to, summed over heads: ``(B, H, 1, d)`` and ``(B, H, N, d)`` → ``(B, N)`` float32.
+
+    One row of the attention map; the map itself is never formed (VisionZip issues 18, 24, 25 and 29: asking for all maps
+    costs SDPA and FlashAttention, and with them the speed-up).
+    """
+    return (query @ keys.transpose(-1, -2) * scale).softmax(dim=-1, dtype=torch.float32).sum(dim=1).squeeze(1)
+
+
+def attention_received(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """What each token receives, mean over heads and queries: ``(B, H, N, d)`` twice → ``(B, N)`` float32.
+
+    For encoders without CLS (SigLIP). Summed in chunks of queries, so that no N×N map a head is ever in memory.
+    """
+    received = torch.zeros(keys.shape[0], keys.shape[2], dtype=torch.float32, device=keys.device)
+    for chunk in queries.split(CHUNK, dim=2):
+        received += (chunk @ keys.transpose(-1, -2) * scale).softmax(dim=-1, dtype=torch.float32).sum(dim=(1, 2))
+    return received / (queries.shape[1] * queries.shape[2])

@@ -1,0 +1,58 @@
+"""CLIP's vision transformer (`CLIPVisionModel`): a CLS token, pre-norm layers, learned positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visionzip.encoders.base import ENCODERS, Encoder, Layer, attention_from_cls, split_heads
+from visionzip.selectors import Features
+
+
+class ClipEncoder(Encoder):
+    """Runs ``embeddings → pre_layrnorm → layers[:k]`` and reads layer k: bit-equal to ``hidden_states[k]``.
+
+    The layer's queries and keys are taken by calling its own ``q_proj`` and ``k_proj`` on its own normalised input: one
+    extra key projection (0.35 % of a 24-layer encoder) rather than a hook, which would break full-graph compilation, or a
+    second version of the layer. Attention stays with whatever implementation the model was loaded with.
+    """
+
+    has_cls = True
+
+    def tokens(self, tower: Any) -> int:
+        return tower.embeddings.num_positions
+
+    def depth(self, tower: Any) -> int:
+        return len(tower.encoder.layers)
+
+    @torch.no_grad()
+    def encode(self, tower: Any, pixel_values: Tensor, layer: Layer, *, scores: bool = True) -> Features:
+        reads = self.layers_run(tower, layer)
+        hidden_states = self.embed(tower, pixel_values)
+        seen = {0: hidden_states} if 0 in reads else {}
+        for number, block in enumerate(tower.encoder.layers[: max(reads)], start=1):
+            block_input = hidden_states
+            hidden_states = block(hidden_states, None)
+            if number in reads:
+                seen[number] = hidden_states
+
+        attention = block.self_attn
+        normed = block.layer_norm1(block_input)
+        keys = split_heads(attention.k_proj(normed), attention.num_heads)  # (B, H, N, d)
+        found = self.score(attention, normed, keys) if scores else None
+        tokens = seen[reads[0]] if len(reads) == 1 else torch.cat([seen[number] for number in reads], dim=-1)
+        return Features(tokens, keys.mean(dim=1), found, has_cls=self.has_cls)
+
+    def embed(self, tower: Any, pixel_values: Tensor) -> Tensor:
+        """``(B, 3, height, width)`` → ``(B, N, D)``, what the first layer takes."""
+        return tower.pre_layrnorm(tower.embeddings(pixel_values))
+
+    def score(self, attention: Any, normed: Tensor, keys: Tensor) -> Tensor:
+        """``(B, N)``: what CLS attends to. `normed` ``(B, N, D)`` is the layer's input, `keys` ``(B, H, N, d)``."""
+        query = split_heads(attention.q_proj(normed[:, :1]), attention.num_heads)
+        return attention_from_cls(query, keys, attention.scale)
+
+
+ENCODERS.register("CLIPVisionModel")(ClipEncoder())

@@ -1,0 +1,23 @@
+"""Idefics3's and SmolVLM's vision transformers: SigLIP's layers behind embeddings that take pictures of any shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visionzip.encoders.base import ENCODERS
+from visionzip.encoders.siglip import SiglipEncoder
+
+
+class Idefics3Encoder(SiglipEncoder):
+    """Their processors only ever make square tiles without padding, so no patch is masked here."""
+
+    def embed(self, tower: Any, pixel_values: Tensor) -> Tensor:
+        rows, columns = (side // tower.patch_size for side in pixel_values.shape[2:])
+        whole = torch.ones(len(pixel_values), rows, columns, dtype=torch.bool, device=pixel_values.device)
+        return tower.embeddings(pixel_values=pixel_values, patch_attention_mask=whole)
+
+
+ENCODERS.register("Idefics3VisionTransformer", "SmolVLMVisionTransformer")(Idefics3Encoder())

@@ -1,0 +1,161 @@
+"""`llava`: ``mm_projector.bin`` and ``config.json`` as LLaVA's own ``load_pretrained_model(path, base, name)`` takes them.
+
+LLaVA casts the file to float16 and loads it with ``strict=False``: a wrong key would be ignored there without a word, so names
+and shapes are checked here. It goes by the directory's name, which must contain "llava" and not "lora".
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visionzip.export.base import FORMATS, Format, Trained
+from visionzip.export.files import read_note, unpickle, write_json, write_note
+
+WEIGHTS = "mm_projector.bin"
+PREFIX = "model.mm_projector."
+OURS = "model.multi_modal_projector."
+LAYERS = {"0": "linear_1", "2": "linear_2"}  # `mlp2x_gelu` is Sequential(Linear, GELU, Linear)
+NAMES = {f"{PREFIX}{a}.{kind}": f"{OURS}{b}.{kind}" for a, b in LAYERS.items() for kind in ("weight", "bias")}
+LLM_TYPES = {"llama": ("llava_llama", "LlavaLlamaForCausalLM"), "mistral": ("llava_mistral", "LlavaMistralForCausalLM")}
+#: (image size, patch, width, layers) → the tower LLaVA knows it by
+TOWERS = {
+    (336, 14, 1024, 24): "openai/clip-vit-large-patch14-336",
+    (224, 14, 1024, 24): "openai/clip-vit-large-patch14",
+}
+ADDED = 64  # Hugging Face's LLaVA pads the vocabulary behind its two added tokens to a multiple of this
+
+
+class Llava(Format):
+    name = "llava"
+    summary = f"{WEIGHTS} and config.json for LLaVA's own loader, float16"
+
+    def recognises(self, path: Path) -> bool:
+        return (path / WEIGHTS).is_file() or (path.is_file() and path.suffix == ".bin")
+
+    def read(self, path: Path) -> Trained:
+        file = path if path.is_file() else path / WEIGHTS
+        stored = unpickle(file)
+        missing, unknown = sorted(NAMES.keys() - stored), sorted(stored.keys() - NAMES)
+        if missing or unknown:
+            raise ValueError(
+                f"{file} is no two-layer projector of LLaVA's: missing {missing[:4]}, unknown {unknown[:4]}"
+            )
+        header = read_note(file.parent)
+        header["modules"] = [OURS[:-1]]
+        check_shapes(stored, str(file))
+        return Trained(header, {NAMES[name]: value.contiguous() for name, value in stored.items()})
+
+    def write(self, trained: Trained, out: Path, *, model: Any = None, processor: Any = None, **options: Any) -> None:
+        """Options: ``vision_tower``, the name LLaVA loads the encoder by, where its geometry does not tell."""
+        name = str(options.get("name", out.name))
+        if "llava" not in name.lower() or "lora" in name.lower():
+            raise ValueError(
+                f"LLaVA's loader goes by the directory's name, which must contain 'llava' and not 'lora'; {name!r} does "
+                f"not do. Choose one such as llava-{name.lower().replace('lora', 'ft')}"
+            )
+        state = trained.only_projector("LLaVA's mm_projector.bin")
+        missing, unknown = sorted(set(NAMES.values()) - state.keys()), sorted(state.keys() - set(NAMES.values()))
+        if missing or unknown:
+            raise ValueError(
+                f"LLaVA's mlp2x_gelu is two linear layers with biases; this projector lacks {missing[:4]} and has {unknown[:4]}"
+            )
+        stored = {name: state[ours].to(torch.float16) for name, ours in NAMES.items()}
+        large = [name for name, value in stored.items() if not bool(value.isfinite().all())]
+        if large:
+            raise ValueError(f"{large[0]} has values that float16, which LLaVA loads, can't hold")
+        check_shapes(stored, "the projector")
+        config = base_config(trained.header["base_model"], options.get("base"))
+        torch.save(stored, out / WEIGHTS)
+        write_json(out / "config.json", llava_config(config, stored, options.get("vision_tower")))
+        write_note(out, trained.header, "llava")
+
+
+def check_shapes(state: dict[str, Tensor], source: str) -> None:
+    """Raise ``ValueError`` unless the two layers fit each other."""
+    first, second = state[f"{PREFIX}0.weight"], state[f"{PREFIX}2.weight"]
+    wanted = {f"{PREFIX}0.bias": [first.shape[0]], f"{PREFIX}2.weight": [second.shape[0], first.shape[0]],
+              f"{PREFIX}2.bias": [second.shape[0]]}  # fmt: skip
+    for name, shape in wanted.items():
+        if list(state[name].shape) != shape:
+            raise ValueError(
+                f"{source}: {name} has shape {list(state[name].shape)}, which fits no other; expected {shape}"
+            )
+
+
+def base_config(base_model: str, base: Any = None) -> Any:
+    """The config of the model the projector was trained in; no weights are loaded.
+
+    Raises:
+        ValueError: when it can't be found or LLaVA knows no such model.
+    """
+    from transformers import AutoConfig
+
+    where = str(base or base_model)
+    try:
+        config = AutoConfig.from_pretrained(where) if where else None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the base model {where} can't be read ({error}); say where it is (base=…)") from error
+    if config is None:
+        raise ValueError(
+            "the projector does not name its base model, whose sizes LLaVA's config.json repeats; pass base=…"
+        )
+    llm = getattr(getattr(config, "text_config", None), "model_type", None)
+    if config.model_type not in ("llava", "llava_next") or llm not in LLM_TYPES:
+        raise ValueError(
+            f"LLaVA's own code has no model like {where} ({config.model_type} on {llm}); choose another format"
+        )
+    if getattr(config, "projector_hidden_act", "gelu") != "gelu":
+        raise ValueError(f"LLaVA's projector has GELU between its layers; {where} has {config.projector_hidden_act}")
+    return config
+
+
+def llava_config(config: Any, state: dict[str, Tensor], vision_tower: str | None) -> dict[str, Any]:
+    """LLaVA's ``config.json``: the LLM's own, and where pictures come in.
+
+    Raises:
+        ValueError: when the tower has no name LLaVA could load it by.
+    """
+    vision, text = config.vision_config, config.text_config
+    tower = vision_tower or TOWERS.get(
+        (vision.image_size, vision.patch_size, vision.hidden_size, vision.num_hidden_layers)
+    )
+    if tower is None:
+        raise ValueError(
+            f"LLaVA loads the vision tower by name, and none is known for {vision.num_hidden_layers} layers of "
+            f"{vision.hidden_size} at {vision.image_size} pixels; pass vision_tower=… (an id or a directory)"
+        )
+    kind, architecture = LLM_TYPES[text.model_type]
+    added_behind = text.vocab_size - ADDED <= config.image_token_id < text.vocab_size
+    next_only = {} if config.model_type == "llava" else {
+        "mm_patch_merge_type": "spatial_unpad",
+        "image_grid_pinpoints": config.image_grid_pinpoints,
+    }  # fmt: skip
+    return {
+        **text.to_diff_dict(),
+        "model_type": kind,
+        "architectures": [architecture],
+        # without the rows that Hugging Face's version adds for <image> and <pad>
+        "vocab_size": config.image_token_id if added_behind else text.vocab_size,
+        "torch_dtype": "float16",
+        "use_mm_proj": True,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_hidden_size": state[f"{PREFIX}0.weight"].shape[1],
+        "mm_vision_tower": tower,
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_select_feature": "patch" if config.vision_feature_select_strategy == "default" else "cls_patch",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "pad" if config.model_type == "llava" else "anyres",
+        "tokenizer_model_max_length": 2048,
+        "tokenizer_padding_side": "right",
+        "tune_mm_mlp_adapter": True,
+        "freeze_mm_mlp_adapter": False,
+        **next_only,
+    }
+
+
+FORMATS.register("llava")(Llava())

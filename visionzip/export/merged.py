@@ -1,0 +1,199 @@
+"""`merged`: a whole Hugging Face model directory, processor included, that compresses by itself.
+
+``AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True)`` runs a small file in the directory, which hands
+over to the two classes below. They are no subclasses of a model: transformers would skip its key conversions for a class
+outside its own package and leave the head at random values. They load the stock class and attach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visionzip.attach import attach
+from visionzip.config import ZipConfig
+from visionzip.export.base import FORMATS, Format, Trained
+from visionzip.export.files import NOTE, read_json, read_note, tensors, write_json, write_note
+from visionzip.fingerprint import fingerprint_of_state
+from visionzip.projector import halves, plain_state, required
+
+SCRIPT = "visionzip_auto.py"
+CODE = '''"""Loads this model compressed: it reads {kept} of a picture's visual tokens (see README.md)."""
+
+try:
+    from visionzip.export.merged import CompressedModel, CompressedProcessor
+except ImportError as error:
+    raise ImportError(
+        "This model compresses its visual tokens with the visionzip-ft toolkit, which is not installed: "
+        "pip install visionzip-ft (the package called just `visionzip` is another one). "
+        "Without it the directory loads uncompressed: leave out trust_remote_code=True."
+    ) from error
+
+__all__ = ["CompressedModel", "CompressedProcessor"]
+'''
+_HUB = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download", "proxies")
+
+
+class Merged(Format):
+    name = "merged"
+    summary = "a whole model directory for from_pretrained that compresses by itself"
+    whole = True
+
+    def recognises(self, path: Path) -> bool:
+        return (path / NOTE).is_file() and (path / SCRIPT).is_file()
+
+    def base(self, path: Path, header: dict[str, Any]) -> str:
+        return str(path)
+
+    def read(self, path: Path) -> Trained:
+        header = read_note(path)
+        names = read_json(path / NOTE).get("projector")
+        if not isinstance(names, list) or not names:
+            raise ValueError(f"{path / NOTE} does not name the projector's tensors")
+        return Trained(header, find_tensors(path, [str(name) for name in names]))
+
+    def write(self, trained: Trained, out: Path, *, model: Any = None, processor: Any = None, **options: Any) -> None:
+        from transformers import AutoModelForImageTextToText
+
+        if model is None or processor is None:
+            raise ValueError("a merged directory holds a whole model: pass the model and its processor")
+        attachment = required(model)
+        if getattr(attachment.model, "is_quantized", False):
+            raise ValueError("the model is loaded in 8 or 4 bit; load it unquantised to merge what was trained into it")
+        dtype = attachment.model.config.dtype
+        state = plain_state(attachment.model)
+        state |= trained.projector  # in the precision it was trained in, where the model holds a rounded copy
+        with _bare(attachment.model.config), torch.device("meta"):
+            shell = AutoModelForImageTextToText.from_config(attachment.model.config)
+        shell.config.dtype = dtype
+        shell.config.auto_map = {"AutoModelForImageTextToText": f"{SCRIPT[:-3]}.CompressedModel"}
+        shell.config.visionzip = attachment.config.model_dump()
+        shell.generation_config = attachment.model.generation_config
+        shell.save_pretrained(out, state_dict=untied(shell, state))
+        save_processor(processor, out)
+        config = attachment.config
+        (out / SCRIPT).write_text(CODE.format(kept=f"{config.dominant} + {config.contextual}"), encoding="utf-8")
+        # The LLM may have been trained too: what lies here belongs to what lies here.
+        header = {**trained.header, "fingerprint": fingerprint_of_state(state, halves(attachment))}
+        write_note(out, header, "merged", projector=sorted(trained.projector))
+
+
+@contextmanager
+def _bare(config: Any) -> Iterator[None]:
+    """`config` as if it came from the plain model."""
+    kept = {name: config.__dict__.pop(name) for name in ("auto_map", "visionzip") if name in config.__dict__}
+    try:
+        yield
+    finally:
+        config.__dict__.update(kept)
+
+
+def untied(shell: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` without the copies of tied weights, which ``from_pretrained`` ties again."""
+    tied = getattr(shell, "all_tied_weights_keys", None) or {}
+    drop = {target for target, source in tied.items() if source in state and target in state}
+    return {name: value for name, value in state.items() if name not in drop}
+
+
+def save_processor(processor: Any, out: Path) -> None:
+    """The processor's own files, as a stock one writes them, and where to find the class that attaches."""
+    processor.save_pretrained(out)
+    path = out / "processor_config.json"
+    config = read_json(path)
+    config["auto_map"] = {"AutoProcessor": f"{SCRIPT[:-3]}.CompressedProcessor"}
+    write_json(path, config)
+
+
+def find_tensors(directory: Path, names: list[str]) -> dict[str, Tensor]:
+    """Tensors by their name in the loaded model, from files whose names transformers may have shortened in front.
+
+    Raises:
+        ValueError: when one is missing.
+    """
+    found: dict[str, Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        stored = tensors(file, [part for name in names for part in endings(name)])
+        for name in names:
+            written = [part for part in endings(name) if part in stored]
+            if written:
+                found.setdefault(name, stored[written[0]])
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ValueError(f"{directory} lacks {len(missing)} of the projector's tensors: {missing[:4]}")
+    return found
+
+
+def endings(name: str) -> list[str]:
+    """``a.b.c.weight`` → itself, ``b.c.weight``: transformers writes ``model.`` away, and no more than that."""
+    return [name, name.removeprefix("model.")] if name.startswith("model.") else [name]
+
+
+class CompressedModel:
+    """What ``auto_map`` names for the model. `from_pretrained` gives an instance of the stock class, attached."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Asked for by transformers; nothing to note, the model that is returned is a stock one."""
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """As ``AutoModelForImageTextToText.from_pretrained``.
+
+        Raises:
+            ValueError: when the directory does not say what to keep.
+        """
+        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+        kwargs.pop("trust_remote_code", None)
+        hub = {name: kwargs[name] for name in _HUB if name in kwargs}
+        config = config if config is not None else AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
+        stored = getattr(config, "visionzip", None)
+        if stored is None:
+            raise ValueError(f"{path} does not say what to keep of a picture (no entry `visionzip` in its config.json)")
+        with _bare(config):
+            model = AutoModelForImageTextToText.from_pretrained(
+                path, *args, config=config, trust_remote_code=False, **kwargs
+            )
+        strip(model.config)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False, **hub)
+        return attach(model, processor, ZipConfig(**stored))
+
+
+class CompressedProcessor:
+    """What ``auto_map`` names for the processor: the stock one, writing as many placeholders as the budget has tokens."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Asked for by transformers; nothing to note, the processor that is returned is a stock one."""
+
+    @classmethod
+    def from_pretrained(cls, path: Any, **kwargs: Any) -> Any:
+        """As ``AutoProcessor.from_pretrained``."""
+        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+        kwargs.pop("trust_remote_code", None)
+        hub = {name: kwargs[name] for name in _HUB if name in kwargs}
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False, **kwargs)
+        stored = ZipConfig(**config.visionzip)
+        strip(config)
+        # How many placeholders a picture needs follows from the model's sizes; a model without memory has those.
+        with torch.device("meta"):
+            shell = AutoModelForImageTextToText.from_config(config)
+        attach(shell, processor, stored)
+        processor.__dict__["_visionzip"].model = None  # free for attach(model, processor, another budget)
+        return processor
+
+
+def strip(config: Any) -> None:
+    """Take off what only the file needs."""
+    for name in ("auto_map", "visionzip"):
+        config.__dict__.pop(name, None)
+
+
+FORMATS.register("merged")(Merged())

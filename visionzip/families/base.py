@@ -1,0 +1,228 @@
+"""What is particular to one family of models, behind one interface."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from visionzip.compress import Compressed, compress, listened
+from visionzip.config import ZipConfig
+from visionzip.encoders import Encoder, Layer, encoder_for
+from visionzip.registry import Registry
+from visionzip.selectors import SELECTORS, Features
+
+#: One picture after its frozen part: ``(L, D)`` tokens, or several named tensors where a family's projector needs more.
+Picture = Tensor | dict[str, Tensor]
+
+
+class Family(ABC):
+    """How one ``model_type`` of transformers is compressed. Stateless; model and config are passed in.
+
+    The order of every family is the same: `compress` (frozen, a pure function of the picture, what a token cache stores),
+    then `project` (what trains). Subclasses say where things are and how compressed tokens become a sequence.
+    """
+
+    #: dotted name, from the model, of what maps visual tokens into the LLM: what VisionZip-FT trains
+    projector: ClassVar[str] = "model.multi_modal_projector"
+    #: dotted names of the two frozen halves, for the fingerprint
+    tower: ClassVar[str] = "model.vision_tower"
+    llm: ClassVar[str] = "model.language_model"
+    #: a prompt holds one placeholder a visual token; False: one a picture, and the model itself makes room
+    needs_placeholders: ClassVar[bool] = True
+
+    @property
+    def projectors(self) -> tuple[str, ...]:
+        """Dotted names of everything that maps visual tokens into the LLM, where that is more than one module."""
+        return (self.projector,)
+
+    @property
+    def frozen(self) -> dict[str, str]:
+        """Dotted names of what a projector is trained against and its fingerprint is taken of; holds no projector."""
+        return {"encoder": self.tower, "llm": self.llm}
+
+    def encoder(self, model: PreTrainedModel) -> Encoder:
+        return encoder_for(model.get_submodule(self.tower))
+
+    @abstractmethod
+    def check(self, model: PreTrainedModel, config: ZipConfig) -> None:
+        """Raise ``ValueError`` for a model or budget that can't work, before anything is changed."""
+
+    def check_processor(self, model: PreTrainedModel, processor: Any) -> None:
+        """Raise ``ValueError`` for a processor whose prompts are not for this model."""
+        if not callable(getattr(processor, "replace_image_token", None)) or not hasattr(processor, "image_token_id"):
+            raise ValueError(
+                f"{type(processor).__name__} is not a processor for {type(model).__name__}; expected what "
+                f"AutoProcessor.from_pretrained gives for the same model"
+            )
+        facts = self.processor_facts(model, processor)
+        wrong = [
+            f"{key} {found} (the model: {expected})"
+            for key, (found, expected) in facts.items()
+            if found is not None and found != expected  # processors of older checkpoints do not say everything
+        ]
+        if wrong:
+            raise ValueError(
+                f"this processor does not belong to the model: {', '.join(wrong)}. Load both from the same place."
+            )
+
+    @abstractmethod
+    def processor_facts(self, model: PreTrainedModel, processor: Any) -> dict[str, tuple[Any, Any]]:
+        """What has to agree: name → (the processor's value, the model's)."""
+
+    @abstractmethod
+    def compress(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[Picture]:
+        """Image inputs of the model's ``forward`` → for each picture its ``(L_i, D)`` tokens. No gradient."""
+
+    def project(self, model: PreTrainedModel, pictures: list[Picture]) -> list[Tensor]:
+        """``(L_i, D)`` a picture → ``(L_i, hidden)`` a picture, through the projector, in one call."""
+        lengths = [len(picture) for picture in pictures]
+        projector = model.get_submodule(self.projector)
+        tokens = torch.cat(cast(list[Tensor], pictures))
+        return list(projector(tokens.to(dtype_of(projector, tokens.dtype))).split(lengths))
+
+    def encoder_output(self, embeddings: list[Tensor], kind: str = "image") -> BaseModelOutputWithPooling:
+        """`project`'s result in the form the model's ``forward`` takes as ``mm_encoder_outputs[kind]``.
+
+        `kind` is ``"image"`` or ``"video"``. Most families take a list, as their own ``get_image_features`` gives.
+        """
+        return BaseModelOutputWithPooling(pooler_output=cast(Any, embeddings))
+
+    def outputs(
+        self, model: PreTrainedModel, pictures: list[Picture], kind: str = "image"
+    ) -> BaseModelOutputWithPooling:
+        """`compress`'s result → ``mm_encoder_outputs[kind]``: `project`, and whatever else ``forward`` needs to know."""
+        return self.encoder_output(self.project(model, pictures), kind)
+
+    @abstractmethod
+    def patches(self, model: PreTrainedModel, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
+        """What attaching puts on the instances: ``(object, attribute, value)``; detaching takes exactly these off."""
+
+    def hooks(self, model: PreTrainedModel, config: ZipConfig) -> list[RemovableHandle]:
+        """Hooks that attaching registers, for what no attribute can do (Qwen's positions). Removed by detaching."""
+        return []
+
+    def stock_count(self, model: PreTrainedModel) -> int | None:
+        """Placeholders a stock processor writes a picture, if that is one number for all pictures."""
+        return None
+
+    @abstractmethod
+    def budget(self, model: PreTrainedModel, config: ZipConfig) -> tuple[int, int]:
+        """``(dominant, contextual)`` in tokens, of one picture, tile or frame of the encoder's own size."""
+
+    @abstractmethod
+    def token_counts(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
+        """For each picture (visual tokens of the untouched model, visual tokens now)."""
+
+
+FAMILIES: Registry[Family] = Registry("model family", "visionzip.families")
+
+
+def family_for(model: PreTrainedModel) -> Family:
+    """The family of a transformers model, by its config's ``model_type``.
+
+    Raises:
+        ValueError: for anything else; says what was found and what is supported.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    family = FAMILIES.get(str(model_type))
+    if family is None:
+        found = f"{type(model).__name__} (model_type {model_type!r})" if model_type else type(model).__name__
+        raise ValueError(
+            f"{found} is not a model that can be compressed; supported model types: {', '.join(FAMILIES.names())}. "
+            f"Pass the *ForConditionalGeneration model that from_pretrained returns."
+        )
+    if not hasattr(model, "lm_head"):
+        raise ValueError(
+            f"{type(model).__name__} has no language-model head; pass the *ForConditionalGeneration model, not its inner part"
+        )
+    return family
+
+
+def read(encoder: Encoder, tower: nn.Module, pixel_values: Tensor, layer: Layer, config: ZipConfig) -> Features:
+    """Encode ``(B, C, height, width)``, with scores where the selector (or somebody who looks on) needs them."""
+    needs_scores = SELECTORS[config.selector].needs_scores or listened()
+    return encoder.encode(tower, pixel_values, layer, scores=needs_scores)
+
+
+def shrink(features: Features, config: ZipConfig, budget: tuple[int, int] | None = None) -> Compressed:
+    """Compress features with `config`'s selector and merge; with its budget too, unless another is given."""
+    if budget is None:
+        budget = config.resolve(features.hidden_states.shape[1], reserved=features.cls)
+    return compress(features, *budget, selector=config.selector, merge=config.merge)
+
+
+def select(encoder: Encoder, tower: nn.Module, pixel_values: Tensor, layer: Layer, config: ZipConfig) -> Compressed:
+    """Encode ``(B, C, height, width)`` and compress each of the ``B`` on its own."""
+    return shrink(read(encoder, tower, pixel_values, layer, config), config)
+
+
+@dataclass
+class ImageFeatures:
+    """Stands in for ``get_image_features`` in the instance of one inner model.
+
+    A picklable object rather than a bound method, which pickle would lose in silence; the explicit signature is what
+    ``generate`` inspects.
+    """
+
+    model: PreTrainedModel  # the outer model; deepcopy follows the reference, so a copied model calls its own copy
+    family: Family
+    config: ZipConfig
+
+    def __call__(
+        self,
+        pixel_values: Tensor,
+        image_sizes: Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        batch_num_images: Tensor | None = None,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Pictures → ``pooler_output``, a list of ``(L_i, hidden)``. The strategy is moot: CLS is kept and counted.
+
+        Raises:
+            ValueError: when another layer is asked for than the one the ZipConfig reads.
+        """
+        inputs = {"pixel_values": pixel_values, "image_sizes": image_sizes, "batch_num_images": batch_num_images}
+        return self.features("image", vision_feature_layer, inputs)
+
+    def features(
+        self, kind: str, vision_feature_layer: int | list[int] | None, inputs: dict[str, Any]
+    ) -> BaseModelOutputWithPooling:
+        reads = self.config.layer if self.config.layer is not None else self.model.config.vision_feature_layer
+        stock = self.model.config.vision_feature_layer
+        if vision_feature_layer is not None and vision_feature_layer not in (reads, stock):
+            raise ValueError(
+                f"vision_feature_layer={vision_feature_layer} was asked for, but this model is attached to layer {reads}; "
+                f"attach it with ZipConfig(layer={vision_feature_layer})"
+            )
+        given = {name: value for name, value in inputs.items() if value is not None}
+        pictures = self.family.compress(self.model, self.config, **given)
+        return self.family.outputs(self.model, pictures, kind)
+
+
+@dataclass
+class VideoFeatures(ImageFeatures):
+    """Stands in for ``get_video_features``: each video is a picture of its own, made of its frames."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        pixel_values_videos: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """``(videos, frames, C, height, width)`` → ``pooler_output``, one entry a video."""
+        return self.features("video", vision_feature_layer, {"pixel_values_videos": pixel_values_videos})
+
+
+def dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), default)

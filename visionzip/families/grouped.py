@@ -1,0 +1,190 @@
+"""What InternVL, Gemma 3, Idefics3, SmolVLM and PaliGemma share: tiles of one size, one LLM token from ``side × side`` patches.
+
+**Selection stands after the grouping** (pixel shuffle or pooling) and before the projector. One LLM token is one group, so a
+group is what can be kept or dropped. Choosing patches first leaves almost no group whole, as kept patches are scattered: a
+group would then be made of patches that are no neighbours (the mistake known from a port for Qwen), or of
+few patches and holes the projector never saw. (``python -m scripts.grouping`` counts: the best quarter of an encoder's patches
+lies in half of its groups and fills a tenth of them or fewer, while the best quarter of groups holds nearly as much attention.) Grouping itself has no weights, so the result is still frozen and a pure
+function of the picture; scores and keys are averaged over each group; and the projector runs on ``K`` tokens instead of all.
+Contextual tokens are merged there too, in what the projector takes, as the authors do for LLaVA.
+
+Shapes: ``T`` tiles of all pictures, ``N`` patches of a tile, ``n`` groups of a tile, ``K`` kept of them, ``C`` what the
+projector takes.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.processing_utils import MultiModalData
+
+from visionzip.config import ZipConfig
+from visionzip.encoders import Layer
+from visionzip.families.base import Family, Picture, read, shrink
+from visionzip.selectors import Features
+
+
+class Grouped(Family):
+    """``(T, 3, height, width)`` → ``(K, C)`` a tile, dominant groups in raster order, then contextual tokens."""
+
+    #: where the processor says how many placeholders it writes a tile
+    count_name: ClassVar[str] = "image_seq_length"
+
+    @abstractmethod
+    def side(self, model: PreTrainedModel) -> int:
+        """Side of a group, in patches."""
+
+    @abstractmethod
+    def join(self, model: PreTrainedModel, tokens: Tensor) -> Tensor:
+        """``(T, N, D)`` → ``(T, n, C)``, groups in raster order, by the model's own way to make a group one vector."""
+
+    def layer(self, model: PreTrainedModel, config: ZipConfig) -> Layer:
+        return config.layer if config.layer is not None else -1
+
+    def read(self, model: PreTrainedModel, tokens: Tensor, layer: Layer) -> Tensor:
+        """``(T, N, D)`` of a layer as the model reads it: SigLIP's last norm belongs to it. (Of other layers too: the projector
+        was trained on normed tokens.)"""
+        return model.get_submodule(self.tower).post_layernorm(tokens)  # type: ignore[operator]
+
+    def groups(self, model: PreTrainedModel) -> int:
+        """``n``."""
+        encoder = self.encoder(model)
+        return (encoder.tokens(model.get_submodule(self.tower)) - int(encoder.has_cls)) // self.side(model) ** 2
+
+    def budget(self, model: PreTrainedModel, config: ZipConfig) -> tuple[int, int]:
+        return config.resolve(self.groups(model))
+
+    def check(self, model: PreTrainedModel, config: ZipConfig) -> None:
+        self.encoder(model).layers_run(model.get_submodule(self.tower), self.layer(model, config))
+        self.budget(model, config)
+
+    def processor_facts(self, model: PreTrainedModel, processor: Any) -> dict[str, tuple[Any, Any]]:
+        return {
+            "image token id": (self.token(processor)[1], model.config.image_token_id),
+            "placeholders a tile": (getattr(processor, self.count_name, None), self.groups(model)),
+        }
+
+    def token(self, processor: Any) -> tuple[str, int]:
+        """What stands for one visual token in a prompt, and its id."""
+        return processor.image_token, processor.image_token_id
+
+    @torch.no_grad()
+    def tiles(self, model: PreTrainedModel, config: ZipConfig, pixel_values: Tensor) -> Tensor:
+        """``(T, 3, height, width)`` → ``(T, K, C)``."""
+        layer = self.layer(model, config)
+        tower = model.get_submodule(self.tower)
+        found = read(self.encoder(model), tower, pixel_values, layer, config)
+        side, cls = self.side(model), found.cls
+        patches = Features(
+            self.join(model, self.read(model, found.hidden_states, layer)[:, cls:]),
+            group_mean(found.metric[:, cls:], side),
+            None if found.scores is None else group_mean(found.scores[:, cls:, None], side).squeeze(-1),
+            has_cls=False,
+        )
+        return shrink(patches, config).tokens
+
+    def compress(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[Picture]:
+        """One entry a *tile*: nothing in ``pixel_values`` says which tiles are of one picture, and nothing needs to know."""
+        return list(self.tiles(model, config, image_inputs["pixel_values"]))
+
+    def encoder_output(self, embeddings: list[Tensor], kind: str = "image") -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(pooler_output=cast(Any, torch.stack(embeddings)))  # they ask for a tensor
+
+    def patches(self, model: PreTrainedModel, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
+        changes: list[tuple[object, str, object]] = [
+            (cast(Any, model).model, "get_image_features", TileFeatures(model, self, config))
+        ]
+        if processor is not None:
+            token, stock, count = self.token(processor)[0], self.groups(model), sum(self.budget(model, config))
+            for kind in ("image", "video"):
+                name = f"replace_{kind}_token"
+                if getattr(processor, f"{kind}_processor", None) is not None:
+                    changes.append((processor, name, TilePlaceholders(processor, name, token, stock, count)))
+            if hasattr(type(processor), "_get_num_multimodal_tokens"):  # SmolVLM's processor has none
+                changes.append((processor, "_get_num_multimodal_tokens", TileCounts(processor, stock - count)))
+        return changes
+
+    def stock_count(self, model: PreTrainedModel) -> int | None:
+        return self.groups(model)
+
+    def token_counts(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
+        return [(self.groups(model), sum(self.budget(model, config)))] * len(image_inputs["pixel_values"])
+
+
+def group_mean(values: Tensor, side: int) -> Tensor:
+    """Mean over each ``side × side`` block of a square grid: ``(T, N, d)`` → ``(T, N / side², d)``, in raster order."""
+    length = round(values.shape[1] ** 0.5)
+    blocks = values.unflatten(1, (length // side, side, length // side, side))
+    return blocks.mean(dim=(2, 4)).flatten(1, 2)
+
+
+@dataclass
+class TileFeatures:
+    """Stands in for ``get_image_features`` in the instance of one inner model; the signature is what ``generate`` inspects."""
+
+    model: PreTrainedModel
+    family: Family
+    config: ZipConfig
+
+    def __call__(
+        self,
+        pixel_values: Tensor,
+        pixel_attention_mask: Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Tiles → ``pooler_output`` in the form the model takes.
+
+        Raises:
+            ValueError: when another layer is asked for than the one the ZipConfig reads.
+        """
+        stock = getattr(self.model.config, "vision_feature_layer", -1)
+        reads = self.config.layer if self.config.layer is not None else stock
+        if vision_feature_layer is not None and vision_feature_layer not in (reads, stock):
+            raise ValueError(
+                f"vision_feature_layer={vision_feature_layer} was asked for, but this model is attached to layer {reads}; "
+                f"attach it with ZipConfig(layer={vision_feature_layer})"
+            )
+        inputs = {"pixel_values": pixel_values}
+        if pixel_attention_mask is not None:
+            inputs["pixel_attention_mask"] = pixel_attention_mask
+        pictures = self.family.compress(self.model, self.config, **inputs)
+        return self.family.outputs(self.model, pictures)
+
+
+@dataclass
+class TilePlaceholders:
+    """Stands in for a processor's method that writes a picture's text: its own text, with fewer placeholders a tile."""
+
+    processor: Any
+    name: str
+    token: str
+    stock: int
+    count: int
+
+    def __call__(self, *args: Any, **kwargs: Any) -> str:
+        text = getattr(type(self.processor), self.name)(self.processor, *args, **kwargs)
+        return text.replace(self.token * self.stock, self.token * self.count)
+
+
+@dataclass
+class TileCounts:
+    """Stands in for a processor's ``_get_num_multimodal_tokens``: its own numbers, less what each tile has lost."""
+
+    processor: Any
+    fewer: int
+
+    def __call__(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
+        data = type(self.processor)._get_num_multimodal_tokens(self.processor, image_sizes=image_sizes, **kwargs)
+        if image_sizes is not None:
+            counts = zip(data.num_image_tokens, data.num_image_patches, strict=True)
+            data.num_image_tokens = [tokens - self.fewer * tiles for tokens, tiles in counts]
+        return data

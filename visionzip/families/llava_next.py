@@ -1,0 +1,148 @@
+"""LLaVA-NeXT (`LlavaNextForConditionalGeneration`; 7B, 13B, Mistral, 34B): CLIP on a base picture and on tiles.
+
+Every tile is compressed on its own with the whole budget, so a picture of ``T`` tiles has ``T * K`` tokens and the number of
+placeholders follows its size. The order is the authors': the base's block, then over all other tiles the kept patches in
+raster order of the stitched picture, their CLS tokens, their contextual tokens. What the untouched model does to the stitched
+grid, cropping the padding and ending each row with a newline, has no meaning for a few patches out of it and is left out;
+authors' code sets one ``image_newline`` only where a picture is a single tile, which transformers' class never makes here (a
+base always comes with a grid).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.llava_next.modeling_llava_next import unpad_image
+from transformers.processing_utils import MultiModalData
+
+from visionzip.config import ZipConfig
+from visionzip.families.base import FAMILIES, ImageFeatures, Picture, select
+from visionzip.families.llava import Llava
+from visionzip.families.tiles import pack_picture, part, tile_grid
+
+
+@dataclass
+class TilePlaceholders:
+    """Stands in for a processor's ``replace_image_token``: one budget for the base and one for each tile of the grid."""
+
+    image_token: str
+    budget: int
+    pinpoints: list[list[int]]
+    tile: int
+
+    def __call__(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        return self.image_token * self.count(image_inputs["image_sizes"][image_idx])
+
+    def count(self, size: Any) -> int:
+        rows, columns = tile_grid(size, self.pinpoints, self.tile)
+        return (rows * columns + 1) * self.budget
+
+
+@dataclass
+class CountBySize:
+    """Stands in for a processor's ``_get_num_multimodal_tokens``; sizes are ``(height, width)``."""
+
+    placeholders: TilePlaceholders
+
+    def __call__(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
+        if image_sizes is None:
+            return MultiModalData()
+        return MultiModalData(
+            num_image_tokens=[self.placeholders.count(size) for size in image_sizes],
+            num_image_patches=[1] * len(image_sizes),
+        )
+
+
+class LlavaNext(Llava):
+    """``(B, T_max, 3, side, side)`` and ``image_sizes`` → for each picture ``T * K`` tokens."""
+
+    def compress(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[Picture]:
+        grids = self.grids(model, image_inputs["image_sizes"])
+        counts = [rows * columns + 1 for rows, columns in grids]
+        encoder, tower = self.encoder(model), model.get_submodule(self.tower)
+        with torch.no_grad():
+            tiles = flat_tiles(image_inputs["pixel_values"], counts)
+            kept = select(encoder, tower, tiles, self.layer(model, config), config)
+        starts = [sum(counts[:index]) for index in range(len(counts))]
+        return [
+            pack_picture(part(kept, start, start + count), grid, self.side(model), encoder.has_cls)
+            for start, count, grid in zip(starts, counts, grids, strict=True)
+        ]
+
+    def side(self, model: PreTrainedModel) -> int:
+        """Patches along the side of a tile."""
+        vision = model.config.vision_config
+        return vision.image_size // vision.patch_size
+
+    def grids(self, model: PreTrainedModel, image_sizes: Any) -> list[tuple[int, int]]:
+        """``(rows, columns)`` for each of ``(B, 2)`` sizes."""
+        config = model.config
+        sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes  # one wait for a GPU, not B
+        return [tile_grid(size, config.image_grid_pinpoints, config.vision_config.image_size) for size in sizes]
+
+    def processor_facts(self, model: PreTrainedModel, processor: Any) -> dict[str, tuple[Any, Any]]:
+        pinpoints = getattr(processor.image_processor, "image_grid_pinpoints", None) or []
+        return {
+            **super().processor_facts(model, processor),
+            "grid pinpoints": (as_lists(pinpoints), as_lists(model.config.image_grid_pinpoints)),
+        }
+
+    def patches(self, model: PreTrainedModel, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
+        changes: list[tuple[object, str, object]] = [
+            (model.model, "get_image_features", ImageFeatures(model, self, config))
+        ]
+        if processor is not None:
+            placeholders = self.placeholders(model, processor, config)
+            changes.append((processor, "replace_image_token", placeholders))
+            changes.append((processor, "_get_num_multimodal_tokens", CountBySize(placeholders)))
+        return changes
+
+    def placeholders(self, model: PreTrainedModel, processor: Any, config: ZipConfig) -> TilePlaceholders:
+        return TilePlaceholders(
+            processor.image_token,
+            sum(self.budget(model, config)),
+            as_lists(model.config.image_grid_pinpoints),
+            model.config.vision_config.image_size,
+        )
+
+    def stock_count(self, model: PreTrainedModel) -> int | None:
+        return None  # it depends on the picture's size
+
+    def token_counts(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
+        side, budget = self.side(model), sum(self.budget(model, config))
+        base = side**2 + int(model.config.vision_feature_select_strategy == "full")
+        found = []
+        for size, grid in zip(image_inputs["image_sizes"], self.grids(model, image_inputs["image_sizes"]), strict=True):
+            height, width = unpadded(size, grid, side)
+            found.append((base + height * (width + 1), (grid[0] * grid[1] + 1) * budget))  # a newline ends each row
+        return found
+
+
+FAMILIES.register("llava_next")(LlavaNext())
+
+
+def flat_tiles(pixel_values: Tensor, counts: list[int]) -> Tensor:
+    """``(B, T_max, C, h, w)``, padded with empty tiles, or ``(ΣT, C, h, w)`` → ``(ΣT, C, h, w)``."""
+    if pixel_values.dim() == 5:
+        return torch.cat([picture[:count] for picture, count in zip(pixel_values, counts, strict=True)])
+    if pixel_values.dim() != 4 or len(pixel_values) != sum(counts):
+        raise ValueError(
+            f"pixel_values of shape {list(pixel_values.shape)} do not hold the {sum(counts)} tiles that image_sizes stand for; "
+            f"pass both as the processor gives them"
+        )
+    return pixel_values
+
+
+def unpadded(size: Any, grid: tuple[int, int], side: int) -> tuple[int, int]:
+    """``(height, width)`` in patches of the stitched grid once the untouched model has cropped the padding away."""
+    stitched = torch.empty(1, grid[0] * side, grid[1] * side, device="meta")
+    shape = unpad_image(stitched, [int(length) for length in size]).shape
+    return shape[1], shape[2]
+
+
+def as_lists(pinpoints: Any) -> list[list[int]]:
+    return [[int(length) for length in point] for point in pinpoints]

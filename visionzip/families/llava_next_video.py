@@ -1,0 +1,104 @@
+"""LLaVA-NeXT-Video (`LlavaNextVideoForConditionalGeneration`): pictures as LLaVA-NeXT, videos frame by frame.
+
+Pictures are tiles in the order of LLaVA-NeXT. Of a frame the untouched model pools the 24 × 24 patches to 12 × 12 *before* the
+projector, which is where we choose: among the pooled patches, with scores and keys pooled over the same squares, so that what
+is kept is what the untouched model would show its LLM. A frame's CLS token is kept as well and counts among the dominant, as
+everywhere with CLIP (the untouched model drops it). A frame's budget is of 145 tokens, a picture's tile's of 577.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from visionzip.config import ZipConfig
+from visionzip.families.base import FAMILIES, Picture, VideoFeatures, read, shrink
+from visionzip.families.llava_next import LlavaNext
+from visionzip.families.video import CountPicturesAndVideos, FramePlaceholders, frame_budget
+from visionzip.selectors import Features
+
+
+class LlavaNextVideo(LlavaNext):
+    """Pictures and videos: ``(L, D)``, a video's frames one after the other with ``K`` tokens each."""
+
+    def compress(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[Picture]:
+        found: list[Picture] = []
+        if image_inputs.get("pixel_values") is not None:
+            found += super().compress(model, config, **image_inputs)
+        if image_inputs.get("pixel_values_videos") is not None:
+            with torch.no_grad():
+                found += [self._video(model, config, frames) for frames in image_inputs["pixel_values_videos"]]
+        return found
+
+    def _video(self, model: PreTrainedModel, config: ZipConfig, frames: Tensor) -> Tensor:
+        tower = model.get_submodule(self.tower)
+        features = read(self.encoder(model), tower, frames, self.layer(model, config), config)
+        kept = shrink(pooled(features, cast(Any, model.model).vision_resampler, self.stride(model)), config)
+        return kept.tokens.flatten(0, 1)
+
+    def stride(self, model: PreTrainedModel) -> int:
+        return model.config.spatial_pool_stride
+
+    def frame_tokens(self, model: PreTrainedModel) -> int:
+        """Tokens of a frame after pooling, without CLS."""
+        return (self.side(model) // self.stride(model)) ** 2
+
+    def frame_budget(self, model: PreTrainedModel, config: ZipConfig) -> tuple[int, int]:
+        """``(dominant, contextual)`` of one frame."""
+        cls = int(self.encoder(model).has_cls)
+        return frame_budget(config, self.frame_tokens(model) + cls, cls)
+
+    def processor_facts(self, model: PreTrainedModel, processor: Any) -> dict[str, tuple[Any, Any]]:
+        return {
+            **super().processor_facts(model, processor),
+            "video token id": (getattr(processor, "video_token_id", None), model.config.video_token_id),
+        }
+
+    def patches(self, model: PreTrainedModel, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
+        changes = super().patches(model, None, config)
+        changes.append((model.model, "get_video_features", VideoFeatures(model, self, config)))
+        if processor is not None:
+            images = self.placeholders(model, processor, config)
+            videos = FramePlaceholders(processor.video_token, sum(self.frame_budget(model, config)))
+            changes.append((processor, "replace_image_token", images))
+            changes.append((processor, "replace_video_token", videos))
+            changes.append((processor, "_get_num_multimodal_tokens", CountPicturesAndVideos(images, videos)))
+        return changes
+
+    def token_counts(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
+        found = []
+        if image_inputs.get("pixel_values") is not None:
+            found += super().token_counts(model, config, **image_inputs)
+        for frames in image_inputs.get("pixel_values_videos", ()):
+            found.append((len(frames) * self.frame_tokens(model), len(frames) * sum(self.frame_budget(model, config))))
+        return found
+
+
+FAMILIES.register("llava_next_video")(LlavaNextVideo())
+
+
+def pooled(features: Features, resampler: Any, stride: int) -> Features:
+    """``(F, 1 + N, D)`` → ``(F, 1 + N / stride², D)``: CLS as it is, patches through the model's own pooling.
+
+    Scores and keys are averaged over the same squares, whatever the mode of the pooling.
+    """
+    cls = features.cls
+
+    def average(values: Tensor) -> Tensor:  # (F, 1 + N, d)
+        patches = values[:, cls:]
+        side = int(patches.shape[1] ** 0.5)
+        grid = patches.transpose(1, 2).unflatten(2, (side, side))
+        return torch.cat((values[:, :cls], F.avg_pool2d(grid, stride).flatten(2).transpose(1, 2)), dim=1)
+
+    hidden = features.hidden_states
+    scores = None if features.scores is None else average(features.scores.unsqueeze(-1)).squeeze(-1)
+    return Features(
+        torch.cat((hidden[:, :cls], resampler(hidden[:, cls:])), dim=1),
+        average(features.metric),
+        scores,
+        features.has_cls,
+    )

@@ -1,0 +1,245 @@
+"""LLaVA-OneVision (`LlavaOnevisionForConditionalGeneration`, 0.5B and 7B): SigLIP without CLS; tiles, several images, video.
+
+No authors' code exists for this family; what is decided here, and why:
+
+- **One picture in a prompt** is cut into tiles as in LLaVA-NeXT and treated likewise: every tile is compressed on its own
+  *before* the untouched model's unpadding, its newlines and its bilinear shrinking, in the order of `tiles.pack_picture`
+  without the CLS part. After them there would be no tiles: a shrunken grid mixes patches across tile borders, which attention
+  never crossed and whose scores can't be compared.
+- **At most nine tiles' worth** (``anyres_max_9``). The untouched model shrinks larger grids to about nine tiles' patches. A
+  budget a tile without that limit would give a picture of 6 × 6 tiles a third of its tokens where others get a tenth, so the
+  grid's tiles share what nine would get, rounded down.
+- **Several pictures in a prompt** are one tile each; there the untouched model sets one ``image_newline`` after the patches,
+  and so do we (as the authors do for a single tile): ``K + 1`` tokens. It is not trained.
+  A picture alone and the same picture among others are therefore two different inputs (``batch_num_images`` says which), and a
+  conversation that begins with one picture can't go on with a second on the same cache, here as in the untouched model.
+- **Video**: the untouched model projects all 27 × 27 patches of a frame, pools them to 14 × 14, and sets one newline after the
+  last frame. We choose among the 14 × 14: choosing before would either merge patches that are no neighbours or show the LLM
+  unpooled ones. Scores and keys are pooled with the same weights; of each kept position the four patches it is made of go
+  through the projector and are pooled after it, so a kept token is exactly the untouched model's. Contextual tokens merge
+  corner by corner, with the pooling weights of their target. A budget is of the 196 positions of a frame.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from visionzip.config import ZipConfig
+from visionzip.families.base import FAMILIES, Picture, VideoFeatures, read, shrink
+from visionzip.families.llava_next import LlavaNext, TilePlaceholders, as_lists, flat_tiles, unpadded
+from visionzip.families.tiles import pack_tiles, part, rows, tile_grid
+from visionzip.families.video import (
+    CountPicturesAndVideos,
+    FramePlaceholders,
+    bilinear_corners,
+    frame_budget,
+    pool,
+    stacked,
+)
+from visionzip.selectors import Features
+
+Budget = tuple[int, int]
+
+
+@dataclass
+class OnevisionPlaceholders(TilePlaceholders):
+    """One picture in a prompt: its tiles; several: one budget and a newline each."""
+
+    whole: Budget = (0, 0)
+    most: int = 0
+
+    def __call__(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        if are_alone(image_inputs.get("batch_num_images"), image_idx + 1)[image_idx]:
+            return super().__call__(image_inputs, image_idx)
+        return self.image_token * (self.budget + 1)
+
+    def count(self, size: Any) -> int:
+        high, wide = tile_grid(size, self.pinpoints, self.tile)
+        return self.budget + high * wide * sum(share(self.whole, high * wide, self.most))
+
+
+class LlavaOnevision(LlavaNext):
+    """Pictures: ``(L, D)``, or ``{"tokens", "newline"}`` where there are several; videos: ``{"tokens", "weights", "newline"}``.
+
+    ``newline`` is a flag: the embedding itself is the LLM's and is set by `project`.
+    """
+
+    def check(self, model: PreTrainedModel, config: ZipConfig) -> None:
+        super().check(model, config)
+        if self.encoder(model).has_cls:
+            raise ValueError(
+                f"{type(model.get_submodule(self.tower)).__name__} has a CLS token; LLaVA-OneVision lays its patches out as a "
+                f"grid and is supported with an encoder without one (SigLIP)"
+            )
+
+    def compress(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[Picture]:
+        with torch.no_grad():
+            found: list[Picture] = []
+            if image_inputs.get("pixel_values") is not None:
+                found += self._images(model, config, image_inputs)
+            if image_inputs.get("pixel_values_videos") is not None:
+                found += [self._video(model, config, frames) for frames in image_inputs["pixel_values_videos"]]
+            return found
+
+    def _images(self, model: PreTrainedModel, config: ZipConfig, inputs: dict[str, Any]) -> list[Picture]:
+        grids = self.layout(model, inputs)
+        counts = [high * wide + 1 for high, wide in grids]
+        starts = [sum(counts[:index]) for index in range(len(counts))]
+        features = self._read(model, config, flat_tiles(inputs["pixel_values"], counts))
+        whole, most = self.budget(model, config), max_tiles(model)
+        bases = shrink(rows(features, starts), config)
+
+        others: dict[int, Tensor] = {}  # picture → its grid's tokens
+        same: dict[Budget, list[int]] = {}  # pictures whose tiles have the same budget are compressed at once
+        for index, count in enumerate(counts):
+            if count > 1:
+                same.setdefault(share(whole, count - 1, most), []).append(index)
+        for budget, members in same.items():
+            tiles = [starts[index] + tile for index in members for tile in range(1, counts[index])]
+            kept, place = shrink(rows(features, tiles), config, budget), 0
+            for index in members:
+                mine, place = part(kept, place, place + counts[index] - 1), place + counts[index] - 1
+                others[index] = pack_tiles(mine.tokens, mine.kept, budget[1], grids[index], self.side(model), False)
+        return [
+            torch.cat((base, others[index])) if index in others else {"tokens": base, "newline": torch.tensor(True)}
+            for index, base in enumerate(bases.tokens)
+        ]
+
+    def _video(self, model: PreTrainedModel, config: ZipConfig, frames: Tensor) -> Picture:
+        side = self.side(model)
+        places, weights = bilinear_corners(side, pooled_side(side), frames.device)
+        features = pool(self._read(model, config, frames), places, weights)
+        kept = shrink(features, config)
+        chosen = torch.cat((kept.kept, kept.targets), dim=1)  # (F, K)
+        return {
+            "tokens": kept.tokens.flatten(0, 1).unflatten(-1, (4, -1)),  # (F·K, 4, D)
+            "weights": weights[chosen].flatten(0, 1),  # (F·K, 4)
+            "newline": torch.tensor(True),
+        }
+
+    def _read(self, model: PreTrainedModel, config: ZipConfig, pixel_values: Tensor) -> Features:
+        return read(
+            self.encoder(model), model.get_submodule(self.tower), pixel_values, self.layer(model, config), config
+        )
+
+    def project(self, model: PreTrainedModel, pictures: list[Picture]) -> list[Tensor]:
+        tokens = [one if isinstance(one, Tensor) else one["tokens"].flatten(0, -2) for one in pictures]
+        found = super().project(model, cast(list[Picture], tokens))
+        for index, (one, embeddings) in enumerate(zip(pictures, found, strict=True)):
+            if isinstance(one, dict) and "weights" in one:
+                embeddings = (embeddings.unflatten(0, (-1, 4)) * one["weights"].to(embeddings).unsqueeze(-1)).sum(1)
+            if isinstance(one, dict) and "newline" in one:
+                newline = cast(Tensor, model.model.image_newline)
+                embeddings = torch.cat((embeddings, newline[None].to(embeddings)))
+            found[index] = embeddings
+        return found
+
+    def encoder_output(self, embeddings: list[Tensor], kind: str = "image") -> BaseModelOutputWithPooling:
+        return super().encoder_output(embeddings, kind) if kind == "image" else stacked(embeddings)
+
+    def layout(self, model: PreTrainedModel, inputs: dict[str, Any]) -> list[tuple[int, int]]:
+        """The grid of each picture, ``(rows, columns)``; ``(0, 0)`` for one that shares its prompt with others."""
+        sizes = inputs["image_sizes"]
+        alone = are_alone(inputs.get("batch_num_images"), len(sizes))
+        return [grid if own else (0, 0) for grid, own in zip(self.grids(model, sizes), alone, strict=True)]
+
+    def processor_facts(self, model: PreTrainedModel, processor: Any) -> dict[str, tuple[Any, Any]]:
+        facts = super().processor_facts(model, processor)
+        del facts["patch size"]  # this processor is told the number of tokens instead
+        return {
+            **facts,
+            "video token id": (processor.video_token_id, model.config.video_token_id),
+            "tokens of a tile": (getattr(processor, "num_image_tokens", None), self.side(model) ** 2),
+        }
+
+    def patches(self, model: PreTrainedModel, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
+        changes = super().patches(model, None, config)
+        changes.append((model.model, "get_video_features", VideoFeatures(model, self, config)))
+        if processor is not None:
+            images = self.placeholders(model, processor, config)
+            videos = FramePlaceholders(processor.video_token, sum(self.frame_budget(model, config)), extra=1)
+            changes.append((processor, "replace_image_token", images))
+            changes.append((processor, "replace_video_token", videos))
+            changes.append((processor, "_get_num_multimodal_tokens", CountPicturesAndVideos(images, videos)))
+        return changes
+
+    def placeholders(self, model: PreTrainedModel, processor: Any, config: ZipConfig) -> OnevisionPlaceholders:
+        whole = self.budget(model, config)
+        return OnevisionPlaceholders(
+            processor.image_token,
+            sum(whole),
+            as_lists(model.config.image_grid_pinpoints),
+            model.config.vision_config.image_size,
+            whole,
+            max_tiles(model),
+        )
+
+    def frame_budget(self, model: PreTrainedModel, config: ZipConfig) -> Budget:
+        """``(dominant, contextual)`` of one frame's pooled positions."""
+        return frame_budget(config, pooled_side(self.side(model)) ** 2)
+
+    def token_counts(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
+        found = []
+        side, whole, most = self.side(model), self.budget(model, config), max_tiles(model)
+        if image_inputs.get("pixel_values") is not None:
+            for size, (high, wide) in zip(image_inputs["image_sizes"], self.layout(model, image_inputs), strict=True):
+                tiles = high * wide
+                if tiles == 0:
+                    found.append((side**2 + 1, sum(whole) + 1))
+                else:
+                    stock = side**2 + with_newlines(unpadded(size, (high, wide), side), side, most)
+                    found.append((stock, sum(whole) + tiles * sum(share(whole, tiles, most))))
+        for frames in image_inputs.get("pixel_values_videos", ()):
+            budget = sum(self.frame_budget(model, config))
+            found.append((len(frames) * pooled_side(side) ** 2 + 1, len(frames) * budget + 1))
+        return found
+
+
+FAMILIES.register("llava_onevision")(LlavaOnevision())
+
+
+def are_alone(batch_num_images: Any, pictures: int) -> list[bool]:
+    """For each picture whether it is its prompt's only one. Without the numbers each is taken to be.
+
+    A later turn brings its new pictures alone, but the numbers of its whole conversation: the first ones decide, as in
+    transformers' own code.
+    """
+    if batch_num_images is None:
+        return [True] * pictures
+    if isinstance(batch_num_images, Tensor):
+        batch_num_images = batch_num_images.tolist()
+    return [int(number) == 1 for number in batch_num_images for _ in range(int(number))][:pictures]
+
+
+def max_tiles(model: PreTrainedModel) -> int:
+    """The 9 of ``anyres_max_9``."""
+    found = re.search(r"(\d+)$", model.config.vision_aspect_ratio)
+    if found is None:
+        raise ValueError(f"vision_aspect_ratio={model.config.vision_aspect_ratio!r}; expected 'anyres_max_<number>'")
+    return int(found.group(1))
+
+
+def share(whole: Budget, tiles: int, most: int) -> Budget:
+    """A tile's budget in a grid of `tiles`: the whole one up to `most` tiles, above that what `most` get, shared."""
+    if tiles <= most:
+        return whole
+    return max(1, whole[0] * most // tiles), whole[1] * most // tiles
+
+
+def pooled_side(side: int) -> int:
+    return math.ceil(side / 2)
+
+
+def with_newlines(grid: tuple[int, int], side: int, most: int) -> int:
+    """Tokens of an unpadded grid (patches high, wide) in the untouched model: shrunk to `most` tiles, a newline a row."""
+    ratio = math.sqrt(grid[0] * grid[1] / (most * side**2))
+    high, wide = (int(grid[0] // ratio), int(grid[1] // ratio)) if ratio > 1.1 else grid
+    return high * (wide + 1)

@@ -1,0 +1,132 @@
+"""To and from a hub repository. Everything goes through huggingface_hub: its token, its cache, its ``HF_ENDPOINT``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from visionzip.export.base import recognise
+from visionzip.export.card import HERE, card
+
+#: what tells an export from a plain model, in a list of file names
+MARKS = ("visionzip.json", "projector.safetensors", "mm_projector.bin", "adapter_config.json")
+CARD = "README.md"
+TIMEOUT = 15.0  # seconds for a question to the hub
+
+
+def push(
+    directory: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+) -> str:
+    """Upload an export with its model card (made here where there is none) and return the address of the commit.
+
+    Raises:
+        ValueError: when `directory` is no export, or the hub refuses.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    place = Path(directory)
+    files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else []
+    names = [path.relative_to(place).as_posix() for path in files]
+    if not set(names) & set(MARKS):
+        raise ValueError(f"{directory} is no directory that visionzip export wrote (none of {', '.join(MARKS)} in it)")
+    if CARD in names:
+        text = (place / CARD).read_text(encoding="utf-8").replace(HERE, repo_id)
+    else:  # a run's own folder, which has none
+        form = recognise(place)
+        assert form is not None  # there is a mark
+        text = card(form.read(place).header, form.name, repo_id)
+    operations = [CommitOperationAdd(CARD, text.encode())] + [
+        CommitOperationAdd(name, path)
+        for name, path in zip(names, files, strict=True)
+        if name != CARD and not any(part.startswith(".") for part in Path(name).parts)
+    ]
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        done = api.create_commit(
+            repo_id, operations, commit_message=message or f"Upload {place.name} with visionzip-ft", revision=revision
+        )
+    except _failures() as error:
+        raise ValueError(
+            f"{repo_id}: the hub refused: {error}. Is there a token with write access (hf auth login)?"
+        ) from error
+    return str(done.commit_url)
+
+
+def pull(repo_id: str, out: str | os.PathLike[str] | None = None, *, revision: str | None = None) -> Path:
+    """Download a repository, into `out` or the hub's cache, and return where it is.
+
+    Raises:
+        ValueError: when it does not exist, may not be read, or can't be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, local_dir=None if out is None else Path(out)))
+    except LocalEntryNotFoundError as error:
+        raise ValueError(f"{repo_id}: the hub can't be reached and nothing of it is in the cache") from error
+    except _failures() as error:
+        raise ValueError(f"{repo_id} can't be downloaded: {error}") from error
+
+
+def local_copy(path: str | os.PathLike[str], revision: str | None = None) -> Path | str:
+    """`path` where it exists; an export on a hub downloaded; the id of a plain model as it is, for transformers to load.
+
+    Raises:
+        ValueError: for what is neither a path nor the id of something.
+    """
+    if Path(path).exists():
+        return Path(path)
+    if not looks_like_id(path):
+        raise ValueError(f"there is nothing at {path}, and it is no hub id (owner/name)")
+    names = _files(str(path), revision)
+    return pull(str(path), revision=revision) if set(names) & set(MARKS) else str(path)
+
+
+def looks_like_id(path: str | os.PathLike[str]) -> bool:
+    """``owner/name``, as opposed to a path that was mistyped."""
+    text = str(path)
+    plain = isinstance(path, str) and text.count("/") == 1 and not text.startswith((".", "/", "~")) and "\\" not in text
+    return plain and not Path(text.split("/")[0]).is_dir()
+
+
+def _files(repo_id: str, revision: str | None) -> list[str]:
+    """What a repository holds: as the hub says or, where it can't be asked, as the cache has it.
+
+    Raises:
+        ValueError: when neither knows it.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        info = HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT)
+        return [sibling.rfilename for sibling in info.siblings or []]
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ValueError(
+            f"there is nothing at {repo_id}, and the hub has no model of that name that you may read"
+        ) from error
+    except _failures():
+        try:
+            cached = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+        except _failures() as error:
+            raise ValueError(
+                f"there is nothing at {repo_id}; the hub can't be asked, and its cache has no model of that name"
+            ) from error
+        return [path.name for path in cached.iterdir()]
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """Whatever huggingface_hub raises when a request fails; its HTTP client is one of two, by its version."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    client = [kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"]
+    return (*client, HFValidationError, OSError)  # LocalEntryNotFoundError and OfflineModeIsEnabled are OSErrors

@@ -1,0 +1,57 @@
+"""What a selector is given and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from visionzip.registry import Registry
+
+
+@dataclass(frozen=True)
+class Features:
+    """One layer of a vision encoder, as selection and merging need it. ``B`` pictures (or tiles, or frames), ``N`` tokens.
+
+    Attributes:
+        hidden_states: ``(B, N, D)``, the layer's output: the tokens themselves, CLS first where there is one.
+        metric: ``(B, N, d)``, the layer's keys averaged over heads, not normalised: what similarity is measured on.
+        scores: ``(B, N)`` float32, importance of each token; ``None`` where the selector does not ask for it.
+        has_cls: token 0 is a CLS token, which is always kept.
+    """
+
+    hidden_states: Tensor
+    metric: Tensor
+    scores: Tensor | None
+    has_cls: bool
+
+    @property
+    def cls(self) -> int:
+        """Number of tokens before the first patch: 0 or 1."""
+        return int(self.has_cls)
+
+
+@dataclass(frozen=True)
+class Selector:
+    """A way to choose patches.
+
+    `choose(features, keep)` returns ``(B, keep)`` int64 patch indices (0 = first patch, CLS not counted), ascending,
+    without repetition, and the same on every call.
+    """
+
+    name: str
+    choose: Callable[[Features, int], Tensor]
+    needs_scores: bool
+
+
+SELECTORS: Registry[Selector] = Registry("selector", "visionzip.selectors")
+
+
+def selector(name: str, *, needs_scores: bool) -> Callable[[Callable[[Features, int], Tensor]], Selector]:
+    """Register a function `choose(features, keep)` as the selector `name`."""
+
+    def register(choose: Callable[[Features, int], Tensor]) -> Selector:
+        return SELECTORS.register(name)(Selector(name, choose, needs_scores))
+
+    return register

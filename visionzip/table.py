@@ -1,0 +1,181 @@
+"""lmms-eval's result files as the paper's table: scores, shares of the uncompressed score, and the published rows beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One column.
+
+    Attributes:
+        tasks: names lmms-eval has for it; the first one that was run counts.
+        metrics: its results that are added up to the score (MME's is perception + cognition).
+        scale: lmms-eval's number → the paper's (fractions → per cent).
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    metrics: tuple[str, ...]
+    scale: float = 100.0
+
+
+BENCHMARKS = (
+    Benchmark("GQA", ("gqa",), ("exact_match",)),
+    Benchmark("MMB", ("mmbench_en_dev", "mmbench_en_test"), ("gpt_eval_score",), 1.0),
+    Benchmark("MME", ("mme",), ("mme_perception_score", "mme_cognition_score"), 1.0),
+    Benchmark("POPE", ("pope", "pope_full"), ("pope_f1_score",)),
+    Benchmark("SQA", ("scienceqa_img",), ("exact_match",)),
+    Benchmark("VQAv2", ("vqav2_test", "vqav2_val", "vqav2_val_lite"), ("exact_match",)),
+    Benchmark("TextVQA", ("textvqa_val",), ("exact_match",)),
+    Benchmark("MMMU", ("mmmu_val",), ("mmmu_acc",)),
+    Benchmark("SEED", ("seedbench",), ("seed_all",)),
+    Benchmark("MMVet", ("mmvet",), ("gpt_eval_score",), 1.0),
+    Benchmark("LLaVA-B", ("llava_in_the_wild",), ("gpt_eval_llava_all",), 1.0),
+)
+NAMES = [benchmark.name for benchmark in BENCHMARKS]
+
+#: LLaVA-1.5-7B, arXiv 2412.04467, tables 1 and 2; (tokens, fine-tuned) → scores in the order of `BENCHMARKS`
+PUBLISHED: dict[tuple[int, bool], tuple[float, ...]] = {
+    (576, False): (61.9, 64.7, 1862, 85.9, 69.5, 78.5, 58.2, 36.3, 58.6, 31.1, 66.8),
+    (192, False): (59.3, 63.0, 1782.6, 85.3, 68.9, 76.8, 57.3, 36.6, 56.4, 31.7, 67.7),
+    (192, True): (60.1, 63.4, 1834, 84.9, 68.2, 77.4, 57.8, 36.2, 57.1, 32.6, 66.7),
+    (128, False): (57.6, 62.0, 1761.7, 83.2, 68.9, 75.6, 56.8, 37.9, 54.9, 32.6, 64.8),
+    (128, True): (58.9, 62.6, 1823, 83.7, 68.3, 76.6, 57.0, 37.3, 55.8, 32.9, 64.8),
+    (64, False): (55.1, 60.1, 1690, 77.0, 69.0, 72.4, 55.5, 36.2, 52.2, 31.7, 62.9),
+    (64, True): (57.0, 61.5, 1756, 80.9, 68.8, 74.2, 56.0, 35.6, 53.4, 30.2, 63.6),
+}
+FULL = 576
+
+
+@dataclass
+class Row:
+    """One model: its scores by column, and what they are shares of."""
+
+    label: str
+    scores: dict[str, float]
+    shares: dict[str, float] = field(default_factory=dict)
+    published: bool = False
+
+    @property
+    def average(self) -> float | None:
+        """Mean share of the columns there are, as the paper's last column; None where there is none."""
+        return sum(self.shares.values()) / len(self.shares) if self.shares else None
+
+
+def read(place: str | os.PathLike[str]) -> tuple[dict[str, float], bool]:
+    """Scores by column from a result file, or from all of them below a directory, and whether all tokens were used.
+
+    Where a task was run more than once, the newest file counts. A task that is not in the paper is a column of its own,
+    under lmms-eval's name for it, with its first metric in per cent.
+
+    Raises:
+        ValueError: when there is none, or a file is not lmms-eval's.
+    """
+    path = Path(place)
+    files = [path] if path.is_file() else sorted(path.rglob("*results.json"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise ValueError(f"there is no result file of lmms-eval in {place} (*results.json; run it with --output_path)")
+    tasks: dict[str, dict[str, Any]] = {}
+    full = False
+    for file in files:
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            tasks |= content["results"]
+            full = "full=true" in str(content.get("config", {}).get("model_args", "")).lower()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is no result file of lmms-eval ({type(error).__name__}: {error})") from error
+    scores: dict[str, float] = {}
+    for benchmark in BENCHMARKS:
+        run = next((name for name in benchmark.tasks if name in tasks), None)
+        if run is not None:
+            scores[benchmark.name] = benchmark.scale * sum(_metric(tasks[run], name, run) for name in benchmark.metrics)
+    known = {name for benchmark in BENCHMARKS for name in benchmark.tasks}
+    for task, results in tasks.items():
+        first = next(
+            (key for key, value in results.items() if key.endswith(",none") and isinstance(value, float)), None
+        )
+        if task not in known and first is not None and "_stderr" not in first:
+            scores[task] = 100 * results[first]
+    return scores, full
+
+
+def _metric(results: dict[str, Any], name: str, task: str) -> float:
+    for key, value in results.items():
+        if key.split(",")[0] == name and isinstance(value, int | float):
+            return float(value)
+    raise ValueError(f"{task} has no {name} among its results ({', '.join(sorted(results))})")
+
+
+def build(runs: dict[str, str], full: str | None = None, budget: int | None = None) -> tuple[list[Row], str]:
+    """The rows of the table, and what the shares are of.
+
+    Args:
+        runs: label → result file or directory.
+        full: label of the run with all tokens; default: the one that says so, else the published uncompressed scores.
+        budget: published rows of this budget only.
+
+    Raises:
+        ValueError: for unreadable results, or a label that is none of `runs`.
+    """
+    rows, complete = [], []
+    for label, place in runs.items():
+        scores, all_tokens = read(place)
+        rows.append(Row(label, scores))
+        complete += [label] if all_tokens else []
+    if full is not None and full not in runs:
+        raise ValueError(f"--full {full}: expected one of {', '.join(runs)}")
+    named = full or (complete[0] if complete else None)
+    vanilla = dict(zip(NAMES, PUBLISHED[FULL, False], strict=True))
+    reference = next((row.scores for row in rows if row.label == named), vanilla)
+    of = (
+        f"{named}, measured here"
+        if named
+        else "the published uncompressed LLaVA-1.5-7B: measure your own with full=true"
+    )
+    for row in rows:
+        row.shares = {name: score / reference[name] for name, score in row.scores.items() if reference.get(name)}
+    measured = {name for row in rows for name in row.scores}
+    for (tokens, tuned), values in PUBLISHED.items():
+        if budget is None or tokens in (budget, FULL):
+            scores = dict(zip(NAMES, values, strict=True))
+            published = Row(f"published, {tokens} tokens{' ‡' if tuned else ''}", scores, published=True)
+            # over the columns that were measured, so that the averages say the same thing
+            used = [name for name in NAMES if name in measured] or NAMES
+            published.shares = {name: scores[name] / vanilla[name] for name in used}
+            if measured & set(NAMES):
+                rows.append(published)
+    return rows, of
+
+
+def columns(rows: list[Row]) -> list[str]:
+    """The paper's, in its order, as far as anything was measured; then the others."""
+    measured = {name for row in rows if not row.published for name in row.scores}
+    return [name for name in NAMES if name in measured] + sorted(measured - set(NAMES))
+
+
+def markdown(rows: list[Row], of: str) -> str:
+    """The table: a score and, below it in the same cell, its share; the average share last."""
+    shown = columns(rows)
+    lines = [f"| | {' | '.join(shown)} | average share |", "|---" * (len(shown) + 2) + "|"]
+    for row in rows:
+        cells = [_cell(row, name) for name in shown]
+        average = f"**{100 * row.average:.1f} %**" if row.average is not None else "–"
+        lines.append(f"| {row.label} | {' | '.join(cells)} | {average} |")
+    lines += [
+        "",
+        f"Shares of {of}. ‡ fine-tuned projector; published: arXiv 2412.04467, LLaVA-1.5-7B, shares of its own 576-token row.",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(row: Row, name: str) -> str:
+    if name not in row.scores:
+        return "–"
+    score = f"{row.scores[name]:.0f}" if name == "MME" else f"{row.scores[name]:.1f}"
+    return f"{score} ({100 * row.shares[name]:.1f} %)" if name in row.shares else score
