@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
+from data.collate import TEXT_KEYS
 from data.config import DataConfig
 from data.questions import Question, QuestionCollator, build_questions
 from train import random_state
@@ -66,6 +67,26 @@ def questions_of(config: RunConfig, processor: Any) -> Any:
             f"eval.sources hold no question that can be asked ({len(questions.rejections)} records rejected)"
         )
     return questions
+
+
+def picture_inputs(question: Question) -> dict[str, Any]:
+    """What ``forward`` takes for the question's pictures: its inputs without the text."""
+    return {key: value for key, value in question.inputs.items() if key not in TEXT_KEYS}
+
+
+def one_a_picture(questions: Sequence[Any], count: int) -> list[Question]:
+    """The first question of each of the first `count` records that have pictures and can be read."""
+    chosen: list[Question] = []
+    seen: set[str] = set()
+    for number in range(len(questions)):
+        question = questions[number]
+        if len(chosen) == count:
+            break
+        record = getattr(question, "id", "").rsplit("/", 1)[0]
+        if isinstance(question, Question) and record not in seen and picture_inputs(question):
+            seen.add(record)
+            chosen.append(question)
+    return chosen
 
 
 def score(
@@ -254,8 +275,6 @@ def evaluate_only(options: Any) -> int:
 
 def tokens_a_picture(model: Any, processor: Any, config: RunConfig) -> tuple[int, int]:
     """(tokens now, tokens of the untouched model) of the first picture that is asked about, or of a blank one."""
-    from data.collate import TEXT_KEYS
-    from data.sample import Rejection
     from visionzip import attached
 
     attachment = attached(model)
@@ -263,11 +282,9 @@ def tokens_a_picture(model: Any, processor: Any, config: RunConfig) -> tuple[int
     questions = questions_of(config, processor)
     for number in range(min(len(questions), 20)):
         question = questions[number]
-        if not isinstance(question, Rejection):
-            pictures = {key: value for key, value in question.inputs.items() if key not in TEXT_KEYS}
-            if pictures:
-                stock, now = attachment.token_counts(**pictures)[0]
-                return now, stock
+        if isinstance(question, Question) and (pictures := picture_inputs(question)):
+            stock, now = attachment.token_counts(**pictures)[0]
+            return now, stock
     return 0, 0
 
 

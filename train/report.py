@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from train.config import RunConfig
-from train.evaluate import LABELS, Scores, questions_of, table, won_back
+from train.evaluate import LABELS, Scores, one_a_picture, picture_inputs, questions_of, table, won_back
+from visionzip import attached
 
 # Okabe and Ito's palette: told apart by people who see red and green alike.
 COLOURS = {"full": "#0072B2", "training_free": "#E69F00", "fine_tuned": "#009E73"}
@@ -92,76 +92,24 @@ def accuracy_bars(path: Path, scores: dict[str, Scores], facts: dict[str, Any]) 
 
 
 def kept_patches(folder: str | Path, model: Any, processor: Any, config: RunConfig) -> list[Path]:
-    """A few held-out pictures with the patches marked that stay tokens of their own; the rest is whitened.
+    """A few held-out pictures as the library draws them: attention, the patches kept, what was merged into which token.
 
-    Only for families with one grid of patches a picture; others get no pictures here (`visionzip visualize` has them).
+    One file a picture; of a tiled one the last tile (`visionzip visualize` draws all of them).
     """
-    from data.collate import TEXT_KEYS
-    from data.sample import Rejection
-    from visionzip import attached
-    from visionzip.families.base import select
+    from visionzip.analysis import draw
+    from visionzip.analysis.trace import trace_inputs
+    from visionzip.analysis.visualize import note, views
 
     attachment = attached(model)
-    if attachment is None or not hasattr(attachment.family, "layer") or not config.report.pictures:
+    if attachment is None or not config.report.pictures:
         return []
-    questions = questions_of(config, processor)
-    family, tower = attachment.family, attachment.model.get_submodule(attachment.family.tower)
     paths: list[Path] = []
-    seen: set[str] = set()
-    for number in range(len(questions)):
-        question = questions[number]
-        if isinstance(question, Rejection) or question.id.rsplit("/", 1)[0] in seen:
-            continue
-        inputs = {key: value for key, value in question.inputs.items() if key not in TEXT_KEYS}
-        if "pixel_values" not in inputs or inputs["pixel_values"].ndim != 4:
-            continue
-        seen.add(question.id.rsplit("/", 1)[0])
-        pixels = inputs["pixel_values"][:1].to(attachment.model.device, attachment.model.dtype)
-        with torch.no_grad():
-            layer = family.layer(attachment.model, attachment.config)
-            chosen = select(family.encoder(attachment.model), tower, pixels, layer, attachment.config)
-        cls = int(family.encoder(attachment.model).has_cls)
-        places = [int(place) - cls for place in chosen.kept[0] if int(place) >= cls]
-        grid = round((chosen.slots.shape[1] - cls) ** 0.5)
+    for question in one_a_picture(questions_of(config, processor), config.report.pictures):
+        tile = trace_inputs(attachment, processor, picture_inputs(question)).tiles[-1]
         path = Path(folder) / f"kept_{len(paths)}.png"
-        paths.append(_draw(path, picture_of(pixels[0].float().cpu(), processor), places, grid, attachment.config))
-        if len(paths) >= config.report.pictures:
-            break
+        draw.panel(views(tile, 320), question.id.rsplit("/", 1)[0], note(tile)).save(path)
+        paths.append(path)
     return paths
-
-
-def picture_of(pixels: torch.Tensor, processor: Any) -> np.ndarray:
-    """``(3, H, W)`` as the model sees it → ``(H, W, 3)`` in [0, 1]."""
-    images = processor.image_processor
-    mean = torch.tensor(getattr(images, "image_mean", None) or [0.0, 0.0, 0.0]).view(3, 1, 1)
-    spread = torch.tensor(getattr(images, "image_std", None) or [1.0, 1.0, 1.0]).view(3, 1, 1)
-    return (pixels * spread + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-
-
-def _draw(path: Path, image: np.ndarray, places: list[int], grid: int, zip_config: Any) -> Path:
-    plt = _pyplot()
-    from matplotlib.patches import Rectangle
-
-    side = image.shape[0] / grid
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.9))
-    for axes in (left, right):
-        axes.imshow(image, interpolation="nearest")
-        axes.set_axis_off()
-    right.imshow(np.ones_like(image), alpha=_veil(image.shape[0], places, grid, side), interpolation="nearest")
-    for place in places:
-        corner = (place % grid * side - 0.5, place // grid * side - 0.5)
-        right.add_patch(Rectangle(corner, side, side, fill=False, edgecolor="#D55E00", linewidth=1.2))
-    left.set_title("picture")
-    right.set_title(f"{len(places)} of {grid * grid} patches kept (+ {zip_config.contextual} merged)")
-    return _save(figure, path)
-
-
-def _veil(size: int, places: list[int], grid: int, side: float) -> np.ndarray:
-    veil = np.full((size, size), 0.8)
-    for place in places:
-        top, left = int(place // grid * side), int(place % grid * side)
-        veil[top : top + round(side), left : left + round(side)] = 0.0
-    return veil
 
 
 def _share(pair: tuple[int, int]) -> float:

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from data.collate import TEXT_KEYS
 from data.questions import Question
 from train import random_state
 from train.config import EvalSection
-from train.evaluate import ALL, LABELS, Scores, normalise
+from train.evaluate import ALL, LABELS, Scores, normalise, one_a_picture, picture_inputs
 from visionzip import attached
 
 logger = logging.getLogger(__name__)
@@ -123,7 +122,7 @@ class Look(TrainerCallback):
             (text,) = generate(
                 model, self.processor, QuestionCollator(self.processor)([question])["inputs"], self.section
             )
-            images = {key: value for key, value in question.inputs.items() if key not in TEXT_KEYS}
+            images = picture_inputs(question)
             drawn = None
             if attachment is not None and any(key.startswith("pixel_values") for key in images):
                 tile = trace_inputs(attachment, self.processor, images).tiles[-1]
@@ -148,18 +147,3 @@ def page_of(wandb: Any, shown: list[tuple[Question, str, Any]], step: int) -> di
     if shown:
         values |= {"looked at/answers": table, "looked at/right, %": 100 * right / len(shown)}
     return values
-
-
-def one_a_picture(questions: Sequence[Any], count: int) -> list[Question]:
-    """The first question of each of the first `count` records that have pictures and can be read."""
-    chosen: list[Question] = []
-    seen: set[str] = set()
-    for number in range(len(questions)):
-        question = questions[number]
-        if len(chosen) == count:
-            break
-        record = getattr(question, "id", "").rsplit("/", 1)[0]
-        if isinstance(question, Question) and record not in seen and question.inputs.keys() - set(TEXT_KEYS):
-            seen.add(record)
-            chosen.append(question)
-    return chosen

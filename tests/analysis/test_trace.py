@@ -8,7 +8,7 @@ from tests.families.case import cases, picture, video
 from tests.tiny import picture as noise
 from tests.tiny import tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, attached
-from visionzip.analysis.trace import KEPT, image_inputs, to_model, trace, trace_video
+from visionzip.analysis.trace import KEPT, image_inputs, to_model, trace, trace_inputs, trace_video
 from visionzip.compress import DROPPED, choosing
 
 CASES = cases()
@@ -40,6 +40,19 @@ def test_any_family(case):
         assert float(tile.attention.sum()) == pytest.approx(1, abs=1e-4)
         width, height = tile.image.size
         assert width * tile.grid[0] == pytest.approx(height * tile.grid[1], rel=0.05)  # patches are square
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_pixels_that_are_ready_show_the_same_picture(case):
+    """A run has no picture any more, only what goes into the model; for Qwen that is a list of patches in an order of its own."""
+    model, processor = case.model(), case.processor()
+    attach(model, processor, case.budget)
+    shown = picture(0, case.sizes[0])
+    known = trace(model, shown).tiles[0]
+    found = trace_inputs(attached(model), processor, image_inputs(processor, shown)).tiles[0]
+    assert torch.equal(found.kept, known.kept)
+    there, here = (np.asarray(tile.image.resize((64, 64)), dtype=float) for tile in (found, known))
+    assert np.corrcoef(there.ravel(), here.ravel())[0, 1] > 0.95
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.frames], ids=lambda case: case.name)

@@ -232,6 +232,8 @@ def _images(
         tiles = pixels.reshape(-1, *pixels.shape[-3:])
         if len(tiles) >= len(grids):
             return [unnormalised(tile, processor) for tile in tiles[: len(grids)]]
+    if not pictures and "image_grid_thw" in inputs:
+        pictures = unpatched(inputs["pixel_values"], inputs["image_grid_thw"], processor)
     if not pictures:
         raise ValueError(f"these inputs hold no pixels that can be shown (found {', '.join(inputs)})")
     share = len(pictures) / len(grids)  # Qwen makes one grid of two frames
@@ -248,3 +250,21 @@ def unnormalised(pixels: Tensor, processor: Any) -> Image.Image:
     spread = torch.tensor(getattr(images, "image_std", None) or [1.0] * 3).view(3, 1, 1)
     values = (pixels.detach().float().cpu() * spread + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
     return Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())
+
+
+def unpatched(pixels: Tensor, grids: Tensor, processor: Any) -> list[Image.Image]:
+    """Qwen's flat patches ``(sum of t*h*w, 3 * temporal_patch * patch**2)`` → the pictures, one for each row ``(t, h, w)`` of `grids`.
+
+    Their order is that of transformers' ``Qwen2VLImageProcessor``: patches that will be merged stand together.
+    """
+    images = processor.image_processor
+    merge, patch = images.merge_size, images.patch_size
+    pictures = []
+    for flat, (_, high, wide) in zip(pixels.split(grids.prod(-1).tolist()), grids.tolist(), strict=True):
+        first = flat[: high * wide].reshape(high // merge, wide // merge, merge, merge, 3, -1, patch, patch)[
+            ..., 0, :, :
+        ]
+        pictures.append(
+            unnormalised(first.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, high * patch, wide * patch), processor)
+        )
+    return pictures
