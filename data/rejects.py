@@ -91,9 +91,11 @@ class RejectLog:
         """Raises `TooManyRejected` where too much is bad already, whatever comes."""
         soonest = SOONEST if self.total is None else min(SOONEST, self.total)
         reads = self.reads if self.total is None else min(self.reads, self.total)
-        if self.rejected > self.max_rejected * max(reads, soonest):
+        of = max(reads, soonest)
+        if self.rejected > self.max_rejected * of:
             raise TooManyRejected(
-                f"{self.rejected} bad records of {reads} read, more than data.max_rejected={self.max_rejected:g} allows. "
+                f"{self.rejected} bad record{'s' if self.rejected > 1 else ''} among the first {max(reads, self.rejected)} read; "
+                f"data.max_rejected={self.max_rejected:g} allows {int(self.max_rejected * of)} of {of}. "
                 f"{self.summary()}. Each is listed in {self.path}; mend or remove them, or raise data.max_rejected"
             )
 

@@ -71,8 +71,12 @@ def test_a_small_data_set_is_judged_by_its_size_and_not_by_its_epochs(tmp_path):
 
 
 def test_none_allowed_means_none(tmp_path):
-    with pytest.raises(TooManyRejected):
-        RejectLog(tmp_path / "rejected.jsonl", 0.0).add([bad(1)])
+    log = RejectLog(tmp_path / "rejected.jsonl", 0.0, total=24)
+    log.read(8)
+    with pytest.raises(
+        TooManyRejected, match=r"^1 bad record among the first 8 read; data.max_rejected=0 allows 0 of 24\. 1 "
+    ):
+        log.add([bad(1)])
 
 
 def test_a_run_resumed_goes_on_counting(tmp_path):

@@ -131,8 +131,9 @@ def test_rejected_records_are_listed_once_over_a_resume(workspace: Path, ranks: 
     listed = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
     assert sorted(row["id"] for row in listed) == ["r1", "r2"]
     assert {row["reason"] for row in listed} == {"file missing"}
-    strict = config_of(workspace, tmp_path / "strict", data__sources=source)
+    strict = config_of(workspace, tmp_path / "strict", data__sources=source, data__max_rejected=0.05)
     ranks.start(strict)
     assert 65 in ranks.wait()
-    assert "2 bad records" in ranks.output()
-    assert "max_rejected" in ranks.output()
+    # Seed 0 reads r2 in the first of an epoch's three steps and r1 in the last: the second bad record is one too many.
+    assert "2 bad records among the first 24 read; data.max_rejected=0.05 allows 1 of 24" in ranks.output()
+    assert len(losses(tmp_path / "strict")) == 2
