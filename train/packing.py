@@ -7,9 +7,11 @@ sample (one variable-length flash kernel on a GPU that has it), so no token sees
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,7 +121,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """``(1, H, T, d)`` → ``(1, T, H, d)``. The signature is that of transformers' attention functions."""
     prefix = packing.prefix[module.layer_idx] if packing.prefix else None
-    if variable_length(query.device, query.dtype, query.shape[-1]):
+    groups = query.shape[1] // key.shape[1]
+    if variable_length(query.device, query.dtype, query.shape[-1], groups, scaling):
         return flash(query, key, value, scaling, packing, prefix), None
     return one_by_one(query, key, value, scaling, packing, prefix), None
 
@@ -150,20 +153,50 @@ def flash(
     from torch.nn.attention.varlen import varlen_attn
 
     queries, keys, places = packing.tables(query.device)
+    query, key, value = (rows(tensor) for tensor in (query, key, value))
     if prefix is not None:
-        key, value = (torch.cat((a, b), dim=2)[:, :, places] for a, b in ((prefix[0], key), (prefix[1], value)))
+        # index_select, not key[places]: the latter's backward sorts the places, which repeat, and waits for the GPU.
+        key, value = (
+            torch.cat((rows(before), own)).index_select(0, places)
+            for before, own in zip(prefix, (key, value), strict=True)
+        )
     longest = max(packing.lengths)
-    q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))  # (T, H, d)
     out: Any = varlen_attn(
-        q, k, v, queries, keys, longest, longest + packing.before, scale=scaling, window_size=(-1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        query.contiguous(), key.contiguous(), value.contiguous(), queries, keys, longest, longest + packing.before,
+        **causal_options(varlen_attn, query.shape[-1], scaling, shared=query.shape[1] != key.shape[1]),
     )  # fmt: skip
     return out[None]
 
 
+def rows(states: Tensor) -> Tensor:
+    """``(1, H, T, d)`` → ``(T, H, d)``, what the kernel takes."""
+    return states[0].transpose(0, 1)
+
+
+def causal_options(kernel: Callable[..., Any], width: int, scaling: float, shared: bool) -> dict[str, Any]:
+    """How this torch's `varlen_attn` is told of causality, scale and shared key heads: 2.10 knows ``is_causal`` alone, 2.11 a window
+    and a scale, 2.12 also ``enable_gqa``. What it takes for granted is left out.
+
+    Raises:
+        TypeError: what is asked for can't be said.
+    """
+    known = inspect.signature(kernel).parameters
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "scale" in known:
+        options["scale"] = scaling
+    elif not math.isclose(scaling, width**-0.5):
+        raise TypeError(f"this torch's varlen_attn scales by {width**-0.5:.4f} and nothing else, not by {scaling:.4f}")
+    if shared:
+        options["enable_gqa"] = True
+    return options
+
+
 @functools.cache
-def variable_length(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Whether this GPU's kernel is there and gives what one sample at a time gives, forward and backward. Tried once."""
+def variable_length(device: torch.device, dtype: torch.dtype, width: int, groups: int, scaling: float) -> bool:
+    """Whether this GPU's kernel is there and gives what one sample at a time gives, forward and backward. Tried once.
+
+    For heads of `width` values, `groups` of them to a key head, and that scaling.
+    """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     try:
@@ -171,10 +204,10 @@ def variable_length(device: torch.device, dtype: torch.dtype, width: int) -> boo
         make = lambda *shape: torch.randn(*shape, generator=generator, device=device, dtype=dtype)  # noqa: E731
         packed = Packed([37, 5, 130], [(make(1, 4, 11, width), make(1, 4, 11, width))])
         found = []
-        q, k, v = (make(1, 4, 172, width).requires_grad_() for _ in range(3))
+        q, k, v = (make(1, heads, 172, width).requires_grad_() for heads in (4 * groups, 4, 4))
         with torch.enable_grad():
             for way in (flash, one_by_one):
-                out = way(q, k, v, width**-0.5, packed, packed.prefix[0])
+                out = way(q, k, v, scaling, packed, packed.prefix[0])
                 gradients = torch.autograd.grad(out.float().square().sum(), (q, k, v))
                 found.append(torch.cat([t.float().flatten() for t in (out, *gradients)]))
         off = ((found[0] - found[1]).norm() / found[1].norm()).item()
