@@ -9,6 +9,8 @@ import warnings
 
 import torch
 
+from train.extensions import prepare_extensions
+
 
 def prepare_environment() -> int:
     """Complete the environment for one process without a launcher; returns the number of processes.
@@ -26,6 +28,7 @@ def prepare_environment() -> int:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked data workers do not mix
+    prepare_extensions()
     return int(os.environ["WORLD_SIZE"])
 
 

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.train.workspace import (
@@ -36,9 +37,21 @@ def run_nodes(script: str, configs: list[Path], overrides: list[list[str]], **en
         )
         for node, (config, override) in enumerate(zip(configs, overrides, strict=True))
     ]
-    said = [process.communicate(timeout=280)[0] for process in processes]
+    try:
+        said = [process.communicate(timeout=280)[0] for process in processes]
+    finally:
+        for process in processes:
+            end_with_children(process)
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
     return said
+
+
+def end_with_children(process: subprocess.Popen[str]) -> None:
+    """What a launcher that did not end by itself would leave behind."""
+    if process.poll() is None:
+        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+            child.kill()
+        process.wait()
 
 
 def node_config(workspace: Path, output: Path) -> dict[str, Any]:
