@@ -232,6 +232,7 @@ def scan_array(path: str, start: int) -> Iterator[np.ndarray]:
                 yield _not_empty(np.stack([starts[:-1], ends], 1), path)
                 element = int(starts[-1])
             if len(closing):
+                _nothing_behind(path, int(marks[closing[0]]) + position + 1)
                 return
             if len(levels) and levels.min() < 1:
                 raise IndexFileError(f"{path}: brackets don't match near byte {position + int(marks[levels.argmin()])}")
@@ -241,6 +242,18 @@ def scan_array(path: str, start: int) -> Iterator[np.ndarray]:
         f"{path}: the array never ends (the file is cut short, or a quote or bracket is missing); "
         f"the last sound record starts before byte {element}. Fetch it again, or convert it to JSON Lines"
     )
+
+
+def _nothing_behind(path: str, end: int) -> None:
+    """Raises `IndexFileError` where more than space stands behind the array: a second array's records would be lost unseen."""
+    with open(path, "rb") as file:
+        file.seek(end)
+        while chunk := file.read(CHUNK):
+            if rest := chunk.lstrip():
+                raise IndexFileError(
+                    f"{path}: behind the array's end at byte {end} stands {rest[:60]!r}. Several arrays in one file, or one "
+                    "a line, can't be read; join them, or write JSON Lines with one record a line"
+                )
 
 
 def _structure(block: np.ndarray, depth: int, quoted: bool) -> tuple[np.ndarray, np.ndarray, bool]:

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from data.config import DataConfig
 from data.dataset import InstructionDataset
+from data.inspect_samples import visible
 from data.measure import Survey, quantiles
 from data.stream import StreamedDataset
 
@@ -53,7 +54,7 @@ def sources(data: InstructionDataset | StreamedDataset, result: Survey) -> Table
         bad = sum(rejection.source == source.label for rejection in result.rejections)
         stored = "stream" if isinstance(data, StreamedDataset) else f"{len(source.records):,}"  # type: ignore[arg-type]
         used = "" if isinstance(data, StreamedDataset) else f"{len(source):,}"  # type: ignore[arg-type]
-        table.add_row(source.label, stored, used, f"{source.weight:g}", f"{looked + bad:,}", f"{bad:,}")
+        table.add_row(Text(source.label), stored, used, f"{source.weight:g}", f"{looked + bad:,}", f"{bad:,}")
     return table
 
 
@@ -110,7 +111,7 @@ def dropped(console: Console, config: DataConfig, result: Survey) -> bool:
     for reason, count in result.reasons.most_common():
         example = next(rejection for rejection in result.rejections if rejection.reason == reason)
         where = f"{example.source} #{example.index} ({example.id}) {example.detail}"
-        table.add_row(reason, f"{count:,}", f"{count / result.read:.2%}", Text(where[:200]))
+        table.add_row(reason, f"{count:,}", f"{count / result.read:.2%}", Text(visible(where[:200])))
     console.print(table)
     too_many = result.rejected > config.max_rejected
     verdict = "[bold red]a run would stop[/bold red]" if too_many else "[green]a run would go on[/green]"

@@ -15,6 +15,9 @@ from data.template import IGNORE, Encoded
 
 SUPERVISED = "bold green"
 PICTURE = "bold magenta"
+_CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | dict.fromkeys(
+    range(127, 160), 0xFFFD
+)
 
 
 def show_samples(console: Console, data: InstructionDataset | StreamedDataset, samples: list[Sample]) -> None:
@@ -26,11 +29,11 @@ def show_samples(console: Console, data: InstructionDataset | StreamedDataset, s
     )
     console.print(legend)
     for sample in samples:
-        console.print(Text(f"\n{sample.source} {sample.id}", style="dim"))
+        console.print(Text(visible(f"\n{sample.source} {sample.id}"), style="dim"))
         try:
             encoded, _, before = data.encoder.encode(sample)
         except Reject as error:
-            console.print(Text(f"dropped: {error}", style="red"))
+            console.print(Text(visible(f"dropped: {error}"), style="red"))
             continue
         console.print(coloured(data.encoder.template.tokenizer, encoded))
         if before > len(encoded.input_ids):
@@ -52,8 +55,13 @@ def coloured(tokenizer: Any, encoded: Encoded) -> Text:
         if kind == "picture":
             text.append(f"[picture {index + 1}: {len(ids)} tokens]", style=PICTURE)
         else:
-            text.append(readable(tokenizer, ids), style=SUPERVISED if kind == "supervised" else "")
+            text.append(visible(readable(tokenizer, ids)), style=SUPERVISED if kind == "supervised" else "")
     return text
+
+
+def visible(text: str) -> str:
+    """Control characters as `␛` and its like: what a record holds must not steer the terminal."""
+    return text.translate(_CONTROL)
 
 
 def readable(tokenizer: Any, ids: list[int]) -> str:

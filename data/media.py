@@ -10,6 +10,7 @@ import io
 import os
 import re
 import stat
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -65,9 +66,23 @@ def open_image(source: str | bytes, max_pixels: int) -> Image.Image:
             raise Reject("unreadable picture", f"{_name(source)}: {type(error).__name__}: {error}") from error
 
 
+def spelled(path: str) -> str:
+    """`path` as the file system spells it, where nothing is there under the given name.
+
+    Data sets travel: a record written on Windows separates folders by backslashes, an archive packed on macOS stores `é` as two
+    characters where the record has one. Every other name is returned as it is.
+    """
+    if (path.isascii() and "\\" not in path) or os.path.exists(path):
+        return path
+    slashes = path.replace("\\", "/")
+    others = [slashes, *(unicodedata.normalize(form, slashes) for form in ("NFC", "NFD"))]
+    return next((other for other in others if os.path.exists(other)), path)
+
+
 def open_regular(path: str) -> io.BufferedReader:
     """Open a regular file; never a pipe or device, which could block for ever or have no end."""
     try:
+        path = spelled(path)
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise Reject("file missing", f"{path} is not a file")
         return open(path, "rb")
@@ -136,11 +151,12 @@ def read_frames(media: Media, count: int, max_pixels: int) -> list[Image.Image]:
     """
     if isinstance(media.source, list):
         return _frame_files(media.source, count, max_pixels)
-    if isinstance(media.source, str) and os.path.isdir(media.source):
-        names = [name for name in os.listdir(media.source) if name.lower().endswith(FRAME_SUFFIXES)]
-        files = [os.path.join(media.source, name) for name in sorted(names, key=_natural)]
+    folder = spelled(media.source) if isinstance(media.source, str) and "\0" not in media.source else None
+    if folder is not None and os.path.isdir(folder):
+        names = [name for name in os.listdir(folder) if name.lower().endswith(FRAME_SUFFIXES)]
+        files = [os.path.join(folder, name) for name in sorted(names, key=_natural)]
         if not files:
-            raise Reject("unreadable video", f"{media.source} holds no frames ({', '.join(FRAME_SUFFIXES)})")
+            raise Reject("unreadable video", f"{folder} holds no frames ({', '.join(FRAME_SUFFIXES)})")
         return _frame_files(files, count, max_pixels)
     from data.video import decode_frames  # here: PyAV is needed by nobody who has no video files
 

@@ -47,8 +47,8 @@ def subset_table(folder: Path, count: int, fraction: float, maximum: int | None,
 class EpochSampler(Sampler[int]):
     """The indices of one epoch, a permutation drawn from (seed, epoch) and nothing else.
 
-    A source of weight `w` and `n` records gives `round(w·n)` of them an epoch: whole passes, then a part, which goes on in the
-    next epoch where it stopped in this one. With every weight at most 1 no record comes twice in an epoch.
+    A source of weight `w` and `n` records gives `round(w·n)` of them an epoch, at least one: whole passes, then a part, which
+    goes on in the next epoch where it stopped in this one. With every weight at most 1 no record comes twice in an epoch.
     The end is filled with the no-sample index up to a multiple of `global_batch` (samples a step over all ranks, accumulation
     included), so that nobody has to repeat samples to make shares even.
     """
@@ -80,7 +80,7 @@ class EpochSampler(Sampler[int]):
         return np.random.default_rng([self.seed, epoch]).permutation(drawn)
 
     def _share(self, source: int) -> int:
-        return round(self.sizes[source] * self.weights[source])
+        return max(min(1, self.sizes[source]), round(self.sizes[source] * self.weights[source]))
 
     def _draw(self, source: int, epoch: int) -> np.ndarray:
         size, share = self.sizes[source], self._share(source)

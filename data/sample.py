@@ -74,15 +74,27 @@ class Reject(Exception):
         self.detail = detail
 
 
+LONGEST = 500
+"""Characters of a rejected record's id or detail that are kept: it says what was wrong, not all that was there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """What a dataset returns in place of an item it could not make."""
+    """What a dataset returns in place of an item it could not make.
+
+    Texts that came from the record are cut to `LONGEST` and hold nothing UTF-8 can't say (half a surrogate pair is escaped):
+    they are printed and written to files.
+    """
 
     id: str
     source: str
     index: int
     reason: str
     detail: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "id", sayable(self.id))
+        object.__setattr__(self, "detail", sayable(self.detail))
 
     def as_dict(self) -> dict[str, str | int]:
         return {
@@ -92,6 +104,12 @@ class Rejection:
             "reason": self.reason,
             "detail": self.detail,
         }
+
+
+def sayable(text: str) -> str:
+    """A text of a record, short and as characters that can be printed and written as UTF-8."""
+    short = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    return short.encode("utf-8", "backslashreplace").decode()
 
 
 class NoSample:

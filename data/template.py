@@ -106,6 +106,8 @@ class BaseTemplate:
             else:
                 start = 0
                 for match in self._control.finditer(span.text):
+                    if len(match[0]) == 1:
+                        raise Reject("template", f"{match[0]!r} is a control token here and can't be written as text")
                     pieces[-1].add(span.text[start : match.start() + 1], span.supervised)
                     pieces.append(_Piece())
                     start = match.start() + 1

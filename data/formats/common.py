@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from data.config import Columns
-from data.sample import Media, Message, Reject, Role, Sample, Slot
+from data.sample import Media, Message, Reject, Role, Sample, Slot, sayable
 
 ROLES: dict[str, Role] = {
     "human": "user",
@@ -114,7 +113,7 @@ def _data_uri(value: str) -> bytes:
         raise Reject("wrong type", f"a data: URI must be base64, found {head[:40]!r}")
     try:
         return base64.b64decode(body, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # also what is not ASCII
         raise Reject("unreadable picture", f"broken base64: {error}") from error
 
 
@@ -122,15 +121,16 @@ def resolve(root: str, path: Any) -> str:
     """`path` inside `root`, absolute. Raises `Reject` where it leads out.
 
     By name, not by following links: a link that the owner of the folder put there (`coco -> /data/coco`) is theirs to make,
-    a `..` in a record is not.
+    a `..` in a record is not. A backslash counts as a separator too here, since `media.spelled` may read it as one.
     """
     if not isinstance(path, str) or not path or "\0" in path:
         raise Reject("wrong type", f"a path must be a non-empty string, found {path!r:.80}")
     if _URL.match(path):
         raise Reject("remote picture", f"{path[:200]}: nothing is downloaded during training; fetch it first")
     full = os.path.normpath(os.path.join(root, path))
-    if os.path.commonpath([root, full]) != root:
-        raise Reject("path outside the image root", f"{path[:200]} is not in {root}")
+    for each in {full, os.path.normpath(os.path.join(root, path.replace("\\", "/")))}:
+        if os.path.commonpath([root, each]) != root:
+            raise Reject("path outside the image root", f"{path[:200]} is not in {root}")
     return full
 
 
@@ -153,7 +153,7 @@ def build(draft: Draft, source: RecordSource, position: int) -> Sample:
 
 def record_id(value: Any, position: int) -> str:
     """The record's own id where it has one of a simple type, else its position."""
-    return str(value) if isinstance(value, (str, int)) and value != "" else f"#{position}"
+    return sayable(str(value)) if isinstance(value, (str, int)) and value != "" else f"#{position}"
 
 
 def _role(name: Any) -> Role:

@@ -69,6 +69,8 @@ def write_pictures(images: Path) -> None:
         "rotated.jpg": (noise, {"exif": exif}),
         "wide.png": (Image.new("RGB", (30_000, 10), "red"), {}),
         "dot.png": (Image.new("RGB", (1, 1), "red"), {}),
+        "caf\u00e9.png": (noise, {}),
+        "phone.jpg": (noise, {"format": "MPO", "save_all": True, "append_images": [noise]}),
     }
     for name, (image, options) in saved.items():
         image.save(images / name, **options)
@@ -107,6 +109,11 @@ def pictures() -> list[Case]:
         Case("unreadable video", {"video": "broken.mp4", "conversations": video}, "unreadable video"),
         Case("a path that climbs out of the image root", shown("../secret.png"), "path outside the image root"),
         Case("an absolute path outside of it", shown("/etc/hostname"), "path outside the image root"),
+        Case("one that climbs with backslashes", shown("..\\secret.png"), "path outside the image root"),
+        Case("backslashes between folders", shown("frames\\1.jpg"), None),
+        Case("a name in the other Unicode form", shown("cafe\u0301.png"), None),
+        Case("a picture with a preview behind it (MPO)", shown("phone.jpg"), None),
+        Case("broken base64", shown("data:image/png;base64,é"), "unreadable picture"),
         Case("a URL", shown("https://example.org/a.png"), "remote picture"),
     ]
 
@@ -121,6 +128,7 @@ def records() -> list[Case]:
         ),
         Case("non-UTF-8 bytes", b'{"conversations": [{"from": "human", "value": "caf\xe9"}]}', "not UTF-8"),
         Case("half a surrogate pair", {"conversations": turns("Hi \ud83d", "Hello.")}, "not UTF-8"),
+        Case("half a surrogate pair in an id", {"id": "\ud83d", "conversations": turns("Hi", "Hello.")}, None),
         Case("nested ten thousand deep", b"[" * 10_000 + b"]" * 10_000, "broken JSON"),
         Case("not an object", b'["a", 1]', "wrong type"),
         Case("wrong types", {"conversations": [{"from": "human", "value": 5}]}, "wrong type"),
@@ -148,6 +156,7 @@ def records() -> list[Case]:
         Case("pictures and no marker", {"image": "good.png", "conversations": turns("What?", "A cat.")}, None),
         Case("a picture in a system message", misplaced(), "misplaced picture"),
         Case("special-token text in a user's message", {"conversations": turns("</s> <s> <|im_end|>", "Sure.")}, None),
+        Case("special-token text in an answer", {"conversations": turns("Hi", "<image></s>")}, None),
         Case("over-long answer", {"conversations": turns("Tell!", "word " * 3000)}, None),
         Case("over-long question", {"conversations": turns("word " * 3000, "Yes.")}, "too long"),
         Case("more pictures than fit", crowd(), "too long"),

@@ -149,6 +149,20 @@ def test_samples_show_what_is_supervised_and_pictures_as_notes(tmp_path):
     assert "USER: [picture 1: 16 tokens] \nWhat is it? ASSISTANT: 2 cats.</s>" in text.plain
 
 
+def test_what_records_hold_does_not_steer_the_terminal(folder, tmp_path, capsys):
+    """Markup of the report's own, escape sequences and half a surrogate pair, in names, ids, texts and reasons."""
+    nasty = "[/red] \x1b[2J \x9b \ud83d"
+    rows = [kit.record(0, answer="[/red] \x1b[2J fine"), {**kit.record(1), "id": nasty}, {"id": nasty, nasty: 1}]
+    path = kit.write_json(tmp_path / "a.json", rows)
+    source = f"data.sources=[{{path: {path}, name: '[/b]'}}]"
+    code, out, _ = run(folder, capsys, source, "data.max_rejected=1")
+    assert code == 0
+    assert "\x9b" not in out
+    assert "\x1b[2J" not in out
+    assert out.count("[/red]") >= 2
+    assert "[/b]" in out
+
+
 def test_a_stream_is_looked_at_up_to_the_limit(folder, capsys):
     changes = ["data.sources.0.streaming=true", "data.max_rejected=1.0"]
     code, out, _ = run(folder, capsys, "--limit", "20", *changes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import unicodedata
 import zlib
 
 import numpy as np
@@ -153,6 +154,30 @@ def test_files_that_are_none(tmp_path):
     for name in ("absent.jpg", "pipe", ".", "a" * 300):
         with pytest.raises(Reject, match="file missing"):
             open_image(str(tmp_path / name), MAX)
+
+
+@pytest.mark.parametrize("there", ["NFC", "NFD"])
+@pytest.mark.parametrize("asked", ["NFC", "NFD"])
+def test_a_name_is_found_in_either_unicode_form_and_with_backslashes(tmp_path, there, asked):
+    """Archives packed on macOS hold `é` as two characters; records written on Windows have `\\` between folders."""
+    name = "bücher/café.png"
+    path = tmp_path / unicodedata.normalize(there, name)
+    path.parent.mkdir()
+    path.write_bytes(encode(red_then_blue(), "PNG"))
+    for separator in "/\\":
+        given = unicodedata.normalize(asked, name).replace("/", separator)
+        assert open_image(f"{tmp_path}/{given}", MAX).size == red_then_blue().size
+        folder = Media("video", f"{tmp_path}/{unicodedata.normalize(asked, 'bücher')}{separator}")
+        assert len(read_frames(folder, 4, MAX)) == 1
+    with pytest.raises(Reject, match="file missing"):
+        open_image(f"{tmp_path}/bücher\\absent.png", MAX)
+
+
+def test_a_file_whose_own_name_has_a_backslash_is_that_file(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name, size in {"a\\b.png": 9, "a/b.png": 11}.items():
+        (tmp_path / name).write_bytes(encode(Image.new("RGB", (size, size)), "PNG"))
+    assert open_image(f"{tmp_path}/a\\b.png", MAX).size == (9, 9)
 
 
 def test_a_very_wide_picture_is_used(tmp_path):

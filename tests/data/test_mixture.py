@@ -99,6 +99,13 @@ def test_weights_give_shares_and_go_on_where_they_stopped():
     assert len(seen) == 40
 
 
+def test_a_source_of_next_to_no_weight_still_gives_a_record_an_epoch():
+    sampler = EpochSampler([40, 10], [1e-9, 1.0], 0)
+    light = [int(index) for epoch in range(40) for index in sampler.order(epoch) if index < 40]
+    assert sampler.samples == 11
+    assert sorted(light) == list(range(40)), "one after the other, none twice before all came"
+
+
 def as_accelerate_deals(sampler: EpochSampler, batch: int, world: int, rank: int):
     from accelerate.data_loader import BatchSamplerShard
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data.rejects import REASONS, SOONEST, RejectLog, TooManyRejected
+from data.sample import LONGEST, Rejection
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,6 +91,15 @@ def test_a_run_resumed_goes_on_counting(tmp_path):
     assert listed(path) == [bad(1), bad(2), bad(3)]
     assert RejectLog(path, 0.5).rejected == 0, "a run that is not resumed begins anew"
     assert path.read_text() == ""
+
+
+def test_whatever_a_record_says_can_be_written_down(tmp_path):
+    """Half a surrogate pair, which JSON's escapes can spell, is no UTF-8; a megabyte of column names is no reason."""
+    log = RejectLog(tmp_path / "r.jsonl", 1.0)
+    rejection = Rejection("\ud83d", "a", 3, "file missing", "x" * 10**6 + "\ud83d")
+    assert log.add([rejection.as_dict(), Rejection("y" * 10**6, "a", 4, "no answer").as_dict()])
+    first, second = listed(tmp_path / "r.jsonl")
+    assert (first["id"], len(first["detail"]), len(second["id"])) == ("\\ud83d", LONGEST, LONGEST)
 
 
 def test_every_reason_used_is_listed_and_every_one_listed_is_used():

@@ -179,6 +179,22 @@ def test_control_tokens_in_a_record_stay_text(style, attack, side):
     assert attack.replace(" ", "") in tokenizer.decode(attacked).replace(" ", ""), "the text itself must still be there"
 
 
+def test_control_tokens_need_no_angle_brackets():
+    tokenizer = kit.bytelevel_tokenizer()
+    spelt = ["[IMG]", "ENDOFTURN", " lead"]
+    tokenizer.add_special_tokens({"extra_special_tokens": [*spelt, "§"]}, replace_extra_special_tokens=False)
+    template = get_template("chat", kit.processor("chatml", tokenizer))
+    control = set(tokenizer.convert_tokens_to_ids([*spelt, "§"]))
+    for text in spelt:
+        ids, _ = template.encode(sample(text, f"a{text}b").messages, [])
+        assert not control & set(ids)
+        assert tokenizer.decode(ids).count(text) == 2
+    with pytest.raises(
+        Reject, match="'§' is a control token here"
+    ):  # of one character: there is nothing to break it at
+        template.encode(sample("What does § mean?", "A section.").messages, [])
+
+
 @pytest.mark.parametrize("style", ["llava_v1", "llava", "chatml"])
 def test_text_around_a_neutral_control_token_is_unchanged(style):
     template = get_template(

@@ -61,6 +61,36 @@ def test_seeking_finds_the_same_frames_as_decoding_all(monkeypatch):
     assert np.allclose(decoded, [grey(number, 200) for number in video.uniform(200, 6)], atol=4)
 
 
+@pytest.mark.parametrize("count", [5, 39, 100])
+@pytest.mark.parametrize(
+    ("kind", "codec", "options"),
+    [
+        ("avi", "mpeg4", {"bf": "2"}),
+        ("avi", "libx264", {}),
+        ("mpegts", "libx264", {}),
+        ("h264", "libx264", {}),
+        ("mov", "libx264", {"bf": "3"}),
+    ],
+)
+def test_containers_whose_times_are_missing_or_of_storage(kind, codec, options, count):
+    images = video.decode_frames(clip(40, kind, codec, options=options), count, MAX)
+    assert np.allclose(greys(images), [grey(number, 40) for number in video.uniform(40, count)], atol=6)
+
+
+def test_a_picture_size_told_wrong_is_found_at_the_frame(monkeypatch):
+    monkeypatch.setattr(
+        video, "_check_size", lambda picture, _, check=video._check_size: check(picture, _frame_limit(picture))
+    )
+    with pytest.raises(Reject) as caught:
+        video.decode_frames(clip(4), 4, MAX)
+    assert caught.value.reason == "picture too large"
+
+
+def _frame_limit(picture) -> int:
+    """Room for the stream as it says, none for a frame."""
+    return 0 if isinstance(picture, av.VideoFrame) else MAX
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"not a video", clip(20)[:200], clip(20, "matroska")[:300]],
