@@ -107,6 +107,7 @@ def score(
     training = model.training
     model.eval()
     last: dict[str, Any] = {}
+    bar(0, len(loader))
     with torch.no_grad(), random_state.untouched():
         for done, batch in enumerate(loader, start=1):
             last = batch["inputs"] or last  # under ZeRO-3 every process has to run the model as often as the others

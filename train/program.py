@@ -284,12 +284,13 @@ class Program:
     def score(self, model: Any, what: str) -> Scores:
         from tqdm import tqdm
 
-        bar = tqdm(desc=f"asking ({what})", unit="batch", disable=self.rank != 0, file=sys.stderr, dynamic_ncols=True,
-                   mininterval=0.2 if sys.stderr.isatty() else 5.0)  # fmt: skip
+        bars: list[tqdm] = []
 
         def show(done: int, of: int) -> None:
-            bar.total = of
-            bar.update(done - bar.n)
+            if not bars:
+                bars.append(tqdm(total=of, desc=f"asking ({what})", unit="batch", disable=self.rank != 0, file=sys.stderr,
+                                 dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 5.0))  # fmt: skip
+            bars[0].update(done - bars[0].n)
 
         result = score(
             model,
@@ -300,7 +301,8 @@ class Program:
             beat=self.watchdog.beat,
             bar=show,
         )
-        bar.close()
+        for bar in bars:
+            bar.close()
         if result.unread:
             self.say(f"{result.unread} held-out questions could not be read and do not count")
         return result

@@ -61,7 +61,7 @@ def loss_curve(path: Path, log: list[dict[str, Any]]) -> Path:
     window = max(1, len(losses) // 25)
     if window > 1:
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-        axes.plot(steps[window - 1 :], smooth, color=COLOURS["full"], linewidth=2, label=f"mean of {window}")
+        axes.plot(steps[window - 1 :], smooth, color=COLOURS["full"], linewidth=2, label=f"mean of {window} log lines")
         axes.legend(frameon=False)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)", title="Training loss")
     return _save(figure, path)
@@ -86,7 +86,7 @@ def accuracy_bars(path: Path, scores: dict[str, Scores], facts: dict[str, Any]) 
                         f"full ({tokens} tokens)")  # fmt: skip
         axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=1)
     axes.set_xticks(range(len(kinds)), kinds)
-    axes.set(ylabel="exact match, %", ylim=(0, 112), title=f"Held-out questions ({facts['questions']})")
+    axes.set(ylabel="exact match, %", ylim=(0, 118), title=f"Held-out questions ({facts['questions']})")
     axes.legend(frameon=False, ncols=len(names), loc="upper center", fontsize=8)
     return _save(figure, path)
 
