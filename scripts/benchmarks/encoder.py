@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
-from scripts.benchmarks.measure import Timing, alternate, table
+from scripts.benchmarks.flops import encoder_flops
+from scripts.benchmarks.measure import Timing, alternate, peak_flops, table
 from scripts.benchmarks.presets import on_device
 from visionzip import ZipConfig
 from visionzip.compress import compress
@@ -39,17 +41,30 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> Any:
         return kind(CONFIGS[kind](**sizes)).eval()
 
 
+@contextmanager
+def eager(tower: Any) -> Iterator[None]:
+    """Inside, attention is two products and a softmax, which is what makes maps that can be asked for."""
+    before = tower.config._attn_implementation
+    tower.config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        tower.config._attn_implementation = before
+
+
 @torch.no_grad()
 def all_maps(tower: Any, pixels: torch.Tensor, dominant: int = 54, contextual: int = 10) -> torch.Tensor:
-    """The authors' way: eager attention, every layer, every map; then one row of one of them."""
-    tower.set_attn_implementation("eager")
-    out = tower(pixels, output_attentions=True, output_hidden_states=True)
-    tower.set_attn_implementation("sdpa")
+    """The authors' way (their `CLIPVisionTower_VisionZip`): eager attention to the last layer, ``output_attentions`` and
+    ``output_hidden_states``, so that every layer's map is kept; one layer's keys on the way; then one row of one map."""
+    block, taken = tower.encoder.layers[LAYER], []
+    handle = block.self_attn.k_proj.register_forward_hook(lambda module, args, out: taken.append(out))
+    try:
+        with eager(tower):
+            out = tower(pixels, output_attentions=True, output_hidden_states=True)
+    finally:
+        handle.remove()
     scores = out.attentions[LAYER].sum(dim=1)[:, 0].float()
-    block = tower.encoder.layers[LAYER]
-    keys = split_heads(
-        block.self_attn.k_proj(block.layer_norm1(out.hidden_states[LAYER - 1])), block.self_attn.num_heads
-    )
+    keys = split_heads(taken[0], block.self_attn.num_heads)
     features = Features(out.hidden_states[LAYER], keys.mean(dim=1), scores, has_cls=True)
     return compress(features, dominant, contextual).tokens
 
@@ -77,6 +92,8 @@ def run(
             "different tokens"
         )
     timings = alternate(variants, rounds, device)
+    peak, source = peak_flops(device, dtype)
+    products = batch * encoder_flops(tower) / peak
     result: dict[str, Any] = {
         "encoder": name, "batch": batch, "dtype": str(dtype).removeprefix("torch."), "rounds": rounds,
         "seconds": {key: timing.median for key, timing in timings.items()},
@@ -84,17 +101,27 @@ def run(
         "seconds_all": {key: timing.seconds for key, timing in timings.items()},
         "peak_bytes": {key: timing.peak_bytes for key, timing in timings.items()},
         "ours_over_plain": timings["ours"].median / timings["plain"].median,
+        "ours_over_plain_cpu": timings["ours"].cpu_median / timings["plain"].cpu_median,
+        "peak_flops": peak, "peak_source": source, "product_seconds": products,
     }  # fmt: skip
     if "all_maps" in timings:
-        result["all_maps_over_ours"] = timings["all_maps"].median / timings["ours"].median
-    result["share_of_encoder"] = shares(tower, pixels, timings["plain"], rounds, device, selectors)
+        maps, mine = timings["all_maps"], timings["ours"]
+        result["all_maps_over_ours"] = maps.median / mine.median
+        result["all_maps_over_ours_cpu"] = maps.cpu_median / mine.cpu_median
+        busy = maps.median if device.type == "cuda" else maps.cpu_median / torch.get_num_threads()
+        result["all_maps_over_products"] = busy / products
+    parts = shares(tower, pixels, rounds, device, selectors)
+    result["share_of_encoder"] = {key: part.median / timings["plain"].median for key, part in parts.items()}
+    result["share_of_encoder_cpu"] = {key: part.cpu_median / timings["plain"].cpu_median for key, part in parts.items()}
+    result["part_peak_bytes"] = {key: part.peak_bytes for key, part in parts.items()}
+    result["map_bytes"] = (
+        batch * tower.config.num_attention_heads * encoder_for(tower).tokens(tower) ** 2 * dtype.itemsize
+    )
     return result
 
 
-def shares(
-    tower: Any, pixels: torch.Tensor, plain: Timing, rounds: int, device: torch.device, selectors: bool
-) -> dict[str, float]:
-    """Time of single parts as a share of the plain encoder's: the scores, and selection + merging by each selector."""
+def shares(tower: Any, pixels: torch.Tensor, rounds: int, device: torch.device, selectors: bool) -> dict[str, Timing]:
+    """Single parts by themselves: the scores, and selection + merging by each selector."""
     encoder = encoder_for(tower)
     features = encoder.encode(tower, pixels, LAYER)
     parts: dict[str, Callable[[], Any]] = {}
@@ -106,7 +133,7 @@ def shares(
     budget = BUDGET.resolve(features.hidden_states.shape[1], reserved=features.cls)
     for selector in SELECTORS.names() if selectors else ["visionzip"]:
         parts[selector] = torch.no_grad()(lambda selector=selector: compress(features, *budget, selector=selector))
-    return {name: timing.median / plain.median for name, timing in alternate(parts, rounds, device).items()}
+    return alternate(parts, rounds, device)
 
 
 def show(result: dict[str, Any]) -> str:
@@ -120,11 +147,21 @@ def show(result: dict[str, Any]) -> str:
         for key, seconds in result["seconds"].items()
     ]  # fmt: skip
     title = f"{result['encoder']}, {result['batch']} pictures, {result['dtype']}, median of {result['rounds']}"
-    parts = [[name, f"{100 * share:.2f} %"] for name, share in result["share_of_encoder"].items()]
-    return "\n\n".join(
-        [
-            title,
-            table(["way", "ms", "of plain", "of plain, CPU time", "pictures/s", "peak MB"], rows),
-            table(["part", "of the encoder's time"], parts),
-        ]
-    )
+    parts = [
+        [name, f"{100 * share:.2f} %", f"{100 * result['share_of_encoder_cpu'][name]:.2f} %",
+         f"{result['part_peak_bytes'][name] / 2**20:.0f}"]
+        for name, share in result["share_of_encoder"].items()
+    ]  # fmt: skip
+    texts = [
+        title,
+        table(["way", "ms", "of plain", "of plain, CPU time", "pictures/s", "peak MB"], rows),
+        table(["part", "of the encoder's time", "CPU time", "peak MB"], parts),
+        f"A map of one layer, all heads: {result['map_bytes'] / 2**20:.0f} MB. Matrix products up to the layer that is read, at this "
+        f"machine's {result['peak_flops'] / 1e12:.3g} TFLOP/s ({result['peak_source']}): {1000 * result['product_seconds']:.1f} ms.",
+    ]
+    if "all_maps_over_ours" in result:
+        texts.append(
+            f"All maps take {result['all_maps_over_ours']:.2f} times as long as ours, {result['all_maps_over_ours_cpu']:.2f} times its "
+            f"CPU time. Those products alone, which nothing exact can leave out, they take {result['all_maps_over_products']:.2f} times."
+        )
+    return "\n\n".join(texts)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scripts.benchmarks.presets import Preset, parameters
+from visionzip.encoders import encoder_for
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,12 @@ def step_flops(model: Any, preset: Preset, work: Work) -> float:
     flops += 6.0 * work.squares * text["hidden_size"] * text["num_hidden_layers"]
     flops += 4.0 * text["hidden_size"] * text["vocab_size"] * work.supervised
     flops += 6.0 * parameters(model.model.multi_modal_projector) * preset.kept * work.samples
-    return flops + work.pictures * encoder_flops(model, preset)
+    return flops + work.pictures * encoder_flops(model.model.vision_tower)
 
 
-def encoder_flops(model: Any, preset: Preset) -> float:
-    """Forward of one picture (or tile), to the layer that is read."""
-    vision = preset.vision
-    tokens = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
-    layers = vision["num_hidden_layers"] - 1
-    one = parameters(model.model.vision_tower.encoder.layers[0])
-    return layers * (2.0 * one * tokens + 4.0 * tokens**2 * vision["hidden_size"])
+def encoder_flops(tower: Any) -> float:
+    """Matrix products of one picture's (or tile's) forward, to the layer that is read: the one before the last."""
+    tokens, width = encoder_for(tower).tokens(tower), tower.config.hidden_size
+    layers = tower.config.num_hidden_layers - 1
+    one = parameters(tower.encoder.layers[0])
+    return layers * (2.0 * one * tokens + 4.0 * tokens**2 * width)

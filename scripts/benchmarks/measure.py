@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import platform
@@ -42,13 +43,24 @@ class Timing:
 
 
 def alternate(
-    variants: dict[str, Callable[[], Any]], rounds: int, device: torch.device, warmup: int = 1
+    variants: dict[str, Callable[[], Any]],
+    rounds: int,
+    device: torch.device,
+    warmup: int = 1,
+    until: float | None = None,
 ) -> dict[str, Timing]:
-    """Run all variants in turn, `rounds` times after `warmup` untimed ones; the order is reversed every other round."""
+    """Run all variants in turn, `rounds` times after `warmup` untimed ones; the order is reversed every other round.
+
+    After `until`, a time of `time.perf_counter`, no further round is begun once there is a timed one.
+    """
     timings = {name: Timing() for name in variants}
     for number in range(warmup + rounds):
+        if until is not None and number > warmup and time.perf_counter() > until:
+            break
         order = list(variants) if number % 2 == 0 else list(reversed(variants))
         for name in order:
+            if number < warmup:
+                give_back()
             cpu = time.process_time()
             seconds, peak = timed(variants[name], device)
             if number >= warmup:
@@ -74,6 +86,14 @@ def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, int]:
         run()
         seconds = time.perf_counter() - start
     return seconds, resident.peak
+
+
+def give_back() -> None:
+    """Free memory goes back to the system, so that what is taken next shows as growth. glibc only; takes time, so for untimed rounds."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        return
 
 
 class ResidentPeak:

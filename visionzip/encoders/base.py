@@ -101,9 +101,10 @@ def attention_from_cls(query: Tensor, keys: Tensor, scale: float) -> Tensor:
 def attention_received(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     """What each token receives, mean over heads and queries: ``(B, H, N, d)`` twice → ``(B, N)`` float32.
 
-    For encoders without CLS (SigLIP). Summed in chunks of queries, so that no N×N map a head is ever in memory.
+    For encoders without CLS (SigLIP). Summed in chunks of queries, so that no N×N map a head is ever in memory. The scale is put
+    on the queries, which are small: on the products it would be one more pass over what is largest here.
     """
     received = torch.zeros(keys.shape[0], keys.shape[2], dtype=torch.float32, device=keys.device)
-    for chunk in queries.split(CHUNK, dim=2):
-        received += (chunk @ keys.transpose(-1, -2) * scale).softmax(dim=-1, dtype=torch.float32).sum(dim=(1, 2))
+    for chunk in (queries * scale).split(CHUNK, dim=2):
+        received += (chunk @ keys.transpose(-1, -2)).softmax(dim=-1, dtype=torch.float32).sum(dim=(1, 2))
     return received / (queries.shape[1] * queries.shape[2])
