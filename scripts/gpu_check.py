@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import logging
 import sys
 import time
 import traceback
@@ -16,71 +17,87 @@ from typing import Any
 import torch
 
 from scripts.benchmarks import encoder, exactness, measure, prefill, train
+from train.packing import variable_length
 
-LIMIT = 510.0
-"""Seconds for everything. A part that is not begun by then is left out and named."""
+LIMIT = 450.0
+"""Seconds after which no part is begun (it is left out and named) and a running one begins no further round: the longest takes
+some 60 s more."""
 
-#: part → (what, as wanted, its figure, the limit, whether it is the least or the most).
-TARGETS: dict[str, list[tuple[str, str, Callable[[dict[str, Any]], float], float, bool]]] = {
-    "encoder": [
-        ("CLIP-L: encoder + compression, of the plain encoder", "≤ 1.0", lambda r: r["clip"]["ours_over_plain"], 1.0, False),
-        ("CLIP-L: all maps, of ours", "≥ 2", lambda r: r["clip"]["all_maps_over_ours"], 2.0, True),
-        ("SigLIP: attention received, share of the encoder", "≤ 0.03", lambda r: r["siglip"]["share_of_encoder"]["attention received"], 0.03, False),
-    ],
-    "prefill": [("LLaVA-NeXT-7B prefill, 160 of 2,880 tokens, times as fast", "≥ 8", lambda r: r["faster"], 8.0, True)],
-    "train-7b": [
-        ("7B: times the plain recipe, same tokens", "≥ 1.8", lambda r: best(r)["faster_than_plain"], 1.8, True),
-        ("7B: times the recipe on all 576", "≥ 5", lambda r: best(r)["faster_than_plain, all tokens"], 5.0, True),
-        ("7B: model FLOP utilisation", "≥ 0.5", lambda r: best(r)["model_flop_utilisation"], 0.5, True),
-        ("7B: minutes for 66,500 samples at 64 tokens", "≤ 20", lambda r: 66_500 / best(r)["samples_per_second"] / 60, 20.0, False),
-    ],
-}  # fmt: skip
+Value = Callable[[dict[str, Any]], float]
+
+#: What is wanted, and how: what, the limit, whether it is the least or the most, and its figure. `found` is every part's result.
+TARGETS: list[tuple[str, str, float, bool, Value]] = [
+    ("CLIP-L: encoder + compression, of the plain encoder", "≤", 1.0, False,
+     lambda found: found["encoder"]["clip"]["ours_over_plain"]),
+    ("CLIP-L: all maps, of encoder + compression", "≥", 2.0, True, lambda found: found["encoder"]["clip"]["all_maps_over_ours"]),
+    ("CLIP-L: the slowest selector, share of the encoder", "≤", 0.05, False,
+     lambda found: max(found["encoder"]["clip"]["share_of_encoder"].values())),
+    ("SigLIP: attention received, share of the encoder", "≤", 0.03, False,
+     lambda found: found["encoder"]["siglip"]["share_of_encoder"]["attention received"]),
+    ("NeXT-7B prefill, 160 of 2,880 tokens, one prompt: times as fast", "≥", 8.0, True, lambda found: found["prefill"]["one"]["faster"]),
+    ("the same, eight prompts at once", "≥", 8.0, True, lambda found: found["prefill"]["eight"]["faster"]),
+    ("7B: times the plain recipe on the same tokens", "≥", 1.8, True, lambda found: best(found, "7b")["faster_than_plain"]),
+    ("7B: times the recipe on all 576", "≥", 5.0, True, lambda found: best(found, "7b")["faster_than_plain, all tokens"]),
+    ("7B: model FLOP utilisation", "≥", 0.5, True, lambda found: best(found, "7b")["model_flop_utilisation"]),
+    ("7B: minutes for 66,500 samples at 64 tokens", "≤", 20.0, False,
+     lambda found: 66_500 / best(found, "7b")["samples_per_second"] / 60),
+    ("13B: model FLOP utilisation", "≥", 0.5, True, lambda found: best(found, "13b")["model_flop_utilisation"]),
+    ("NeXT-7B: model FLOP utilisation", "≥", 0.5, True, lambda found: best(found, "next")["model_flop_utilisation"]),
+    ("13B compressed, of 7B uncompressed, samples/s", "≥", 1.0, True,
+     lambda found: best(found, "13b")["samples_per_second"] / found["train-7b"]["ways"]["plain, all tokens"]["samples_per_second"]),
+]  # fmt: skip
 
 
-def best(result: dict[str, Any]) -> dict[str, Any]:
-    return result["ways"]["fast + cache"]
+def best(found: dict[str, Any], model: str) -> dict[str, Any]:
+    """The fastest way that is exact: with the cache, and with compiled norms and MLPs where that pays."""
+    ways = found[f"train-{model}"]["ways"]
+    fast = [ways[name] for name in ("fast + cache", "fast + cache, torch.compile") if name in ways]
+    return max(fast, key=lambda way: way["samples_per_second"])
 
 
 def parts(
-    device: torch.device, small: bool
+    device: torch.device, small: bool, until: float
 ) -> dict[str, tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], str]]]:
     """Name → (run, show), in the order of importance. `small`: the same with tiny shapes, to try the script without a GPU."""
     half = torch.float32 if small else torch.bfloat16
     geometry = lambda name: "tiny" if small else name  # noqa: E731
-    rounds, pictures = (1, 2) if small else (5, 32)
+    rounds, pictures, prompts = (1, 2, 2) if small else (5, 32, 8)
     return {
         "golden": (lambda: exactness.golden(device), exactness.show),
         "gradients": (lambda: exactness.gradients(device, [torch.float32] if small else [torch.float32, torch.bfloat16]), exactness.show),
         "encoder": (
             lambda: {
                 "clip": encoder.run(geometry("clip-l-336"), pictures, rounds, device, half, selectors=True),
-                "siglip": encoder.run(geometry("siglip-so400m-384") if not small else "tiny-siglip", pictures, rounds, device, half),
+                "siglip": encoder.run("tiny-siglip" if small else "siglip-so400m-384", pictures, rounds, device, half),
             },
             lambda r: "\n\n".join(encoder.show(r[name]) for name in ("clip", "siglip")),
         ),
-        "prefill": (lambda: prefill.run(geometry("llava-next-7b"), rounds, device), prefill.show),
-        "train-7b": (lambda: train.run(geometry("llava-1.5-7b"), 1 if small else 2, device, parts=True, uncompressed=True), train.show),
-        "train-13b": (lambda: train.run(geometry("llava-1.5-13b"), 1, device, uncompressed=False), train.show),
-        "train-next": (lambda: train.run(geometry("llava-next-7b"), 1, device, uncompressed=False), train.show),
+        "prefill": (
+            lambda: {
+                "one": prefill.run(geometry("llava-next-7b"), rounds, device),
+                "eight": prefill.run(geometry("llava-next-7b"), rounds, device, prompts),
+            },
+            lambda r: "\n\n".join(prefill.show(r[name]) for name in ("one", "eight")),
+        ),
+        "train-7b": (lambda: train.run(geometry("llava-1.5-7b"), 1 if small else 3, device, parts=True, until=until), train.show),
+        "train-13b": (lambda: train.run(geometry("llava-1.5-13b"), 2, device, uncompressed=False, until=until), train.show),
+        "train-next": (lambda: train.run(geometry("llava-next-7b"), 2, device, uncompressed=False, until=until), train.show),
     }  # fmt: skip
 
 
-def judged(found: dict[str, Any]) -> str:
+def judged(found: dict[str, Any]) -> list[list[str]]:
+    """A row a target: what, wanted, measured, met."""
     rows = []
-    for name, targets in TARGETS.items():
-        for what, wanted, value, limit, at_least in targets:
-            if name not in found:
-                rows.append([what, wanted, "not run", ""])
-                continue
-            got = value(found[name])
-            rows.append([what, wanted, f"{got:.3g}", "yes" if (got >= limit if at_least else got <= limit) else "NO"])
-    if {"train-7b", "train-13b"} <= found.keys() and "plain, all tokens" in found["train-7b"]["ways"]:
-        got = (
-            best(found["train-13b"])["samples_per_second"]
-            / found["train-7b"]["ways"]["plain, all tokens"]["samples_per_second"]
+    for what, sign, limit, at_least, value in TARGETS:
+        try:
+            got = value(found)
+        except KeyError:  # its part was not asked for, failed, or ran out of memory in that way
+            rows.append([what, f"{sign} {limit:g}", "not run", ""])
+            continue
+        rows.append(
+            [what, f"{sign} {limit:g}", f"{got:.3g}", "yes" if (got >= limit if at_least else got <= limit) else "NO"]
         )
-        rows.append(["13B compressed, of 7B uncompressed, samples/s", "> 1", f"{got:.3g}", "yes" if got > 1 else "NO"])
-    return measure.table(["what", "wanted", "measured", "met"], rows)
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,13 +117,19 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("train.packing").setLevel(logging.INFO)  # says why there is no variable-length kernel
     device = torch.device("cpu" if given.small else "cuda")
+    if given.small:
+        torch.set_num_threads(1)
     begun, found, failed = time.perf_counter(), {}, []
-    everything = parts(device, given.small)
+    everything = parts(device, given.small, begun + LIMIT)
     unknown = set(filter(None, given.only.split(","))) - everything.keys()
     if unknown:
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(everything)}")
     environment = measure.environment(device)
+    one_kernel = variable_length(device, torch.bfloat16, 128, 1, 128**-0.5)  # heads of LLaVA's LLMs
+    environment["packed attention"] = "one variable-length kernel" if one_kernel else "sample by sample"
     print("# GPU check\n\n" + ", ".join(f"{key} {value}" for key, value in environment.items()), flush=True)
     for name, (run, show) in everything.items():
         if given.only and name not in given.only.split(","):
@@ -127,11 +150,14 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         gc.collect()
         if device.type == "cuda":
+            torch._dynamo.reset()  # its caches hold on to a part's model
             torch.cuda.empty_cache()
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps({"environment": environment, **found}, default=str))
-    if not given.small:
-        print(f"\n## Against the targets\n\n{judged(found)}")
+    targets = judged(found)
+    given.out.write_text(json.dumps({"environment": environment, **found, "targets": targets}, default=str))
+    note = "\n\n(tiny shapes: these figures mean nothing)" if given.small else ""
+    print(f"\n## Against the targets{note}\n\n{measure.table(['what', 'wanted', 'measured', 'met'], targets)}")
     print(f"\n{time.perf_counter() - begun:.0f} s in all; every figure in {given.out}")
     if failed:
         print(f"FAILED: {', '.join(failed)}", file=sys.stderr)

@@ -58,6 +58,7 @@ def gradients(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any]
             bench = Bench(replace(PRESETS["tiny"], dtype=dtype), device)
             bench.model.load_state_dict(reference.model.state_dict())
             bench.pictures.stored = reference.pictures.stored.to(dtype)
+            ways.pop("fast, torch.compile", None)  # exact in float32 is what counts, and compiling takes half a minute
         found = compare(bench, ways, reference.gradients if dtype != torch.float32 else None)
         allowed = NEAR if dtype == torch.float32 else 1.5 * found["plain"]["gradient_difference"] + 1e-3
         for name, entry in found.items():

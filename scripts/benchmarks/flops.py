@@ -12,7 +12,7 @@ from visionzip.encoders import encoder_for
 @dataclass(frozen=True)
 class Work:
     """What one step has to do. `real` tokens its samples have, `tokens` of them the LLM must see (not a prefix computed once),
-    `padded` with padding; `squares` is the sum of squared lengths."""
+    `padded` those that go through it, with padding; `squares` is the sum of squared lengths."""
 
     samples: int
     real: int

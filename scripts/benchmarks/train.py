@@ -138,8 +138,10 @@ class Bench:
         self.pictures.encoder = way.encoder
         self.model.train(way.checkpointing)  # checkpointing is off in eval mode; there is no dropout to switch on
         llm = self.model.model.language_model
+        for module in llm.modules():  # the LLM has the switch as well as its layers, and a prefix asks all of them
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = way.checkpointing
         for layer in llm.layers:
-            layer.gradient_checkpointing = way.checkpointing
             for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
                 if way.compiled and part._compiled_call_impl is None:
                     part.compile(dynamic=True)
@@ -172,26 +174,34 @@ class Bench:
         """Counted, not measured: what one step takes."""
         batches = self.micro_batches(way)
         lengths = [[len(row.input_ids) for row in rows] for rows in batches]
+        samples, real = sum(map(len, batches)), sum(map(sum, lengths))
+        spared = SYSTEM_TOKENS * samples if way.prefix else 0
+        filled = real if way.packed else sum(padded(rows, [range(len(rows))]) for rows in lengths)
         return Work(
-            samples=sum(map(len, batches)),
-            real=sum(map(sum, lengths)),
-            tokens=sum(map(sum, lengths)) - (SYSTEM_TOKENS * sum(map(len, batches)) if way.prefix else 0),
-            padded=sum(map(sum, lengths)) if way.packed else sum(padded(rows, [range(len(rows))]) for rows in lengths),
+            samples=samples,
+            real=real,
+            tokens=real - spared,
+            padded=filled - spared,
             supervised=sum(tokens_with_loss(row.labels[None]) for rows in batches for row in rows),
             squares=sum(length**2 for rows in lengths for length in rows),
-            pictures=0 if way.encoder == "cache" else sum(map(len, batches)) * self.preset.tiles,
+            pictures=0 if way.encoder == "cache" else samples * self.preset.tiles,
         )
 
 
-def compare(bench: Bench, ways: dict[str, Way], exact: list[Tensor] | None = None) -> dict[str, Any]:
-    """Loss and gradient of every way, relative to those of the first; gradients to `exact` where that is given."""
+def compare(
+    bench: Bench, ways: dict[str, Way], exact: list[Tensor] | None = None, needed: bool = True
+) -> dict[str, Any]:
+    """Loss and gradient of every way, relative to those of the first; gradients to `exact` where that is given.
+
+    A way that can't be run here is told and left out; the first one only where it is not `needed`.
+    """
     found: dict[str, Any] = {}
     reference, gradients = None, flat(exact) if exact is not None else None
     for name, way in ways.items():
         try:
             loss = bench.step(way).item()
         except RuntimeError as error:  # too little memory, no compiler: the others are still worth measuring
-            if reference is None:
+            if reference is None and needed:
                 raise
             print(f"{name}: left out, {type(error).__name__}: {str(error).splitlines()[0][:200]}", file=sys.stderr)
             bench.optimizer.zero_grad(set_to_none=True)
@@ -212,17 +222,28 @@ def flat(gradients: list[Tensor]) -> Tensor:
     return torch.cat([gradient.flatten().float() for gradient in gradients])
 
 
-def run(name: str, rounds: int, device: torch.device, parts: bool = False, uncompressed: bool = True) -> dict[str, Any]:
+def run(
+    name: str,
+    rounds: int,
+    device: torch.device,
+    parts: bool = False,
+    uncompressed: bool = True,
+    until: float | None = None,
+) -> dict[str, Any]:
+    """`until`: see `measure.alternate`."""
     preset = PRESETS[name]
     bench = Bench(preset, device)
     ways = {
         **WAYS,
         **({f"fast + cache, {key}": way for key, way in PARTS.items() if key != "without the cache"} if parts else {}),
     }
-    equal = compare(bench, ways)
-    everything = {**{key: way for key, way in ways.items() if key in equal}, **(FULL if uncompressed else {})}
+    equal = compare(bench, ways)  # also the untimed first round
+    whole = (
+        compare(bench, FULL, needed=False) if uncompressed else {}
+    )  # another model: its loss is compared with nothing
+    everything = {key: way for key, way in {**ways, **FULL}.items() if key in equal or key in whole}
     runs: dict[str, Callable[[], Any]] = {key: (lambda way=way: bench.step(way)) for key, way in everything.items()}
-    timings = measure.alternate(runs, rounds, device, warmup=int(uncompressed))  # `compare` was one round of the others
+    timings = measure.alternate(runs, rounds, device, warmup=0, until=until)
     peak, source = measure.peak_flops(device, preset.dtype)
     result: dict[str, Any] = {"preset": name, "rounds": rounds, "peak_flops": peak, "peak_source": source, "ways": {}}
     for key, way in everything.items():
@@ -251,7 +272,7 @@ def show(result: dict[str, Any]) -> str:
             name, f"{way['seconds']:.2f}", f"{way['samples_per_second']:.2f}", f"{way['tokens_per_second']:.0f}",
             f"{way['faster_than_plain']:.2f}x", f"{way['faster_than_plain_cpu']:.2f}x", f"{way['peak_bytes'] / 2**30:.2f}",
             f"{100 * way['model_flop_utilisation']:.0f} %", f"{way['bound_samples_per_second']:.1f}",
-            f"{100 * (work['padded'] / work['real'] - 1):.0f} %",
+            f"{100 * (work['padded'] / work['tokens'] - 1):.0f} %",
             f"{way.get('gradient_difference', float('nan')):.1e}",
         ])  # fmt: skip
     headers = [

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from scripts import benchmark, gpu_check
-from scripts.benchmarks import exactness
+from scripts.benchmarks import exactness, train
+from scripts.benchmarks.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -30,10 +31,27 @@ def test_train(capsys):
         assert way["gradient_difference"] < 1e-5
     plain, fast = found["ways"]["plain"], found["ways"]["fast + cache"]
     assert plain["work"]["supervised"] == fast["work"]["supervised"]
-    assert fast["work"]["padded"] == fast["work"]["real"] < plain["work"]["padded"]
+    assert fast["work"]["padded"] == fast["work"]["tokens"] < plain["work"]["tokens"] < plain["work"]["padded"]
     assert fast["model_flop_utilisation"] == pytest.approx(
         fast["samples_per_second"] / fast["bound_samples_per_second"]
     )
+
+
+def test_the_work_that_is_counted_is_the_work_that_is_done():
+    torch.manual_seed(0)
+    bench = train.Bench(PRESETS["tiny"], torch.device("cpu"))
+    bench.step(train.WAYS["fast"])  # computes the prefix, once for all steps
+    through: list[int] = []
+    llm = bench.model.model.language_model
+    llm.layers[0].mlp.gate_proj.register_forward_hook(lambda module, args, out: through.append(out.shape[:-1].numel()))
+    ways = {**train.WAYS, **train.FULL, **{name: train.PARTS[name] for name in ("padded, sorted", "no shared prefix")}}
+    for name, way in ways.items():
+        through.clear()
+        bench.step(way)
+        work = bench.work(way)
+        again = 2 if way.checkpointing else 1
+        assert sum(through) == again * work.padded, name
+        assert work.tokens <= work.padded, name
 
 
 def test_encoder_cache_and_prefill(capsys):
