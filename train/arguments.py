@@ -67,6 +67,10 @@ class TrainerSection(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     deepspeed: str = Field("zero2", description=f"{', '.join(STAGES)}, or the path of a DeepSpeed config")
+    nvme_path: str | None = Field(
+        None,
+        description="folder on a disk of this node that zero3_nvme swaps to, for one run at a time; null: /local_nvme",
+    )
     resume: str | None = Field(
         "auto", description="auto: the newest complete checkpoint, if any; a path; null: start anew"
     )
@@ -102,7 +106,28 @@ class TrainerSection(BaseModel):
             raise ValueError(f"trainer.deepspeed: {path} is no JSON: {error}") from None
         if not isinstance(read, dict):
             raise ValueError(f"trainer.deepspeed: {path} holds a {type(read).__name__}; expected an object")
+        for swapped in swapped_to_disk(read):
+            swapped["nvme_path"] = self.nvme_path or swapped.get("nvme_path")
         return read
+
+
+def swapped_to_disk(deepspeed: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The sections of a DeepSpeed config that swap parameters or the optimizer to a disk."""
+    zero = (deepspeed or {}).get("zero_optimization", {})
+    sections = [zero.get(name) or {} for name in ("offload_param", "offload_optimizer")]
+    return [section for section in sections if section.get("device") == "nvme"]
+
+
+def check_disk(deepspeed: dict[str, Any] | None) -> None:
+    """Raises ValueError where something is to be swapped to a disk and DeepSpeed's extension for it can't be built."""
+    if not swapped_to_disk(deepspeed):
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        raise ValueError(
+            "deepspeed: swapping to a disk needs libaio and its headers (apt-get install libaio-dev); without them use zero3_offload"
+        )
 
 
 def trainer_mistakes(given: Any) -> list[str]:
@@ -181,6 +206,7 @@ def training_arguments(
 
     given = accumulation(section, world_size)
     deepspeed = section.deepspeed_config()
+    check_disk(deepspeed)
     gpu = torch.cuda.is_available()
     defaults: dict[str, Any] = {
         "logging_steps": 1,

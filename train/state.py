@@ -128,12 +128,7 @@ class MasterState:
 
     @torch.no_grad()
     def _write(self, parameter: Any, kind: str, value: Tensor) -> None:
-        from deepspeed.utils import (
-            safe_set_full_fp32_param,
-            safe_set_full_optimizer_state,
-            safe_set_local_fp32_param,
-            safe_set_local_optimizer_state,
-        )
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         if self.layout == "flat":
             if kind == WEIGHT:
@@ -141,16 +136,27 @@ class MasterState:
             else:
                 safe_set_full_optimizer_state(parameter, value, kind)
         elif self.layout == "sharded":
-            # The "full" setters can't handle a parameter whose size the ranks do not divide.
-            part = local_part(value, parameter)
-            if kind == WEIGHT:
-                safe_set_local_fp32_param(parameter, part)
-            else:
-                safe_set_local_optimizer_state(parameter, part, kind)
+            self._write_part(parameter, kind, local_part(value, parameter))
         else:
             master = self._master(parameter)
             target = master if kind == WEIGHT else self.inner.state[master][kind]
             target.data.copy_(value.view_as(target))
+
+    def _write_part(self, parameter: Any, kind: str, part: Tensor) -> None:
+        """This rank's partition, wherever it lies.
+
+        Not through DeepSpeed's setters (0.19.8): the "full" ones can't handle a parameter whose size the ranks do not divide,
+        and the "local" ones take the size of what is in memory, which is one element while the rest is on a disk.
+        """
+        zero: Any = self.zero
+        state, group = zero._get_fp32_opt_state_partition(
+            parameter, release_swap_buffers=False, optim_state_key=None if kind == WEIGHT else kind
+        )
+        if state.numel() != part.numel():
+            raise RuntimeError(f"a partition of {kind} has {state.numel()} elements; expected {part.numel()}")
+        state.data.copy_(part.view_as(state))
+        if zero._swappable_optimizer_subgroup(group):
+            zero._optimizer_states_and_gradient_swap_out(group)
 
     @torch.no_grad()
     def _refresh_weights(self) -> None:
@@ -183,6 +189,6 @@ def shape_of(parameter: Tensor) -> torch.Size:
 
 def local_part(value: Tensor, parameter: Any) -> Tensor:
     """This rank's piece of a whole tensor, padded with zeros like the last rank's partition."""
-    numel, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank(group=parameter.ds_process_group)
+    numel, rank = parameter.ds_tensor.ds_numel, torch.distributed.get_rank(group=parameter.ds_process_group)
     flat = value.reshape(-1)[numel * rank : numel * (rank + 1)]
     return torch.nn.functional.pad(flat, (0, numel - flat.numel()))

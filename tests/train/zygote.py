@@ -58,6 +58,10 @@ def rank(request: dict[str, Any], number: int, port: int) -> None:
             quick(path, content)
 
         checkpoint.write_through = slow
+    if request.get("aio_stand_in"):
+        from tests.train.aio_stand_in import install
+
+        install()
     from train import callbacks
     from train.cli import run, run_guarded
     from train.config import load_config
