@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from visionzip.config import ZipConfig
 from visionzip.families import Family, Picture, family_for
 from visionzip.selectors import SELECTORS
-from visionzip.shorten import ShortenPrompts
+from visionzip.shorten import FitPrompts, PromptCutter, ShortenPrompts
 
 _ATTRIBUTE = "_visionzip"
 _CONFIG_KEY = "visionzip"
@@ -34,7 +34,8 @@ class Attachment:
     processor: Any = None
     changes: list[tuple[object, str]] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
-    shortener: ShortenPrompts | None = None
+    shortener: PromptCutter | None = None
+    processor_fits: bool = True  # prompts are made by a processor that was attached too
 
     @property
     def projector_names(self) -> list[str]:
@@ -61,8 +62,31 @@ class Attachment:
         return {kind: self.family.outputs(self.model, pictures, kind)}
 
     def token_counts(self, **image_inputs: Any) -> list[tuple[int, int]]:
-        """For each picture (visual tokens of the untouched model, visual tokens now)."""
-        return self.family.token_counts(self.model, self.config, **image_inputs)
+        """For each picture (visual tokens of the untouched model, visual tokens now).
+
+        With budgets of each picture's own the encoder has to look at it first.
+        """
+        counts = self.family.token_counts(self.model, self.config, **image_inputs)
+        if self.config.adaptive is None:
+            return counts
+        kept = [len(picture) for picture in self.compress(**image_inputs)]
+        return [(stock, now) for (stock, _), now in zip(counts, kept, strict=True)]
+
+    def fit(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], list[Picture]]:
+        """Inputs of ``forward`` with pixels, under `ZipConfig.adaptive` → (the same without pixels, as many placeholders as
+        tokens; `compress`'s result).
+
+        ``forward`` and ``generate`` of the attached model do this themselves; for those who project the tokens on their own.
+        """
+        assert isinstance(self.shortener, FitPrompts)
+        return self.shortener.fit(inputs)
+
+    def placeholders(self, written: str, pictures: list[Picture]) -> str:
+        """The text that stands for these pictures (one, or a video's frames), whose tokens are known, of that `written` for them."""
+        if self.config.adaptive is None:
+            return written
+        token = self.processor.image_token
+        return token * sum(len(picture) for picture in pictures)
 
     def __getstate__(self) -> dict[str, Any]:
         # The processor is the caller's; copying or pickling a model must not copy a tokenizer along.
@@ -92,6 +116,11 @@ def attach(model: PreTrainedModel, processor: Any = None, config: ZipConfig | No
         raise ValueError(f"config is a {type(config).__name__}; expected a ZipConfig")
     family = family_for(model)
     SELECTORS[config.selector]
+    if config.adaptive is not None and not family.per_picture:
+        raise ValueError(
+            f"{type(model).__name__} takes no budgets of each picture's own (adaptive); LLaVA-1.5 and LLaVA-NeXT do. "
+            "Leave adaptive out"
+        )
     family.check(model, config)
     if processor is not None:
         family.check_processor(model, processor)
@@ -105,7 +134,7 @@ def attach(model: PreTrainedModel, processor: Any = None, config: ZipConfig | No
     patches = family.patches(model, processor, config)
     _refuse_taken(patches, attached(model))
     detach(model)
-    attachment = Attachment(model, config, family, processor)
+    attachment = Attachment(model, config, family, processor, processor_fits=processor is not None)
     for owner, name, value in patches:
         owner.__dict__[name] = value  # not setattr: a module would register a submodule
         attachment.changes.append((owner, name))
@@ -114,8 +143,10 @@ def attach(model: PreTrainedModel, processor: Any = None, config: ZipConfig | No
         processor.__dict__[_ATTRIBUTE] = Owner(weakref.ref(model), names)
         attachment.changes.append((processor, _ATTRIBUTE))
     attachment.handles = family.hooks(model, config)
-    if processor is None and stock is not None:
-        attachment.shortener = ShortenPrompts.install(model, stock, sum(family.budget(model, config)))
+    if config.adaptive is not None:
+        attachment.shortener = FitPrompts(model, attachment).install()
+    elif processor is None and stock is not None:
+        attachment.shortener = ShortenPrompts(model, stock, sum(family.budget(model, config))).install()
     setattr(model, _ATTRIBUTE, attachment)
     setattr(model.config, _CONFIG_KEY, config.model_dump())
     return model

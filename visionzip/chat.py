@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from visionzip.attach import attach, attached, detach, unwrap
+from visionzip.attach import Attachment, attach, attached, detach, unwrap
 from visionzip.config import ZipConfig
 from visionzip.families import family_for
 from visionzip.pictures import uncropped
+from visionzip.shorten import keep_of_each
 
 ROLES = {"user": "USER", "assistant": "ASSISTANT"}
 
@@ -61,6 +62,7 @@ class Chat:
     _cache: Any = None
     _held: Tensor | None = None  # ids of what the cache holds, (L,)
     _counted: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _encoded: dict[int, tuple[int, list[Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         attachment = attached(self.model)
@@ -74,7 +76,7 @@ class Chat:
 
     def reset(self) -> None:
         """Forget the conversation and its pictures."""
-        self.messages, self.pictures, self.waiting, self._counted = [], [], [], {}
+        self.messages, self.pictures, self.waiting, self._counted, self._encoded = [], [], [], {}, {}
         self._forget()
 
     def budget(self, config: ZipConfig | None) -> None:
@@ -88,7 +90,7 @@ class Chat:
         else:
             attach(unwrap(self.model), self.processor, config)
             self.config = config
-        self._counted = {}
+        self._counted, self._encoded = {}, {}
         self._forget()
 
     def ask(self, question: str, write: Callable[[str], None] = lambda text: None) -> Turn:
@@ -108,13 +110,13 @@ class Chat:
         messages = [*self.messages, {"role": "user", "content": content}]
         pictures = [*self.pictures, *self.waiting]
         inputs = self._inputs(self._render(messages), pictures)
-        ids = inputs["input_ids"][0]
+        ids = self._fitted(inputs["input_ids"][0], pictures)
         self._check_length(len(ids))
         counts = [self._count(picture) for picture in pictures]
         known, old = self._common(ids, [now for now, _ in counts])
         given: dict[str, Any] = {}
         if old < len(pictures):
-            given = self._pixels(pictures[old:])
+            given = self._visual(pictures[old:])
         if known < self._length():
             self._crop(known)
         streamer = _Streamer(self.processor.tokenizer, write)
@@ -183,6 +185,39 @@ class Chat:
         made = self.processor(text=self.processor.image_token * len(pictures), images=pictures, return_tensors="pt")
         return {name: value for name, value in self._moved(made).items() if name not in TEXT}
 
+    def _visual(self, pictures: list[Any]) -> dict[str, Any]:
+        """What ``generate`` takes for some pictures: pixels, or their tokens where these were needed before."""
+        attachment = self._adaptive()
+        if attachment is None:
+            return self._pixels(pictures)
+        tokens = [each for picture in pictures for each in self._kept(picture)[1]]
+        return {"mm_encoder_outputs": attachment.encoder_outputs(tokens)}
+
+    def _adaptive(self) -> Attachment | None:
+        """What is attached, if it gives each picture a budget of its own."""
+        attachment = attached(self.model)
+        return attachment if attachment is not None and attachment.config.adaptive is not None else None
+
+    def _kept(self, picture: Any) -> tuple[int, list[Any]]:
+        """(placeholders the processor writes, compressed tokens) of a picture with a budget of its own. Encoded once."""
+        if id(picture) not in self._encoded:
+            attachment = self._adaptive()
+            assert attachment is not None
+            pixels = self._pixels([picture])
+            written = sum(most for _, most in attachment.family.token_counts(attachment.model, self.config, **pixels))
+            self._encoded[id(picture)] = (written, attachment.compress(**pixels))
+        return self._encoded[id(picture)]
+
+    def _fitted(self, ids: Tensor, pictures: list[Any]) -> Tensor:
+        """``(L,)`` ids with as many placeholders as the pictures have tokens."""
+        attachment = self._adaptive()
+        if attachment is None or not pictures:
+            return ids
+        kept = [self._kept(picture) for picture in pictures]
+        counts = [sum(map(len, tokens)) for _, tokens in kept]
+        token = attachment.model.config.image_token_id
+        return ids[keep_of_each(ids[None], token, [written for written, _ in kept], counts)[0]]
+
     def _moved(self, inputs: Any) -> Any:
         return inputs.to(self.model.device, dtype=self.model.dtype)
 
@@ -192,6 +227,8 @@ class Chat:
             model = unwrap(self.model)
             counted = family_for(model).token_counts(model, self.config, **self._pixels([picture]))
             stock, now = (sum(each) for each in zip(*counted, strict=True))
+            if self._adaptive() is not None:
+                now = sum(map(len, self._kept(picture)[1]))
             self._counted[id(picture)] = (now if attached(model) else stock, stock)
         return self._counted[id(picture)]
 

@@ -120,6 +120,13 @@ def _compress(features: Features, dominant: int, contextual: int, selector: str,
     return Compressed(torch.cat((tokens, merged), dim=1), kept, rest[:, target_places], slots)
 
 
+def part(pictures: Compressed, start: int, stop: int) -> Compressed:
+    """Pictures `start` … `stop` of a batch."""
+    return Compressed(
+        pictures.tokens[start:stop], pictures.kept[start:stop], pictures.targets[start:stop], pictures.slots[start:stop]
+    )
+
+
 def take(tokens: Tensor, places: Tensor) -> Tensor:
     """``(B, N, D)`` and ``(B, K)`` → ``(B, K, D)``."""
     return tokens.gather(1, places.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))

@@ -7,6 +7,27 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, model_validator
 
 Merge = Literal["add", "mean", "none"]
+Measure = Literal["attention", "coverage"]
+
+
+class Adaptive(BaseModel):
+    """A budget of each picture's own: it keeps as few dominant tokens as hold `threshold` of what is measured.
+
+    `ZipConfig.dominant` is then the most a picture keeps; contextual tokens are the same number for all. A threshold that
+    gives a wanted mean is found by ``visionzip calibrate``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    threshold: float = Field(gt=0, lt=1, description="share that the kept patches have to hold")
+    measure: Measure = Field(
+        "attention", description="share of the attention on patches, or of what a greedy choice of patches covers"
+    )
+    least: StrictInt = Field(1, ge=1, description="dominant tokens that every picture keeps, CLS included")
+
+    @property
+    def needs_scores(self) -> bool:
+        return self.measure == "attention"
 
 
 class ZipConfig(BaseModel):
@@ -31,6 +52,9 @@ class ZipConfig(BaseModel):
     layer: int | None = Field(
         None, description="hidden state that is read, as in `hidden_states[layer]`; None: the one the model reads"
     )
+    adaptive: Adaptive | None = Field(
+        None, description="stop early where a picture needs few tokens; `dominant` is then the most"
+    )
 
     @model_validator(mode="after")
     def _budgets_are_possible(self) -> ZipConfig:
@@ -45,6 +69,10 @@ class ZipConfig(BaseModel):
                 raise ValueError(
                     f"{name}={value} can't be met; expected an int of at least {least}, or a share in (0, 1]"
                 )
+        if self.adaptive is not None and isinstance(self.dominant, int) and self.adaptive.least > self.dominant:
+            raise ValueError(
+                f"adaptive.least={self.adaptive.least} is more than dominant={self.dominant}, the most there can be"
+            )
         return self
 
     def resolve(self, tokens: int, reserved: int = 0, *, cap: bool = False) -> tuple[int, int]:

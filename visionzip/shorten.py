@@ -1,19 +1,23 @@
-"""Prompts made by a stock processor, shortened on their way into a compressed model.
+"""Prompts that hold more placeholders than a picture has tokens, shortened on their way into a compressed model.
 
-Only the authors' call without a processor needs this: the prompt then holds the untouched model's number of placeholders a
-picture. They are cut to the budget before the model sees them, and put back in what ``generate`` returns, so that
-``output[:, input_ids.shape[1]:]`` is the answer as always.
+They are cut before the model sees them, and put back in what ``generate`` returns, so that ``output[:, input_ids.shape[1]:]`` is
+the answer as always. Two cases need it: the authors' call without a processor, where a stock processor wrote the untouched
+model's number; and budgets of each picture's own, which nobody knows before the picture went through the encoder.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+#: what ``forward`` takes of pictures, in the families whose pictures can have budgets of their own
+IMAGE_INPUTS = ("pixel_values", "image_sizes")
 
 
 def keep_mask(input_ids: Tensor, token: int, stock: int, budget: int) -> Tensor:
@@ -62,23 +66,55 @@ def shorten(
     return cut(input_ids, pad), mask, {name: cut(values, filler) for name, (values, filler) in extra.items()}
 
 
+def cut_text(model: Any, kwargs: dict[str, Any], keep: Tensor) -> dict[str, Any]:
+    """`kwargs` of ``forward`` or ``generate``, all that goes with ``input_ids`` cut to `keep` ``(B, L)``.
+
+    Raises:
+        ValueError: for ``position_ids``, which can't be cut.
+    """
+    if kwargs.get("position_ids") is not None:
+        raise ValueError("position_ids were given for a prompt that has to be shortened; leave them out, or attach "
+                         "the processor too so that prompts are short from the start")  # fmt: skip
+    mask = kwargs.get("attention_mask")
+    full = mask is None or bool(mask.all())  # no padding yet: rows for training get it on the right, others on the left
+    left = kwargs.get("labels") is None if mask is None or full else bool(mask[:, -1].all())
+    fillers = {"labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
+    extra = {name: (kwargs[name], filler) for name, filler in fillers.items() if kwargs.get(name) is not None}
+    pad = getattr(model.config, "pad_token_id", None)
+    ids, mask, cut = shorten(kwargs["input_ids"], mask, keep, extra, pad if pad is not None else 0, left)
+    return {**kwargs, "input_ids": ids, **({"attention_mask": mask} if mask is not None else {}), **cut}
+
+
+def keep_of_each(input_ids: Tensor, token: int, written: list[int], kept: list[int]) -> Tensor:
+    """Which places of ``(B, L)`` stay: of the `written` placeholders of each picture, in order over all rows, the first `kept`.
+
+    Raises:
+        ValueError: where there are not as many placeholders as `written` in all.
+    """
+    image = input_ids == token
+    number = image.flatten().cumsum(0).reshape(image.shape) - 1  # of each placeholder, over all rows
+    starts = torch.tensor([0, *written], device=input_ids.device).cumsum(0)
+    if int(image.sum()) != int(starts[-1]):
+        raise ValueError(
+            f"the prompt holds {int(image.sum())} picture placeholders, but its {len(written)} pictures need {int(starts[-1])}; "
+            "make the prompt with the processor that was attached with this model"
+        )
+    picture = torch.searchsorted(starts, number, right=True).clamp(min=1, max=len(written)) - 1
+    place = number - starts[picture]
+    return ~image | (place < torch.tensor(kept, device=input_ids.device)[picture])
+
+
 @dataclass
-class ShortenPrompts:
+class PromptCutter(ABC):
     """Installed on one model: a pre-hook on ``forward`` and a wrapper around ``generate``."""
 
     model: Any  # a transformers model
-    stock: int
-    budget: int
-    handle: RemovableHandle | None = None
-    generating: bool = (
-        False  # the prompt was cut already; two short pictures in a row can be as long as one stock picture
-    )
+    handle: RemovableHandle | None = field(default=None, init=False)
+    generating: bool = field(default=False, init=False)  # the prompt was cut already
 
-    @classmethod
-    def install(cls, model: Any, stock: int, budget: int) -> ShortenPrompts:
-        self = cls(model, stock, budget)
-        self.handle = model.register_forward_pre_hook(self._forward, with_kwargs=True)
-        model.__dict__["generate"] = self._generate
+    def install(self) -> PromptCutter:
+        self.handle = self.model.register_forward_pre_hook(self._forward, with_kwargs=True)
+        self.model.__dict__["generate"] = self._generate
         return self
 
     def remove(self) -> None:
@@ -86,23 +122,12 @@ class ShortenPrompts:
             self.handle.remove()
         self.model.__dict__.pop("generate", None)
 
+    @abstractmethod
+    def cut(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Inputs as they were given → as the model can take them."""
+
     def _cut(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        input_ids = kwargs.get("input_ids")
-        if self.generating or input_ids is None or input_ids.shape[1] < self.stock:
-            return kwargs
-        keep = keep_mask(input_ids, self.model.config.image_token_id, self.stock, self.budget)
-        if bool(keep.all()):
-            return kwargs
-        if kwargs.get("position_ids") is not None:
-            raise ValueError("position_ids were given for a prompt that has to be shortened; leave them out, or attach "
-                             "the processor too so that prompts are short from the start")  # fmt: skip
-        mask = kwargs.get("attention_mask")
-        left = mask is None or bool(mask[:, -1].all())
-        fillers = {"labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
-        extra = {name: (kwargs[name], filler) for name, filler in fillers.items() if kwargs.get(name) is not None}
-        pad = getattr(self.model.config, "pad_token_id", None)
-        ids, mask, cut = shorten(input_ids, mask, keep, extra, pad if pad is not None else 0, left)
-        return {**kwargs, "input_ids": ids, **({"attention_mask": mask} if mask is not None else {}), **cut}
+        return kwargs if self.generating else self.cut(kwargs)
 
     def _forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if args:
@@ -134,3 +159,50 @@ class ShortenPrompts:
             return whole
         output.sequences = whole
         return output
+
+
+@dataclass
+class ShortenPrompts(PromptCutter):
+    """Of a stock processor's `stock` placeholders a picture to `budget`."""
+
+    stock: int
+    budget: int
+
+    def cut(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        input_ids = kwargs.get("input_ids")
+        if input_ids is None or input_ids.shape[1] < self.stock:
+            return kwargs
+        keep = keep_mask(input_ids, self.model.config.image_token_id, self.stock, self.budget)
+        return kwargs if bool(keep.all()) else cut_text(self.model, kwargs, keep)
+
+
+@dataclass
+class FitPrompts(PromptCutter):
+    """Of the most placeholders a picture can need to those it keeps (`ZipConfig.adaptive`).
+
+    Pictures go through the encoder here, once, and on as ``mm_encoder_outputs``: the number that a prompt is cut to and the
+    tokens that fill it come from the same pass.
+    """
+
+    attachment: Any  # Attachment
+
+    def cut(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if kwargs.get("input_ids") is None or kwargs.get("pixel_values") is None:
+            return kwargs
+        inputs, pictures = self.fit(kwargs)
+        return {**inputs, "mm_encoder_outputs": self.attachment.encoder_outputs(pictures)}
+
+    def fit(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+        """(the inputs without pixels, their text cut to what the pictures kept; `Attachment.compress`'s result)."""
+        pixels = {name: kwargs[name] for name in IMAGE_INPUTS if kwargs.get(name) is not None}
+        inputs = {name: value for name, value in kwargs.items() if name not in IMAGE_INPUTS}
+        pictures = self.attachment.compress(**pixels)
+        counted = self.attachment.family.token_counts(self.model, self.attachment.config, **pixels)
+        written = [most if self.attachment.processor_fits else stock for stock, most in counted]
+        kept = [len(picture) for picture in pictures]
+        keep = keep_of_each(inputs["input_ids"], self.model.config.image_token_id, written, kept)
+        if kept == written:
+            return inputs, pictures
+        if inputs.get("attention_mask") is not None:
+            keep &= inputs["attention_mask"].bool()  # padding is made anew
+        return cut_text(self.model, inputs, keep), pictures

@@ -12,11 +12,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from visionzip.compress import Compressed, compress, listened
+from visionzip.adaptive import dominant_of_each
+from visionzip.compress import Compressed, compress, listened, part
 from visionzip.config import ZipConfig
 from visionzip.encoders import Encoder, Layer, encoder_for
 from visionzip.registry import Registry
-from visionzip.selectors import SELECTORS, Features
+from visionzip.selectors import SELECTORS, Features, rows
 
 #: One picture after its frozen part: ``(L, D)`` tokens, or several named tensors where a family's projector needs more.
 Picture = Tensor | dict[str, Tensor]
@@ -36,6 +37,10 @@ class Family(ABC):
     llm: ClassVar[str] = "model.language_model"
     #: a prompt holds one placeholder a visual token; False: one a picture, and the model itself makes room
     needs_placeholders: ClassVar[bool] = True
+    #: pictures may differ in how many tokens they keep (`ZipConfig.adaptive`)
+    per_picture: ClassVar[bool] = False
+    #: a picture alone in its prompt and the same one beside others go through the encoder in two ways
+    alone_differs: ClassVar[bool] = False
 
     @property
     def projectors(self) -> tuple[str, ...]:
@@ -147,7 +152,8 @@ def family_for(model: PreTrainedModel) -> Family:
 
 def read(encoder: Encoder, tower: nn.Module, pixel_values: Tensor, layer: Layer, config: ZipConfig) -> Features:
     """Encode ``(B, C, height, width)``, with scores where the selector (or somebody who looks on) needs them."""
-    needs_scores = SELECTORS[config.selector].needs_scores or listened()
+    adaptive = config.adaptive is not None and config.adaptive.needs_scores
+    needs_scores = SELECTORS[config.selector].needs_scores or adaptive or listened()
     return encoder.encode(tower, pixel_values, layer, scores=needs_scores)
 
 
@@ -156,6 +162,24 @@ def shrink(features: Features, config: ZipConfig, budget: tuple[int, int] | None
     if budget is None:
         budget = config.resolve(features.hidden_states.shape[1], reserved=features.cls)
     return compress(features, *budget, selector=config.selector, merge=config.merge)
+
+
+def shrink_each(features: Features, config: ZipConfig) -> list[Compressed]:
+    """Compress each of ``B`` pictures to a budget of its own (`ZipConfig.adaptive`): batches of one.
+
+    Pictures that keep equally many are compressed together. Somebody who listens gets them one by one, in their order.
+    """
+    assert config.adaptive is not None
+    most, contextual = config.resolve(features.hidden_states.shape[1], reserved=features.cls)
+    wanted = dominant_of_each(features, config.adaptive, most)
+    groups: dict[Any, list[int]] = {}
+    for place, count in enumerate(wanted):
+        groups.setdefault((count, place) if listened() else count, []).append(place)
+    found: dict[int, Compressed] = {}
+    for places in groups.values():
+        together = shrink(rows(features, places), config, (wanted[places[0]], contextual))
+        found |= {place: part(together, number, number + 1) for number, place in enumerate(places)}
+    return [found[place] for place in range(len(wanted))]
 
 
 def select(encoder: Encoder, tower: nn.Module, pixel_values: Tensor, layer: Layer, config: ZipConfig) -> Compressed:

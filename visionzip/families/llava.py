@@ -11,7 +11,7 @@ from transformers.processing_utils import MultiModalData
 
 from visionzip.config import ZipConfig
 from visionzip.encoders import Layer
-from visionzip.families.base import FAMILIES, Family, ImageFeatures, Picture, select
+from visionzip.families.base import FAMILIES, Family, ImageFeatures, Picture, read, shrink, shrink_each
 
 
 @dataclass
@@ -41,6 +41,8 @@ class FixedCount:
 
 class Llava(Family):
     """``(B, 3, height, width)`` → K tokens a picture: CLS, dominant patches in raster order, contextual tokens."""
+
+    per_picture = True
 
     def layer(self, model: PreTrainedModel, config: ZipConfig) -> Layer:
         return config.layer if config.layer is not None else model.config.vision_feature_layer
@@ -75,8 +77,10 @@ class Llava(Family):
         tower = model.get_submodule(self.tower)
         with torch.no_grad():
             pixel_values = image_inputs["pixel_values"]
-            kept = select(self.encoder(model), tower, pixel_values, self.layer(model, config), config)
-        return list(kept.tokens)
+            features = read(self.encoder(model), tower, pixel_values, self.layer(model, config), config)
+            if config.adaptive is not None:
+                return [each.tokens[0] for each in shrink_each(features, config)]
+            return list(shrink(features, config).tokens)
 
     def patches(self, model: PreTrainedModel, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
         changes: list[tuple[object, str, object]] = [

@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 from transformers.processing_utils import MultiModalData
 
+from visionzip.compress import part
 from visionzip.config import ZipConfig
-from visionzip.families.base import FAMILIES, ImageFeatures, Picture, select
+from visionzip.families.base import FAMILIES, ImageFeatures, Picture, read, shrink, shrink_each
 from visionzip.families.llava import Llava
-from visionzip.families.tiles import pack_picture, part, tile_grid
+from visionzip.families.tiles import pack_each, pack_picture, tile_grid
 
 
 @dataclass
@@ -66,12 +67,15 @@ class LlavaNext(Llava):
         encoder, tower = self.encoder(model), model.get_submodule(self.tower)
         with torch.no_grad():
             tiles = flat_tiles(image_inputs["pixel_values"], counts)
-            kept = select(encoder, tower, tiles, self.layer(model, config), config)
-        starts = [sum(counts[:index]) for index in range(len(counts))]
-        return [
-            pack_picture(part(kept, start, start + count), grid, self.side(model), encoder.has_cls)
-            for start, count, grid in zip(starts, counts, grids, strict=True)
-        ]
+            features = read(encoder, tower, tiles, self.layer(model, config), config)
+            starts = [sum(counts[:index]) for index in range(len(counts))]
+            pictures = list(zip(starts, counts, grids, strict=True))
+            side, cls = self.side(model), encoder.has_cls
+            if config.adaptive is not None:  # every tile stops on its own
+                each = shrink_each(features, config)
+                return [pack_each(each[start : start + count], grid, side, cls) for start, count, grid in pictures]
+            kept = shrink(features, config)
+            return [pack_picture(part(kept, start, start + count), grid, side, cls) for start, count, grid in pictures]
 
     def side(self, model: PreTrainedModel) -> int:
         """Patches along the side of a tile."""

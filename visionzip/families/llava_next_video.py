@@ -25,6 +25,8 @@ from visionzip.selectors import Features
 class LlavaNextVideo(LlavaNext):
     """Pictures and videos: ``(L, D)``, a video's frames one after the other with ``K`` tokens each."""
 
+    per_picture = False
+
     def compress(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[Picture]:
         found: list[Picture] = []
         if image_inputs.get("pixel_values") is not None:

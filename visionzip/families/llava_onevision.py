@@ -32,10 +32,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from visionzip.compress import part
 from visionzip.config import ZipConfig
 from visionzip.families.base import FAMILIES, Picture, VideoFeatures, read, shrink
 from visionzip.families.llava_next import LlavaNext, TilePlaceholders, as_lists, flat_tiles, unpadded
-from visionzip.families.tiles import pack_tiles, part, rows, tile_grid
+from visionzip.families.tiles import pack_tiles, tile_grid
 from visionzip.families.video import (
     CountPicturesAndVideos,
     FramePlaceholders,
@@ -44,7 +45,7 @@ from visionzip.families.video import (
     pool,
     stacked,
 )
-from visionzip.selectors import Features
+from visionzip.selectors import Features, rows
 
 Budget = tuple[int, int]
 
@@ -71,6 +72,9 @@ class LlavaOnevision(LlavaNext):
 
     ``newline`` is a flag: the embedding itself is the LLM's and is set by `project`.
     """
+
+    per_picture = False
+    alone_differs = True
 
     def check(self, model: PreTrainedModel, config: ZipConfig) -> None:
         super().check(model, config)

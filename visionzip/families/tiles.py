@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
 from visionzip.compress import Compressed
-from visionzip.selectors import Features
 
 
 def tile_grid(size: Sequence[int] | Tensor, pinpoints: Sequence[Sequence[int]], tile: int) -> tuple[int, int]:
@@ -70,15 +69,18 @@ def pack_picture(tiles: Compressed, grid: tuple[int, int], side: int, has_cls: b
     return torch.cat((tiles.tokens[0], others))
 
 
-def part(tiles: Compressed, start: int, stop: int) -> Compressed:
-    """Pictures `start` … `stop` of a batch."""
-    return Compressed(
-        tiles.tokens[start:stop], tiles.kept[start:stop], tiles.targets[start:stop], tiles.slots[start:stop]
-    )
-
-
-def rows(features: Features, places: list[int]) -> Features:
-    """Some pictures of a batch, in the order of `places`."""
-    index = torch.tensor(places, device=features.hidden_states.device)
-    scores = None if features.scores is None else features.scores[index]
-    return Features(features.hidden_states[index], features.metric[index], scores, features.has_cls)
+def pack_each(tiles: Sequence[Compressed], grid: tuple[int, int], side: int, has_cls: bool) -> Tensor:
+    """`pack_picture` for tiles that kept unequally many tokens: batches of one, base first → ``(Σ K_t, D)``."""
+    cls, columns = int(has_cls), grid[1]
+    base, others = tiles[0], tiles[1:]
+    if len(others) != grid[0] * grid[1]:
+        raise ValueError(f"a grid of {grid[0]} × {grid[1]} tiles has {grid[0] * grid[1]}, but {len(others)} were given")
+    patches, places = [], []
+    for number, tile in enumerate(others):
+        patch = tile.kept[0, cls:] - cls
+        row, column = number // columns * side + patch // side, number % columns * side + patch % side
+        places.append(row * (columns * side) + column)
+        patches.append(tile.tokens[0, cls : tile.kept.shape[1]])
+    order = torch.cat(places).argsort(stable=True)
+    ends = [tile.tokens[0, :cls] for tile in others] + [tile.tokens[0, tile.kept.shape[1] :] for tile in others]
+    return torch.cat((base.tokens[0], torch.cat(patches)[order], *ends))

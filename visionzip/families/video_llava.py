@@ -42,6 +42,8 @@ class VideoLlavaImages(ImageFeatures):
 class VideoLlava(Llava):
     """Pictures: ``(K, D)``; videos: ``(F * K, D)``, frame after frame."""
 
+    per_picture = False
+
     tower = "model.image_tower"
     video_tower = "model.video_tower"
 

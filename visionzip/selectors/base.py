@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from visionzip.registry import Registry
@@ -30,6 +31,13 @@ class Features:
     def cls(self) -> int:
         """Number of tokens before the first patch: 0 or 1."""
         return int(self.has_cls)
+
+
+def rows(features: Features, places: list[int]) -> Features:
+    """Some pictures of a batch, in the order of `places`."""
+    index = torch.tensor(places, device=features.hidden_states.device)
+    scores = None if features.scores is None else features.scores[index]
+    return Features(features.hidden_states[index], features.metric[index], scores, features.has_cls)
 
 
 @dataclass(frozen=True)
