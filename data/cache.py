@@ -16,13 +16,14 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data.cached_pictures import BLANK, content_key, name_of, pack, stat_of
+from data.cached_pictures import BLANK, beside, content_key, name_of, one_of_several, pack, stat_of
 from data.collate import merge_pictures
 from data.config import DataConfig
 from data.dataset import build_dataset
@@ -31,7 +32,7 @@ from data.pictures import Pictures, PixelPictures
 from data.sample import Media, Reject, Rejection, Sample
 from data.token_store import SHARD_BYTES, Damaged, Key, Store, Writer, key_of
 from data.yaml_config import read_yaml
-from visionzip import ZipConfig, attach, attached
+from visionzip import Attachment, ZipConfig, attach, attached
 from visionzip.families import family_for
 from visionzip.fingerprint import differences, fingerprint
 
@@ -122,14 +123,15 @@ def claim(folder: Path, wanted: dict[str, Any]) -> None:
 
 
 def all_media(
-    config: DataConfig, processor: Any, process: int, processes: int
+    config: DataConfig, processor: Any, process: int, processes: int, alone_differs: bool = False
 ) -> tuple[list[tuple[int, int]], list[Rejection]]:
     """(record, number of its media) of every distinct media of this process's share, and records that can't be read.
 
-    Shares are cut by a hash of the name, so that a picture of many records is in one share.
+    Shares are cut by a hash of the name, so that a picture of many records is in one share. With `alone_differs`, a media that
+    is somewhere alone and somewhere one of several is distinct from itself.
     """
     dataset = build_dataset(config, processor, 0, pictures=_NoPictures())
-    seen: set[Key] = set()
+    seen: set[tuple[Key, bool]] = set()
     found, rejected = [], []
     for index in range(len(dataset)):
         sample = dataset.sample(index)
@@ -139,8 +141,9 @@ def all_media(
             continue
         for number, media in enumerate(sample.media):
             name = name_of(media) or key_of(media.source if isinstance(media.source, bytes) else b"")
-            if name[0] % processes == process and name not in seen:
-                seen.add(name)
+            distinct = name, alone_differs and one_of_several(sample, media)
+            if name[0] % processes == process and distinct not in seen:
+                seen.add(distinct)
                 found.append((index, number))
     return found, rejected
 
@@ -155,25 +158,56 @@ class _NoPictures:
         return Pictures()
 
 
-class MediaDataset(Dataset):
-    """Media → (media, key, its pictures ready for the encoder; None where the cache has them already) or a `Rejection`."""
+@dataclass
+class Item:
+    """A media of a record.
 
-    def __init__(self, config: DataConfig, processor: Any, places: list[tuple[int, int]], store: Store) -> None:
+    Attributes:
+        content: key of its bytes.
+        key: key of its entry: `content`, or where it is one of several in its prompt and that matters, `beside(content)`.
+        pictures: ready for the encoder; None where the cache has them already.
+        copies: how often it is in there.
+    """
+
+    media: Media
+    content: Key
+    key: Key
+    pictures: Pictures | None = None
+    copies: int = 1
+
+
+class MediaDataset(Dataset):
+    """Media → `Item` or a `Rejection`. `alone_differs`: see `visionzip.families.base.Family`."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        processor: Any,
+        places: list[tuple[int, int]],
+        store: Store,
+        alone_differs: bool = False,
+    ) -> None:
         self.records = build_dataset(config, processor, 0, pictures=_NoPictures())
         self.pictures = PixelPictures(config, processor)
-        self.places, self.store, self.frames = places, store, config.frames
+        self.places, self.store, self.frames, self.alone_differs = places, store, config.frames, alone_differs
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, place: int) -> tuple[Media, Key, Pictures | None] | Rejection:
+    def __getitem__(self, place: int) -> Item | Rejection:
         index, number = self.places[place]
         sample = self.records.sample(index)
         assert not isinstance(sample, Rejection)
         media = sample.media[number]
         try:
-            key = content_key(media, self.frames)
-            return media, key, None if self._cached(key) else self.pictures(Sample(sample.id, [], [media]))
+            content = content_key(media, self.frames)
+            several = self.alone_differs and one_of_several(sample, media)
+            item = Item(media, content, beside(content) if several else content)
+            if not self._cached(item.key):
+                # Twice the same picture: any other one beside it would do.
+                item.pictures = self.pictures(Sample(sample.id, [], [media, media] if several else [media]))
+                item.copies = 1 + several
+            return item
         except Reject as error:
             return Rejection(sample.id, sample.source, index, error.reason, error.detail)
 
@@ -187,28 +221,31 @@ class MediaDataset(Dataset):
 
 
 class Builder:
-    """Encodes, compresses and writes. `compute` is `Attachment.compress`."""
+    """Encodes, compresses and writes."""
 
-    def __init__(self, compute: Any, writer: Writer, device: torch.device, dtype: torch.dtype) -> None:
-        self.compute, self.writer, self.device, self.dtype = compute, writer, device, dtype
+    def __init__(self, attachment: Attachment, writer: Writer, device: torch.device, dtype: torch.dtype) -> None:
+        self.attachment, self.writer, self.device, self.dtype = attachment, writer, device, dtype
         self.written: set[Key] = set()
         self.read = self.reused = 0
 
-    def add(self, items: list[Any]) -> None:
+    def add(self, items: list[Item]) -> None:
         """One batch of `MediaDataset`'s items, rejections left out."""
-        fresh = [(key, pictures) for _, key, pictures in items if pictures is not None and key not in self.written]
-        fresh = list(dict(fresh).items())
-        single = [entry for entry in fresh if _counted(entry[1]) == 1]
+        fresh = list(
+            {item.key: item for item in items if item.pictures is not None and item.key not in self.written}.values()
+        )
+        ready = [(item, item.pictures) for item in fresh if item.pictures is not None]
+        single = [(item, pictures) for item, pictures in ready if _counted(pictures) == 1]
         if single:
-            for (key, pictures), tokens in zip(single, self._compress([p for _, p in single]), strict=True):
-                self._write(key, pictures, [tokens])
-        for key, pictures in fresh:
-            if _counted(pictures) != 1:  # the frames of a video, a picture each
-                self._write(key, pictures, self._compress([pictures]))
-        for media, key, _ in items:
-            name = name_of(media)
+            for (item, pictures), tokens in zip(single, self._compress([p for _, p in single]), strict=True):
+                self._write(item.key, pictures, [tokens])
+        for item, pictures in ready:
+            if _counted(pictures) != 1:  # the frames of a video, a picture each; copies
+                tokens = self._compress([pictures])
+                self._write(item.key, pictures, tokens[: len(tokens) // item.copies], alone=item.copies == 1)
+        for item in items:
+            name = name_of(item.media)
             if name is not None:
-                self.writer.name(name, key, *stat_of(media))
+                self.writer.name(name, item.content, *stat_of(item.media))
         self.read += len(items)
         self.reused += len(items) - len(fresh)
 
@@ -221,9 +258,9 @@ class Builder:
             key: value.to(self.device) if torch.is_tensor(value) else value  # encoders cast pixels to their own dtype
             for key, value in merged.items()
         }
-        return self.compute(**inputs)
+        return self.attachment.compress(**inputs)
 
-    def _write(self, key: Key, pictures: Pictures, tokens: list[Any]) -> None:
+    def _write(self, key: Key, pictures: Pictures, tokens: list[Any], alone: bool = True) -> None:
         shapes, tensors = pack(tokens, self.dtype)
         extra = {
             name: value
@@ -233,8 +270,9 @@ class Builder:
         tensors |= {f"extra/{name}": value for name, value in extra.items() if value.numel() <= 64}
         about = {
             "pictures": shapes,
-            "placeholder": pictures.placeholders[0],
+            "placeholder": self.attachment.placeholders(pictures.placeholders[0], tokens),
             "video": "pixel_values_videos" in pictures.inputs,
+            "alone": alone and self.attachment.family.alone_differs,
             "extra": [name for name in extra if f"extra/{name}" in tensors],
         }
         self.writer.add(key, about, {name: tensor.cpu() for name, tensor in tensors.items()})
@@ -254,14 +292,15 @@ def fill(
     dtype: torch.dtype, batch: int = 64, workers: int = 4, shard_bytes: int = SHARD_BYTES, progress: bool = False,
 ) -> tuple[Builder, list[Rejection]]:  # fmt: skip
     """This process's share of the cache."""
-    places, rejected = all_media(config, processor, process, processes)
+    differs = attachment.family.alone_differs
+    places, rejected = all_media(config, processor, process, processes, differs)
     store = Store(folder)
-    dataset = MediaDataset(config, processor, places, store)
+    dataset = MediaDataset(config, processor, places, store, differs)
     loader = DataLoader(
         dataset, batch_size=batch, num_workers=min(workers, max(1, len(places) // batch)), collate_fn=list
     )
     writer = Writer(folder, shard_bytes)
-    builder = Builder(attachment.compress, writer, device, dtype)
+    builder = Builder(attachment, writer, device, dtype)
     try:
         if BLANK not in store and process == 0:
             builder.add_blank(dataset.pictures.blank())

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from data.media import open_regular
+from data.media import open_regular, spelled
 from data.pictures import Pictures
 from data.sample import Media, Reject, Sample
 from data.token_store import Damaged, Key, Store, key_of
@@ -27,12 +27,14 @@ class CachedPictures:
     def __call__(self, sample: Sample) -> Pictures:
         found = Pictures()
         for media in sample.media:
-            self._add(found, self._key(media), str(media.source)[:200] if isinstance(media.source, str) else media.kind)
+            several = one_of_several(sample, media)
+            key, name = self._key(media), str(media.source)[:200] if isinstance(media.source, str) else media.kind
+            self._add(found, beside(key) if several and beside(key) in self.store else key, name, several)
         return found
 
     def blank(self) -> Pictures:
         found = Pictures()
-        self._add(found, BLANK, "blank picture")
+        self._add(found, BLANK, "blank picture", several=False)
         return found
 
     def _key(self, media: Media) -> Key:
@@ -46,7 +48,7 @@ class CachedPictures:
             return known[0]
         return content_key(media, self.frames)
 
-    def _add(self, found: Pictures, key: Key, name: str) -> None:
+    def _add(self, found: Pictures, key: Key, name: str, several: bool) -> None:
         try:
             entry = self.store.get(key)
         except Damaged as error:
@@ -54,6 +56,10 @@ class CachedPictures:
         if entry is None:
             raise Reject("not in the cache", f"{name}: run python -m data.cache with this config")
         about, tensors = entry
+        if several and about.get("alone"):
+            raise Reject(
+                "not in the cache", f"{name}, beside other pictures: run python -m data.cache with this config"
+            )
         found.placeholders.append(about["placeholder"])
         pictures = unpack(about["pictures"], tensors)
         found.inputs.setdefault(VISUAL_VIDEO if about["video"] else VISUAL, []).extend(pictures)
@@ -61,6 +67,16 @@ class CachedPictures:
             value = tensors[f"extra/{extra}"]
             before = found.inputs.get(extra)
             found.inputs[extra] = value if before is None else torch.cat([before, value])
+
+
+def one_of_several(sample: Sample, media: Media) -> bool:
+    """Whether other pictures stand beside this one in its prompt. A video is none."""
+    return media.kind == "image" and sum(other.kind == "image" for other in sample.media) > 1
+
+
+def beside(key: Key) -> Key:
+    """The key of a picture's tokens where it is one of several in its prompt, for a family that encodes it otherwise then."""
+    return key_of(b"beside others", *(half.to_bytes(8, "little") for half in key))
 
 
 def pack(pictures: list[Any], dtype: torch.dtype) -> tuple[list[Any], dict[str, torch.Tensor]]:
@@ -106,8 +122,9 @@ def content_key(media: Media, frames: int) -> Key:
     kind = b"image" if media.kind == "image" else f"video {frames}".encode()
     if isinstance(media.source, bytes):
         return key_of(kind, media.source)
-    if isinstance(media.source, str) and os.path.isdir(media.source):
-        paths = sorted(os.path.join(media.source, name) for name in os.listdir(media.source))
+    folder = spelled(media.source) if isinstance(media.source, str) else ""
+    if os.path.isdir(folder):
+        paths = sorted(os.path.join(folder, name) for name in os.listdir(folder))
     else:
         paths = [media.source] if isinstance(media.source, str) else list(media.source)
     contents = []

@@ -93,9 +93,10 @@ class PixelPictures:
                 image_texts = [self.processor.replace_image_token(found, index) for index in range(len(images))]
                 inputs.update(found)
             if videos:
-                options = {"do_sample_frames": False, "return_tensors": "pt"}
+                options = {"do_sample_frames": False, "return_metadata": True, "return_tensors": "pt"}
                 found = self.processor.video_processor(videos=videos, **options)
                 video_texts = [self.processor.replace_video_token(found, index) for index in range(len(videos))]
+                found.pop("video_metadata", None)  # when its frames are of: for the placeholders, not for the model
                 inputs.update(found)
         except (ValueError, ZeroDivisionError, OverflowError) as error:  # e.g. Qwen refuses 200 times as wide as high
             raise Reject("picture refused", f"by the image processor: {error}") from error

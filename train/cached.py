@@ -29,8 +29,7 @@ class FromCache:
         for kind, name in (("image", VISUAL), ("video", VISUAL_VIDEO)):
             pictures = kwargs.pop(name, None)
             if pictures:
-                embeddings = self.attachment.project(pictures)
-                outputs[kind] = self.attachment.family.encoder_output(embeddings, kind)
+                outputs |= self.attachment.encoder_outputs(pictures, kind)
         if outputs:
             kwargs["mm_encoder_outputs"] = outputs
         return args, kwargs

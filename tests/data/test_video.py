@@ -143,9 +143,10 @@ def test_where_the_processor_takes_no_videos_a_frame_is_a_picture(tmp_path):
 class VideoProcessor:
     """A stand-in with the interface of transformers' video processors, which can't be built without torchvision."""
 
-    def __call__(self, videos, do_sample_frames, return_tensors):
-        assert (do_sample_frames, return_tensors) == (False, "pt")
-        return {"pixel_values_videos": np.stack([[np.asarray(frame) for frame in frames] for frames in videos])}
+    def __call__(self, videos, do_sample_frames, return_metadata, return_tensors):
+        assert (do_sample_frames, return_metadata, return_tensors) == (False, True, "pt")
+        pixels = np.stack([[np.asarray(frame) for frame in frames] for frames in videos])
+        return {"pixel_values_videos": pixels, "video_metadata": [object() for _ in videos]}
 
 
 def test_where_the_processor_takes_videos_it_gets_the_frames(tmp_path):
@@ -157,4 +158,5 @@ def test_where_the_processor_takes_videos_it_gets_the_frames(tmp_path):
     sample = Sample("a", [], [Media("video", str(tmp_path / "a.mp4"))])
     found = pictures(sample)
     assert found.placeholders == ["<video>" * 6]
+    assert set(found.inputs) == {"pixel_values_videos"}
     assert found.inputs["pixel_values_videos"].shape == (1, 6, 32, 32, 3)
