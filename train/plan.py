@@ -62,7 +62,8 @@ def memory(plan: Plan, sizes: Sizes, gpus: int, length: int, llm_trains: bool = 
     weights = sizes.total * plan.weight_bytes / shards
     if plan.stage >= 3:  # the layer being computed and the one fetched ahead are whole
         weights = (0.0 if plan.offload_weights else weights) + 2 * sizes.largest * plan.weight_bytes
-    gradients = sizes.trained * (2 + 4 / (gpus if plan.stage >= 2 else 1))
+    # In bf16 and accumulated in float32. What is offloaded leaves the GPU bucket by bucket.
+    gradients = 0.0 if plan.offload else 6 * sizes.trained / (gpus if plan.stage >= 2 else 1)
     optimizer = 0.0 if plan.offload else 12 * sizes.trained / (gpus if plan.stage >= 1 else 1)
     tokens = plan.device * length
     layer = activation_bytes(sizes, llm_trains)
@@ -127,7 +128,8 @@ def model_without_weights(config: RunConfig, beside: Path) -> Any:
 
     found = beside / "model.json"
     try:
-        shape = AutoConfig.from_pretrained(found if found.is_file() else config.model.path)
+        local = Path(config.model.path).is_dir()
+        shape = AutoConfig.from_pretrained(found if found.is_file() and not local else config.model.path)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.path: no config of {config.model.path} here ({type(error).__name__}); put its config.json beside the run's "
@@ -138,7 +140,7 @@ def model_without_weights(config: RunConfig, beside: Path) -> Any:
 
 
 def plans(config: RunConfig) -> list[Plan]:
-    """The config as it is, then ways to need less, the cheapest first."""
+    """The config as it is, then ways to need less, the cheapest first, each named by the overrides that lead there."""
     extra = config.trainer.model_extra or {}
     stage = config.trainer.deepspeed
     bytes_ = {None: 4.0 if config.model.dtype == "float32" else 2.0, "8bit": 1.05, "4bit": 0.6}[
@@ -153,18 +155,23 @@ def plans(config: RunConfig) -> list[Plan]:
     sizes = [here.device]
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
-    smaller = [replace(here, name=f"per_device_train_batch_size={size}", device=size) for size in sizes[1:]]
-    if config.model.quantization is None and number < 3:
-        smaller += [
-            replace(here, name=f"deepspeed=zero3, per_device_train_batch_size={size}", stage=3, device=size)
+    batch = lambda size: f"trainer.per_device_train_batch_size={size}"  # noqa: E731
+    ways = [here, *(replace(here, name=batch(size), device=size) for size in sizes[1:])]
+    whole = config.model.quantization is None
+    if whole and number < 3:
+        ways += [
+            replace(here, name=f"trainer.deepspeed=zero3 {batch(size)}", stage=3, device=size, offload=False)
             for size in sizes
         ]
-    ways = [here, *smaller]
     last = replace(ways[-1], device=1, checkpointing=True)
-    ways.append(replace(last, name="… and gradient_checkpointing=true"))
-    if config.model.quantization is None:
-        ways.append(replace(last, name="… and deepspeed=zero3_offload", stage=3, offload=True, offload_weights=True))
-        ways.append(replace(last, name="or model.quantization=4bit, deepspeed=zero2", stage=2, weight_bytes=0.6))
+    least = f"{batch(1)} trainer.gradient_checkpointing=true"
+    ways.append(replace(last, name=f"trainer.deepspeed=zero3 {least}" if last.stage == 3 and number < 3 else least))
+    if whole and not here.offload_weights:
+        offloaded = replace(last, stage=3, offload=True, offload_weights=True)
+        ways.append(replace(offloaded, name=f"trainer.deepspeed=zero3_offload {least}"))
+    if whole and "llm" not in config.train.parts:
+        quantized = replace(last, stage=2, weight_bytes=0.6, offload=False, offload_weights=False)
+        ways.append(replace(quantized, name=f"model.quantization=4bit trainer.deepspeed=zero2 {least}"))
     return ways
 
 
@@ -185,7 +192,7 @@ def table(ways: list[Plan], sizes: Sizes, gpus: int, room: float, length: int, l
         if fitting is None
         else "It fits as it is."
         if fitting is ways[0]
-        else f"It does not fit as configured; the least change that does: {fitting.name}."
+        else f"It does not fit as configured; the least change that does: {fitting.name}"
     )
     return "\n".join([*lines, "", advice])
 
