@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = [
     {"registry", "config", "pictures"},
     {"selectors"},
-    {"compress"},
+    {"compress", "adaptive"},
     {"encoders"},
     {"families"},
     {"shorten", "fingerprint"},

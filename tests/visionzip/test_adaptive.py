@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from tests.families.case_llava_next import CASE as NEXT
 from tests.families.case_qwen2_vl import CASE as QWEN
 from tests.tiny import picture, tiny_llava, tiny_processor
-from visionzip import ZipConfig, attach, attached, detach
+from visionzip import ZipConfig, attach, attached, detach, load, save
 from visionzip.adaptive import calibrate, held, needed
 from visionzip.analysis.calibrate import calibrated
+from visionzip.analysis.trace import trace
+from visionzip.chat import Chat
 from visionzip.compress import compress
 from visionzip.config import Adaptive
 from visionzip.families.tiles import pack_each, pack_picture
@@ -352,3 +354,54 @@ def test_calibration_of_a_family_without_such_budgets_is_refused():
     attachment = attached(attach(QWEN.model(), QWEN.processor(), QWEN.budget))
     with pytest.raises(ValueError, match="takes no budgets of each picture's own"):
         calibrated(attachment, QWEN.processor(), [picture(0)], 9, Adaptive(threshold=0.5))
+
+
+def test_a_chat_keeps_its_cache_and_encodes_each_picture_once(model, processor):
+    chat = Chat(attach(model, processor, MOST), processor, max_new_tokens=5)
+    encoded: list[int] = []
+    model.model.vision_tower.embeddings.register_forward_pre_hook(lambda module, args: encoded.append(len(args[0])))
+    for question, pictures in (("what is this", [0]), ("is this red", []), ("how many", [5, 7])):
+        for number in pictures:
+            chat.show(picture(number, (32, 32)))
+        encoded.clear()
+        turn = chat.ask(question)
+        assert encoded == [1] * len(pictures)
+        whole = chat._inputs(chat._render(chat.messages[:-1]), chat.pictures)
+        assert turn.text == processor.tokenizer.decode(
+            answer(model, whole, suppress_tokens=[IMAGE])[0], skip_special_tokens=True
+        )
+        assert [now for now, _ in turn.pictures] == [
+            len(attached(model).compress(**chat._pixels([each]))[0])
+            for each in chat.pictures[len(chat.pictures) - len(pictures) :]
+        ]
+    assert turn.prompt - turn.prefilled > 20, "the conversation so far was not computed again"
+    chat.budget(ZipConfig(dominant=5, contextual=3))
+    assert chat.ask("what is this").prefilled > 24, "under another budget all three pictures are read anew"
+
+
+@pytest.mark.parametrize("form", ["safetensors", "merged"])
+def test_an_export_brings_its_budgets_along(model, processor, form, tmp_path):
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    trained, own = load(tmp_path / "base", "cpu", config=MOST)
+    with torch.no_grad():
+        trained.model.multi_modal_projector.linear_2.weight.add_(0.1)
+    save(trained, tmp_path / "out", form)
+    again, other = load(tmp_path / "out", "cpu")
+    assert attached(again).config == MOST
+    inputs = prompt(own, QUESTION, [picture(0)])
+    assert torch.equal(inputs["input_ids"], prompt(other, QUESTION, [picture(0)])["input_ids"])
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, trained(**inputs).logits)
+    if form == "safetensors":
+        with pytest.raises(ValueError, match="adaptive"):
+            load(tmp_path / "out", "cpu", config=MOST.model_copy(update={"adaptive": None}))
+
+
+def test_what_is_drawn_is_what_each_picture_keeps(model, processor):
+    attach(model, processor, MOST)
+    for number in range(4):
+        shown = trace(model, picture(number, (32, 32)))
+        (tile,) = shown.tiles
+        assert len(tile.kept) + len(tile.targets) == shown.tokens
+        assert shown.held >= 0.6 or len(tile.kept) == 9
