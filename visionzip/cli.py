@@ -58,8 +58,17 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, ImportError) as error:
-        print(f"visionzip {name}: {error}", file=sys.stderr)
+        print(f"visionzip {name}: {reason(error)}", file=sys.stderr)
         return 1
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, without pydantic's surroundings."""
+    found = getattr(error, "errors", None)
+    if not callable(found):
+        return str(error)
+    said = [(".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, ")) for one in found()]
+    return "; ".join(f"{place}: {text}" if place else text for place, text in said)
 
 
 def quiet() -> None:

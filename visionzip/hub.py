@@ -25,7 +25,7 @@ def push(
     """Upload an export with its model card (made here where there is none) and return the address of the commit.
 
     Raises:
-        ValueError: when `directory` is no export, or the hub refuses.
+        ValueError: when `directory` is no export, or a damaged one, or the hub refuses.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -34,12 +34,14 @@ def push(
     names = [path.relative_to(place).as_posix() for path in files]
     if not set(names) & set(MARKS):
         raise ValueError(f"{directory} is no directory that visionzip export wrote (none of {', '.join(MARKS)} in it)")
+    form = recognise(place)
+    if form is None:
+        raise ValueError(f"{directory} is no whole export: what was trained is not in it, only {', '.join(names[:4])}")
+    header = form.read(place).header  # a damaged one is not for others
     if CARD in names:
         text = (place / CARD).read_text(encoding="utf-8").replace(HERE, repo_id)
     else:  # a run's own folder, which has none
-        form = recognise(place)
-        assert form is not None  # there is a mark
-        text = card(form.read(place).header, form.name, repo_id)
+        text = card(header, form.name, repo_id)
     operations = [CommitOperationAdd(CARD, text.encode())] + [
         CommitOperationAdd(name, path)
         for name, path in zip(names, files, strict=True)
@@ -55,7 +57,7 @@ def push(
         )
     except _failures() as error:
         raise ValueError(
-            f"{repo_id}: the hub refused: {error}. Is there a token with write access (hf auth login)?"
+            f"{repo_id}: the hub refused: {str(error).rstrip('.')}. Is there a token with write access (hf auth login)?"
         ) from error
     return str(done.commit_url)
 
@@ -83,10 +85,10 @@ def local_copy(path: str | os.PathLike[str], revision: str | None = None) -> Pat
     Raises:
         ValueError: for what is neither a path nor the id of something.
     """
-    if Path(path).exists():
+    if str(path) and Path(path).exists():
         return Path(path)
     if not looks_like_id(path):
-        raise ValueError(f"there is nothing at {path}, and it is no hub id (owner/name)")
+        raise ValueError(f"there is nothing at {str(path) or repr('')}, and it is no hub id (owner/name)")
     names = _files(str(path), revision)
     return pull(str(path), revision=revision) if set(names) & set(MARKS) else str(path)
 

@@ -9,13 +9,13 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 
-from visionzip.attach import attach, attached, unwrap
+from visionzip.attach import Attachment, attach, attached, unwrap
 from visionzip.config import ZipConfig
 from visionzip.export.base import FORMATS, Format, Trained, put, read, recognise, with_metadata
 from visionzip.export.card import write_card
 from visionzip.export.files import staged
 from visionzip.hub import local_copy
-from visionzip.projector import plain_state
+from visionzip.projector import plain_state, refuse_strangers
 
 
 def load(
@@ -40,40 +40,109 @@ def load(
         model_kwargs: passed on to ``from_pretrained``.
 
     Raises:
-        ValueError: when the projector belongs to something else, or a plain model is loaded without a `config`.
+        ImportError: for a model whose processor needs something that is not installed (torchvision, for those that take videos).
+        ValueError: when the projector belongs to something else, files are damaged or weights missing, a plain model is loaded
+            without a `config`, or there is no such device or dtype.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    place = local_copy(path)
+    place, target, dtype = local_copy(path), usable_device(device), known_dtype(dtype)
     found = recognise(place)
     if found is None and Path(place).is_file():
         read(place)  # says what was expected of a file
-    trained = read(place) if found is not None and (base is not None or not found.whole) else None
+    trained = read(place) if found is not None else None
+    whole = found is not None and found.whole and base is None
     source = base_of(place, found, trained, base)
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, trust_remote_code=False, **model_kwargs
-        )
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    except OSError as error:
-        hint = (
-            f" (the base model that {path} names; pass base=... if it lies elsewhere)" if trained and not base else ""
-        )
-        raise ValueError(f"{source} can't be loaded{hint}: {error}") from error
-    except SafetensorError as error:
-        raise ValueError(f"the weights in {source} are damaged: {error}") from error
+    model, processor = _from_pretrained(source, path, dtype, named=trained is not None and base is None, **model_kwargs)
     stored = trained.header["zip"] if trained else model.config.__dict__.get("visionzip")
     for name in ("visionzip", "auto_map"):  # written by attach, and only meant for the files
         model.config.__dict__.pop(name, None)
     config = config or (ZipConfig(**stored) if stored else None)
     if config is None:
         raise ValueError(f"{path} does not say what to keep; pass config=ZipConfig(dominant=..., contextual=...)")
-    attach(model, processor, config)
-    if trained:
+    attachment = attached(attach(model, processor, config))
+    if trained and whole:  # its weights are in the model already
+        refuse_strangers(cast(Attachment, attachment), trained.header, str(path), force=force)
+    elif trained:
         put(model, trained, str(path), force=force)
     if device is not None or not {"device_map", "quantization_config"} & model_kwargs.keys():
-        cast(Any, model).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model.to(target)
     return model.eval(), processor
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """`device`, or the GPU if there is one.
+
+    Raises:
+        ValueError: when there is no such device, or nothing can be put on it.
+    """
+    try:
+        found = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {device} can't be used here: {str(error).splitlines()[0]}") from error
+    return found
+
+
+def known_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """`dtype` if weights can have it, or ``"auto"``.
+
+    Raises:
+        ValueError: for any other.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"weights can't be of dtype {dtype}; expected auto, float32, bfloat16 or float16")
+    return dtype
+
+
+def _from_pretrained(source: str, path: Any, dtype: Any, *, named: bool, **model_kwargs: Any) -> tuple[Any, Any]:
+    """The plain model and its processor. `named`: it is `path` that says its base model is `source`."""
+    from transformers import AutoModelForImageTextToText
+
+    hint = (
+        f" (the base model that {path} names; pass base=... if it lies elsewhere)"
+        if named and source != str(path)
+        else ""
+    )
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # said below, by name
+            **model_kwargs,
+        )
+        processor = _processor(source)
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {source} are damaged: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{source} can't be loaded{hint}: {error}") from error
+    model, weights = loaded
+    missing, wrong = sorted(weights["missing_keys"]), sorted(weights["mismatched_keys"])
+    if missing or wrong:
+        shapes = [f"{name} {list(there)}, expected {list(here)}" for name, there, here in wrong]
+        raise ValueError(
+            f"{source} can't be loaded{hint}: of its weights {len(missing)} are missing ({', '.join(missing[:3])}) "
+            f"and {len(wrong)} of another shape ({'; '.join(shapes[:3])})"
+        )
+    return model, processor
+
+
+def _processor(source: str) -> Any:
+    """Raises ``ImportError``, or ``ValueError`` for files that can't be read."""
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    except ImportError as error:
+        needs = "; pip install torchvision" if "torchvision" in str(error).lower() else ""
+        raise ImportError(
+            f"the processor of {source} can't be made: {str(error).strip().splitlines()[0]}{needs}"
+        ) from error
+    except OSError:
+        raise
+    except Exception as error:  # of a damaged tokenizer: KeyError, TypeError, a bare Exception …
+        raise ValueError(f"the processor in {source} can't be read ({type(error).__name__}: {error})") from error
 
 
 def base_of(

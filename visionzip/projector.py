@@ -194,7 +194,7 @@ def refuse_strangers(attachment: Attachment, header: dict[str, Any], source: str
         raise ValueError(
             f"{source} was trained for something else:\n  "
             + "\n  ".join(wrong)
-            + "\nPass force=True to load it all the same."
+            + "\nPass force=True (--force) to load it all the same."
         )
 
 

@@ -86,9 +86,9 @@ def read(place: str | os.PathLike[str]) -> tuple[dict[str, float], bool]:
     for file in files:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            tasks |= content["results"]
+            tasks |= {task: dict(measured) for task, measured in content["results"].items()}
             full = "full=true" in str(content.get("config", {}).get("model_args", "")).lower()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} is no result file of lmms-eval ({type(error).__name__}: {error})") from error
     scores: dict[str, float] = {}
     for benchmark in BENCHMARKS:
@@ -102,6 +102,8 @@ def read(place: str | os.PathLike[str]) -> tuple[dict[str, float], bool]:
         )
         if task not in known and first is not None and "_stderr" not in first:
             scores[task] = 100 * results[first]
+    if not scores:
+        raise ValueError(f"{place} holds no score: its results are of {', '.join(tasks) or 'no task'}")
     return scores, full
 
 

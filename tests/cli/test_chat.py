@@ -212,17 +212,48 @@ class TestTerminal:
         )
         assert code == 0
         wrong = [line for line in printed.out.splitlines() if line.startswith("! ")]
-        expected = ["/image takes one or more", "no file nope.png", "broken.jpg can't be read as a picture", "No closing quotation",
+        expected = ["/image takes one or more", "nope.png can't be used: not a file", "broken.jpg can't be used: no picture of a known format", "No closing quotation",
                     "/budget takes one value", "/wrong is no command"]  # fmt: skip
         assert len(wrong) == len(expected)
         for line, part in zip(wrong, expected, strict=True):
             assert part in line
         assert "picture: 8 of 16 tokens" in printed.out
 
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--max-new-tokens", "0"], "argument --max-new-tokens: expected a number of at least 1, got '0'"),
+            (["--temperature", "-1"], "argument --temperature: expected a number of at least 0, got '-1'"),
+            (
+                ["--dominant", "x"],
+                "argument --dominant: expected a number of tokens (54) or a share of them (0.1), got 'x'",
+            ),
+        ],
+    )
+    def test_numbers_that_make_no_sense(self, talk, capsys, arguments, message):
+        with pytest.raises(SystemExit):
+            talk(arguments=arguments)
+        assert message in capsys.readouterr().err
+
+    def test_a_budget_that_is_none_is_one_line(self, talk):
+        code, printed = talk(arguments=["--dominant", "2.5"])
+        assert (code, len(printed.err.splitlines())) == (1, 1)
+        assert printed.err.startswith("visionzip chat: dominant=2.5 is no share of the tokens")
+
+    def test_the_memory_does_not_suffice(self, talk, monkeypatch):
+        def full(*args, **kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(Chat, "ask", full)
+        code, printed = talk("what", "/reset")
+        assert code == 0
+        assert "! the memory does not suffice for this conversation; try /reset, or a smaller /budget" in printed.out
+        assert "forgotten" in printed.out
+
     def test_a_wrong_picture_ends_it_before_the_model_is_loaded(self, talk, monkeypatch):
         monkeypatch.setattr("visionzip.load", None)
         code, printed = talk(arguments=["--image", "nope.png"])
-        assert (code, printed.err) == (1, "visionzip chat: there is no file nope.png\n")
+        assert (code, printed.err) == (1, "visionzip chat: nope.png can't be used: not a file\n")
 
 
 def test_a_cache_that_ends_inside_a_picture_is_used_up_to_the_picture(chat):

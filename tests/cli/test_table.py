@@ -105,6 +105,8 @@ def test_refusals(tmp_path, capsys):
         ([tmp_path / "nowhere"], "there is no result file of lmms-eval in"),
         ([tmp_path / "bad_results.json"], "is no result file of lmms-eval (JSONDecodeError"),
         ([tmp_path / "less"], "pope has no pope_f1_score among its results"),
+        ([results(tmp_path / "n" / "x_results.json", {"gqa": 3})], "is no result file of lmms-eval (TypeError"),
+        ([results(tmp_path / "o" / "x_results.json", {})], "holds no score: its results are of no task"),
         ([good, "--full", "other"], "--full other: expected one of x_results.json"),
         ([f"a={good}", f"a={good}"], "two results are called a"),
     ):

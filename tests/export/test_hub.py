@@ -154,7 +154,14 @@ def test_no_card_claims_what_was_not_measured(trained, tmp_path):
 def test_refusals_are_one_line_each(trained, outside, tmp_path):
     tiny_processor().save_pretrained(tmp_path / "plain")
     save(trained, tmp_path / "out")
+    half = save(trained, tmp_path / "half", "peft")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (half / name).unlink()
+    damaged = save(trained, tmp_path / "damaged") / "projector.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
     cases = {
+        ("push", half, "a/b"): "is no whole export: what was trained is not in it, only README.md, visionzip.json",
+        ("push", damaged.parent, "a/b"): "is damaged",
         ("push", tmp_path / "plain", "a/b"): "is no directory that visionzip export wrote",
         ("push", tmp_path / "nowhere", "a/b"): "is no directory that visionzip export wrote",
         ("push", tmp_path / "out", "a/b"): "a/b: the hub refused: ",

@@ -1,5 +1,6 @@
 """A file that is not what it should be is refused, each kind with its own message, and nothing in it is run."""
 
+import importlib.util
 import json
 import os
 import pickle
@@ -9,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.export.conftest import BUDGET
+from tests.families.case import cases
 from tests.tiny import tiny_llava, tiny_processor
-from visionzip import attach, load, save
+from visionzip import ZipConfig, attach, attached, load, save
 from visionzip.export import load_into, read
 from visionzip.projector import projector_state
 
@@ -84,6 +86,86 @@ def test_a_shape_changed(export):
     ):
         load_into(fresh, out)
     assert all(torch.equal(value, before[name]) for name, value in projector_state(fresh).items())
+
+
+@pytest.mark.parametrize("ending", ["linear_2.weight", "layers.1.mlp.up_proj.weight"])
+@pytest.mark.parametrize("change", ["renamed", "cut", "another"])
+def test_a_merged_model_is_loaded_whole_or_not_at_all(trained, tmp_path, ending, change):
+    """transformers alone would go on with random weights in place of those that are missing."""
+    out = save(trained, tmp_path / "out", "merged")
+
+    def damage(state):
+        name = key(state, ending)
+        value = state.pop(name)
+        changed = {"renamed": value, "cut": value[:-1].clone(), "another": value + 1}[change]
+        state[name + "_" * (change == "renamed")] = changed
+
+    rewrite(out / "model.safetensors", damage)
+    messages = {
+        "renamed": rf"lacks 1 of the projector's|1 are missing \(model.*{ending}\)",
+        "cut": rf"1 of another shape \(model.*{ending} \[\d+, 48\], expected \[\d+, 48\]\)",
+        "another": r"(?s)trained for something else.*llm: ",
+    }
+    if (change, ending) == ("another", "linear_2.weight"):
+        return  # a projector may be any; it is the frozen halves that are known
+    with pytest.raises(ValueError, match=messages[change]):
+        load(out, "cpu")
+
+
+def test_a_merged_model_under_another_budget(trained, tmp_path):
+    out = save(trained, tmp_path / "out", "merged")
+    other = ZipConfig(dominant=6, contextual=2)
+    with pytest.raises(ValueError, match=r"(?s)trained for something else.*ZipConfig.dominant: 5 there, 6 here"):
+        load(out, "cpu", config=other)
+    model, _ = load(out, "cpu", config=other, force=True)
+    assert attached(model).config == other
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer.json", "{}", "the processor in .* can't be read"),
+        ("processor_config.json", "{", "not a valid JSON"),
+        ("config.json", "{", "not a valid JSON"),
+        ("visionzip.json", "{", "can't be read as JSON"),
+    ],
+)
+def test_other_files_of_a_merged_model(trained, tmp_path, file, content, message):
+    out = save(trained, tmp_path / "out", "merged")
+    (out / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load(out, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nonsense", "auto"), "device nonsense can't be used here: "),
+        (("cuda:77", "auto"), "device cuda:77 can't be used here: "),
+        (("cpu", "float17"), "weights can't be of dtype float17; expected auto, float32, bfloat16 or float16"),
+        (("cpu", torch.int8), "weights can't be of dtype torch.int8"),
+    ],
+)
+def test_a_device_or_dtype_that_is_none(tmp_path, base, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load(base, *arguments, config=BUDGET)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is here")
+def test_a_model_that_takes_videos_says_what_to_install(tmp_path):
+    """transformers' own video processors are made of torchvision."""
+    from transformers import AutoModelForImageTextToText
+
+    case = next(case for case in cases() if case.name == "Qwen2.5-VL")
+    out = save(attach(case.model(), case.processor(), case.budget), tmp_path / "out", "merged")
+    # as a processor is saved where torchvision is installed
+    (out / "video_preprocessor_config.json").write_text('{"video_processor_type": "Qwen2VLVideoProcessor"}')
+    with pytest.raises(
+        ImportError, match=r"processor of .*requires the Torchvision library.*; pip install torchvision$"
+    ):
+        load(out, "cpu")
+    with pytest.raises(ImportError, match="requires the Torchvision library"):
+        AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
 
 
 def test_a_file_truncated(export):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from typing import Any
 
 #: budget → field of ZipConfig it overrides
@@ -12,6 +13,11 @@ FIELDS = ("dominant", "contextual", "selector", "merge", "layer")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model or anything that was fine-tuned: file, directory or hub id")
     parser.add_argument("--base", help="the model that a projector belongs to, where that is not the one it names")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="load a projector although it was trained with something else than the base",
+    )
     budget = parser.add_argument_group(
         "budget",
         "default: what it was fine-tuned with; for a plain model 54 + 10 tokens, or a fifth of a small picture",
@@ -29,10 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def tokens(text: str) -> int | float:
     """``54`` is a number of tokens, ``0.1`` a share of them."""
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"expected a number of tokens (54) or a share of them (0.1), got {text!r}")
+
+
+def count(text: str) -> int:
+    """A number of things of which there has to be one at least."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
 
 
 def load(arguments: argparse.Namespace, **options: Any) -> tuple[Any, Any]:
@@ -47,8 +60,9 @@ def load(arguments: argparse.Namespace, **options: Any) -> tuple[Any, Any]:
 
     place = local_copy(arguments.model)
     config = None if recognise(place) is not None else usual(str(arguments.base or place))
-    dtype = arguments.dtype
-    model, processor = visionzip.load(place, arguments.device, dtype, config=config, base=arguments.base, **options)
+    model, processor = visionzip.load(
+        place, arguments.device, arguments.dtype, config=config, base=arguments.base, force=arguments.force, **options
+    )
     asked = {name: value for name in FIELDS if (value := getattr(arguments, name)) is not None}
     if asked:
         attachment = visionzip.attached(model)

@@ -18,14 +18,22 @@ import shlex
 import sys
 from typing import Any
 
+from visionzip.cli import reason
 from visionzip.commands import _model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _model.add_arguments(parser)
     parser.add_argument("--image", action="append", default=[], help="a picture to begin with; can be given again")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: 512)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
+    parser.add_argument("--max-new-tokens", type=_model.count, default=512, help="longest answer (default: 512)")
+    parser.add_argument("--temperature", type=temperature, default=0.0, help="0 (default): always the likeliest token")
+
+
+def temperature(text: str) -> float:
+    """0 or more."""
+    if not (text.replace(".", "", 1).isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return float(text)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -80,6 +88,8 @@ class Terminal:
                 print(f"! {error}")
 
     def answer(self, question: str) -> None:
+        import torch
+
         def write(text: str) -> None:
             print(text, end="", flush=True)
 
@@ -88,6 +98,10 @@ class Terminal:
         except KeyboardInterrupt:
             print(" … (stopped)")
             return
+        except torch.OutOfMemoryError:
+            raise ValueError(
+                "the memory does not suffice for this conversation; try /reset, or a smaller /budget"
+            ) from None
         print()
         self.note(summary(turn))
 
@@ -161,7 +175,7 @@ def parse_budget(text: str, config: Any) -> Any:
                 share = 10 / 64
             contextual = total * share if isinstance(total, float) else round(total * share)
             dominant = total - contextual
-    except ValueError:
+    except (ValueError, argparse.ArgumentTypeError):
         raise ValueError(
             f"{text} is no budget; give a number of tokens (64), two (54+10), a share (0.1), or full"
         ) from None
@@ -169,12 +183,7 @@ def parse_budget(text: str, config: Any) -> Any:
     try:
         return ZipConfig.model_validate({**config.model_dump(), **changes})
     except ValueError as error:
-        raise ValueError(f"{text} is no budget: {_first_line(error)}") from None
-
-
-def _first_line(error: ValueError) -> str:
-    errors = getattr(error, "errors", None)
-    return str(errors()[0]["msg"]).removeprefix("Value error, ") if errors else str(error)
+        raise ValueError(f"{text} is no budget: {reason(error)}") from None
 
 
 def open_picture(path: str) -> Any:
@@ -183,12 +192,6 @@ def open_picture(path: str) -> Any:
     Raises:
         ValueError: when it is none, or can't be read.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from visionzip.analysis.pictures import read_one
 
-    try:
-        with Image.open(os.path.expanduser(path)) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {path}") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} can't be read as a picture: {error}") from None
+    return read_one(os.path.expanduser(path))
