@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data.cache import check_identity, identity
 from data.cached_pictures import VISUAL, VISUAL_VIDEO
@@ -40,6 +41,17 @@ def read_from_cache(model: Any) -> None:
     attachment = attached(model)
     assert attachment is not None
     attachment.model.model.register_forward_pre_hook(FromCache(attachment), with_kwargs=True, prepend=True)
+
+
+def short_prompts(model: Any, inputs: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """Where each picture has a budget of its own and comes as pixels: it goes through the encoder, and the text is cut to what it
+    kept. The tokens are then those of a cache (`read_from_cache`); without such budgets nothing is done."""
+    attachment = attached(model)
+    if attachment is None or attachment.config.adaptive is None or inputs.get("pixel_values") is None:
+        return inputs, labels
+    fitted, pictures = attachment.fit({**inputs, "labels": labels})
+    labels = fitted.pop("labels")
+    return {**fitted, VISUAL: pictures}, labels
 
 
 def check_cache(config: RunConfig, model: Any, processor: Any) -> None:

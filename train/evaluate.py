@@ -25,6 +25,8 @@ from train.config import EvalSection, RunConfig
 
 LABELS = {"full": "full tokens", "training_free": "training-free", "fine_tuned": "fine-tuned"}
 ALL = "all"
+PICTURES_COUNTED = 200
+"""Pictures whose tokens are counted for a mean."""
 
 
 @dataclass
@@ -275,12 +277,20 @@ def evaluate_only(options: Any) -> int:
 
 
 def tokens_a_picture(model: Any, processor: Any, config: RunConfig) -> tuple[int, int]:
-    """(tokens now, tokens of the untouched model) of the first picture that is asked about, or of a blank one."""
+    """(tokens now, tokens of the untouched model) of the first picture that is asked about; 0 where there is none.
+
+    With budgets of each picture's own their mean over the first `PICTURES_COUNTED`.
+    """
     from visionzip import attached
 
     attachment = attached(model)
     assert attachment is not None
     questions = questions_of(config, processor)
+    if attachment.config.adaptive is not None:
+        chosen = one_a_picture(questions, PICTURES_COUNTED)
+        counted = [count for each in chosen for count in attachment.token_counts(**picture_inputs(each))]
+        stock, now = (sum(column) / max(len(counted), 1) for column in zip(*counted, strict=True)) if counted else (0, 0)
+        return round(now), round(stock)
     for number in range(min(len(questions), 20)):
         question = questions[number]
         if isinstance(question, Question) and (pictures := picture_inputs(question)):

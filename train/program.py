@@ -89,6 +89,8 @@ class Program:
             check_cache(self.config, self.model, self.processor)
             read_from_cache(self.model)
             pictures = CachedPictures(data.cache, data.frames)
+        elif self.config.zip.adaptive is not None:
+            read_from_cache(self.model)  # `short_prompts` makes of pixels what a cache holds
         if not is_streamed(data):
             return build_dataset(data, self.processor, self.config.seed, pictures)
         if self.args.max_steps <= 0:

@@ -20,6 +20,7 @@ from transformers.trainer_callback import ExportableState
 
 from data.cached_pictures import VISUAL
 from train import checkpoint, random_state
+from train.cached import short_prompts
 from train.ending import Exit, RunEnded, StopRequest, Watchdog
 from train.loss import summed_loss, supervised
 from train.resume import Resume
@@ -174,7 +175,7 @@ class ProjectorTrainer(Trainer):
 
         DDP and DeepSpeed average gradients over processes, hence the factor; the sum over processes then is the mean.
         """
-        labels = inputs.pop("labels")
+        inputs, labels = short_prompts(self.plain, inputs, inputs.pop("labels"))
         loss = summed_loss(model, self.head, inputs, labels, **self.fast)
         if not torch.isfinite(loss):
             raise RunEnded(
