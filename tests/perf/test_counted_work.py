@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train.loss
 from data.collate import Collator
 from tests.tiny import tiny_llava, tiny_processor
 from tests.train.test_loss import batch, beginning
-from train.loss import summed_loss, tokens_with_loss
+from train.loss import HeadCrossEntropy, summed_loss, tokens_with_loss
 from visionzip import attach, attached
+from visionzip.encoders.base import CHUNK, attention_received
 
 LAYERS, HEADS = 2, 4
 
@@ -140,6 +142,34 @@ def test_bytes_kept_for_the_backward_pass(zipped):
     llm.requires_grad_(True)
     assert kept(packed=llm) > 1.3 * frozen
     assert kept(packed=llm) > allowed
+
+
+def test_nothing_of_the_vocabularys_size_is_kept():
+    rows, head = torch.randn(6, 8, requires_grad=True), nn.Linear(8, 1000, bias=False).requires_grad_(False)
+    with Saved(head) as saved:
+        HeadCrossEntropy.apply(rows, head.weight, torch.arange(6))
+    assert saved.bytes == rows.nbytes
+
+
+class Largest(TorchDispatchMode):
+    """Values of the largest tensor that any operation gives."""
+
+    values = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        tensors = out if isinstance(out, (tuple, list)) else [out]
+        self.values = max([self.values, *(tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor))])
+        return out
+
+
+def test_no_map_of_all_tokens_without_cls():
+    """729 tokens, as SigLIP so400m has them at 384 pixels: attention received is summed over parts of the map."""
+    queries, keys = torch.randn(2, 3, 729, 8), torch.randn(2, 3, 729, 8)
+    with Largest() as seen:
+        attention_received(queries, keys, 0.3)
+    assert seen.values == 2 * 3 * CHUNK * 729
+    assert seen.values < 2 * 3 * 729 * 729 / 2
 
 
 def test_text_alone_reads_one_blank_picture_for_a_whole_batch():
