@@ -94,6 +94,33 @@ def test_more_pictures_than_before(ready, pictures, tmp_path):
     assert len(analyze(ready, pictures, tmp_path / "out", limit=1, progress=False).lines) == 1
 
 
+def test_another_picture_of_the_same_name_is_measured(ready, pictures, tmp_path):
+    one = analyze(ready, pictures, tmp_path / "out", limit=1, progress=False)
+    (pictures / "a.jpg").write_bytes((pictures / "more" / "a.jpg").read_bytes())
+    other = analyze(ready, pictures, tmp_path / "out", limit=1, progress=False)
+    assert (other.resumed, len(other.lines)) == (0, 1)
+    assert other.lines[0]["curve"] != one.lines[0]["curve"]
+    assert analyze(ready, pictures, tmp_path / "out", limit=1, progress=False).lines == other.lines
+
+
+@pytest.mark.parametrize("line", ["[]", "{garbage}", '{"name": "a.jpg"}'])
+def test_a_damaged_file_of_measurements(ready, pictures, tmp_path, line):
+    analyze(ready, pictures, tmp_path / "out", limit=1, progress=False)
+    with open(tmp_path / "out" / LINES, "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match=rf"{LINES} is damaged .*delete it to measure anew"):
+        analyze(ready, pictures, tmp_path / "out", progress=False)
+
+
+def test_its_own_plots_are_not_measured(model_folder, pictures, capsys):
+    arguments = ["analyze", str(model_folder), str(pictures), "--dominant", "5", "--contextual", "3", "--out"]
+    for _ in range(2):
+        assert main([*arguments, str(pictures / "out")]) == 0
+        assert "3 pictures, 16 patches each" in capsys.readouterr().out
+    assert main([*arguments, str(pictures)]) == 1
+    assert "the results would be written among the pictures in" in capsys.readouterr().err
+
+
 def test_nothing_to_analyze(ready, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_text("x")

@@ -92,9 +92,9 @@ def test_other_families(name):
 
 
 def test_the_command(model_folder, tmp_path, capsys):
-    out = tmp_path / "b.json"
+    out = tmp_path / "new" / "b.json"
     arguments = ["benchmark", str(model_folder), "--budgets", "all,8", "--new-tokens", "3", "--repeats", "1",
-                 "--json", str(out), "--plot", str(tmp_path / "b.png"), "--device", "cpu"]  # fmt: skip
+                 "--json", str(out), "--plot", str(tmp_path / "plots" / "b.png"), "--device", "cpu"]  # fmt: skip
     assert main(arguments) == 0
     said = capsys.readouterr().out
     assert "| all | 1 | 1 | 16 |" in said
@@ -102,7 +102,7 @@ def test_the_command(model_folder, tmp_path, capsys):
     facts = json.loads(out.read_text())
     assert [row["visual_tokens"] for row in facts["rows"]] == [16, 8]
     assert facts["weights_bytes"] == 4 * sum(p.numel() for p in tiny_llava().parameters())
-    assert (tmp_path / "b.png").stat().st_size > 10_000
+    assert (tmp_path / "plots" / "b.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,11 @@ def test_a_folder(model_folder, pictures, tmp_path, capsys):
         assert f"{name}: 8 of 16 tokens, holding " in said.out
     for name, reason in BAD.items():
         assert re.search(f"skipped {name}: .*{reason}", said.err)
-    assert len(list((tmp_path / "look").glob("*.kept.png"))) == 3  # both pictures called a.jpg
-    assert len(list((tmp_path / "look").glob("*.attention.png"))) == 3
+    for ending in ("kept", "attention"):
+        drawn = {
+            path.relative_to(tmp_path / "look").as_posix() for path in (tmp_path / "look").rglob(f"*.{ending}.png")
+        }
+        assert drawn == {f"{name}.{ending}.png" for name in ("a.jpg", "b & c.png", "more/a.jpg")}
     with Image.open(tmp_path / "look" / "a.jpg.kept.png") as sheet:
         assert sheet.width > 4 * 400
 
@@ -128,6 +131,24 @@ def test_no_picture_at_all(model_folder, tmp_path, capsys, what):
     assert main(["visualize", str(model_folder), str(place), "--out", str(tmp_path / "x.html")]) == 1
     assert expected[what] in capsys.readouterr().err
     assert not (tmp_path / "x.html").exists()
+
+
+def test_its_own_drawings_are_not_drawn(model, processor, pictures, tmp_path):
+    attach(model, processor, ZipConfig(dominant=5, contextual=3))
+    for _ in range(2):
+        assert len(visualize(model, pictures, pictures / "report.html", progress=False).rows) == 3
+    assert (pictures / "report" / "a.jpg.kept.png").exists()
+    result = visualize(model, pictures / "a.jpg", tmp_path / "both", progress=False)  # a folder
+    assert result.page == tmp_path / "both" / "report.html"
+    assert result.images[0] == tmp_path / "both" / "pictures" / "a.jpg.kept.png"
+    with pytest.raises(ValueError, match="the results would be written among the pictures"):
+        visualize(model, pictures, f"{pictures}.html", progress=False)
+
+
+def test_a_video_that_is_not_there(model_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("visionzip.load", None)  # it is said before a model is loaded
+    assert main(["visualize", str(model_folder), str(tmp_path / "x.mp4")]) == 1
+    assert f"there is no video at {tmp_path / 'x.mp4'}" in capsys.readouterr().err
 
 
 def test_no_model(pictures, tmp_path, capsys):

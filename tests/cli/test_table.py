@@ -100,12 +100,13 @@ def test_as_a_command(tmp_path, capsys):
 def test_refusals(tmp_path, capsys):
     good = results(tmp_path / "a" / "x_results.json", PAPER)
     (tmp_path / "bad_results.json").write_text("{")
+    (tmp_path / "numbers_results.json").write_text('{"results": {"gqa": 3}}')
     results(tmp_path / "less" / "x_results.json", {"pope": {"pope_accuracy": 0.8}})
     for arguments, message in (
         ([tmp_path / "nowhere"], "there is no result file of lmms-eval in"),
         ([tmp_path / "bad_results.json"], "is no result file of lmms-eval (JSONDecodeError"),
         ([tmp_path / "less"], "pope has no pope_f1_score among its results"),
-        ([results(tmp_path / "n" / "x_results.json", {"gqa": 3})], "is no result file of lmms-eval (TypeError"),
+        ([tmp_path / "numbers_results.json"], "is no result file of lmms-eval (TypeError"),
         ([results(tmp_path / "o" / "x_results.json", {})], "holds no score: its results are of no task"),
         ([good, "--full", "other"], "--full other: expected one of x_results.json"),
         ([f"a={good}", f"a={good}"], "two results are called a"),

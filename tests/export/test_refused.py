@@ -207,6 +207,10 @@ def test_a_pickle_that_runs_code(trained, tmp_path, form):
     [
         ([torch.ones(2)], "holds a list; expected a dict of tensors"),
         ({"a": 1}, "holds a dict of something else"),
+        (
+            {"model.mm_projector.weight": torch.ones(2, 2), "model.mm_projector.bias": torch.ones(2)},
+            r"a projector of one layer \(LLaVA's mm_projector_type linear",
+        ),
         ({"model.mm_projector.weight": torch.ones(2, 2)}, "is no two-layer projector of LLaVA's"),
     ],
 )
@@ -310,8 +314,10 @@ class TestPeft:
 
 class TestLlava:
     def test_its_name_decides_in_llavas_loader(self, trained, tmp_path):
-        for name in ("mine", "llava-lora-x"):
-            with pytest.raises(ValueError, match=r"must contain 'llava' and not 'lora'.*Choose one such as llava-"):
+        for name in ("mine", "llava-lora-x", "llava-prompt"):
+            with pytest.raises(
+                ValueError, match=r"must contain 'llava' and neither 'lora' nor 'mpt'.*Choose one such as llava-"
+            ):
                 save(trained, tmp_path / name, "llava", vision_tower="x")
 
     def test_a_tower_that_llava_could_not_load(self, trained, tmp_path):
@@ -370,6 +376,21 @@ class TestLlava:
             "model.mm_projector.2.weight": ([48, 48], torch.float16),
             "model.mm_projector.2.bias": ([48], torch.float16),
         }
+
+    def test_as_llavas_own_loader_reads_it(self, trained, tmp_path):
+        """LLaVA's ``build_vision_projector`` for ``mlp2x_gelu`` and its loading of ``mm_projector.bin``, strictly."""
+        out = save(trained, tmp_path / "llava-x", "llava", vision_tower="x")
+        config = json.loads((out / "config.json").read_text())
+        width, hidden = config["mm_hidden_size"], config["hidden_size"]
+        theirs = torch.nn.Module()
+        theirs.model = torch.nn.Module()
+        layers = [torch.nn.Linear(width, hidden), torch.nn.GELU(), torch.nn.Linear(hidden, hidden)]
+        theirs.model.mm_projector = torch.nn.Sequential(*layers)
+        stored = torch.load(out / "mm_projector.bin", map_location="cpu", weights_only=True)
+        theirs.load_state_dict({name: value.to(torch.float16) for name, value in stored.items()}, strict=True)
+        ours = load(out, "cpu")[0].model.multi_modal_projector
+        tokens = torch.randn(5, width)
+        assert torch.equal(theirs.model.mm_projector(tokens), ours(tokens))
 
     def test_sizes_of_the_published_7b(self):
         """Vocabulary without the rows Hugging Face adds; the tower by its name."""

@@ -6,6 +6,7 @@ JSON are made of that file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ class Analysis:
 def analyze(
     model: Any, path: str | Path, out: str | Path, *, limit: int | None = None, progress: bool = True
 ) -> Analysis:
-    """Measure every picture in the folder `path` that ``out/pictures.jsonl`` does not hold yet.
+    """Measure every picture in the folder `path` that ``out/pictures.jsonl`` does not hold yet, told by name and content.
 
     Raises:
         ValueError: where nothing is attached, no picture can be read, or `out` was made with another model or budget.
@@ -54,21 +55,23 @@ def analyze(
     attachment = attached(model)
     if attachment is None or attachment.processor is None:
         raise ValueError("attach the model with its processor first: the budget says which patches are compared")
-    found = pictures.find(path, limit)
+    found = pictures.find(path, limit, out)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     head = {"model": type(attachment.model).__name__, "encoder": short({"encoder": fingerprint(attachment.model)["encoder"]}),
             "zip": attachment.config.model_dump(), "levels": list(redundancy.LEVELS), "edges": len(EDGES)}  # fmt: skip
     lines = _read(folder / LINES, head)
-    done = {line["name"] for line in lines}
+    contents = {name: content_of(found.root / name) for name in found.names}
+    known = [line for line in lines if contents.get(line["name"]) == line["content"]]
+    done = {line["name"] for line in known}
     todo = pictures.Found(found.root, [name for name in found.names if name not in done])
-    result = Analysis(folder, head, [line for line in lines if line["name"] in set(found.names)], resumed=len(done))
+    result = Analysis(folder, head, known, resumed=len(done))
 
     with open(folder / LINES, "a", encoding="utf-8") as file:
         if not lines and not file.tell():
             file.write(json.dumps(head) + "\n")
         for name, picture in _bar(todo, progress):
-            line = measure(attachment, name, picture)
+            line = {"content": contents[name], **measure(attachment, name, picture)}
             file.write(json.dumps(line) + "\n")
             file.flush()  # a kill loses the picture it falls on, no other
             result.lines.append(line)
@@ -78,6 +81,14 @@ def analyze(
     shown = result.lines[0]["name"]
     result.maps = layer_maps(attachment, pictures.read(found.root / shown))
     return result
+
+
+def content_of(path: Path) -> str:
+    """What tells a picture's content from another's of the same name; empty where there is no file to read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError:
+        return ""
 
 
 def measure(attachment: Attachment, name: str, picture: Any) -> dict[str, Any]:
@@ -261,7 +272,12 @@ def _read(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
     good = whole[: whole.rfind(b"\n") + 1]
     if good != whole:
         path.write_bytes(good)
-    records = [json.loads(line) for line in good.splitlines()]
+    try:
+        records = [dict(json.loads(line)) for line in good.splitlines()]
+        if any(not {"name", "content"} <= record.keys() for record in records[1:]):
+            raise ValueError("a line without name and content")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to measure anew, or choose another --out") from error
     if not records:
         return []
     if records[0] != head:

@@ -43,21 +43,32 @@ def is_video(path: str | os.PathLike[str]) -> bool:
     return Path(path).suffix.lower() in VIDEOS
 
 
-def find(path: str | os.PathLike[str], limit: int | None = None) -> Found:
+def find(
+    path: str | os.PathLike[str], limit: int | None = None, results: str | os.PathLike[str] | None = None
+) -> Found:
     """Pictures at `path`: the file itself, or all in a folder and its subfolders whose name ends like a picture's.
 
+    Args:
+        limit: at most so many, in the order of their names.
+        results: a folder that pictures are written to; those in it are passed over.
+
     Raises:
-        ValueError: where there is nothing.
+        ValueError: where there is nothing, or `results` is `path` itself.
     """
     place = Path(path)
     if place.is_file():
         return Found(place.parent, [place.name])
     if not place.is_dir():
         raise ValueError(f"{path} does not exist; expected a picture, a folder of pictures or a video")
+    ours = Path(results).resolve() if results is not None else None
+    if ours == place.resolve():
+        raise ValueError(f"the results would be written among the pictures in {path}; choose another --out")
     names = sorted(
         found.relative_to(place).as_posix()
         for found in place.rglob("*")
-        if found.suffix.lower() in PICTURES and not any(part.startswith(".") for part in found.relative_to(place).parts)
+        if found.suffix.lower() in PICTURES
+        and not any(part.startswith(".") for part in found.relative_to(place).parts)
+        and (ours is None or not found.absolute().is_relative_to(ours))
     )
     if not names:
         raise ValueError(f"there is no picture in {path}; looked for {', '.join(PICTURES)} in it and its subfolders")
@@ -107,6 +118,8 @@ def frames(path: str | os.PathLike[str], count: int) -> list[Image.Image]:
     Raises:
         ValueError: for what is no readable video, or where PyAV is missing.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"there is no video at {path}")
     try:
         import av
     except ImportError as error:

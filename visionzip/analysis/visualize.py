@@ -41,7 +41,7 @@ def visualize(
     """Draw what the attached `model` keeps of the picture, video or folder of pictures at `path`.
 
     Args:
-        out: the page; PNGs go into the folder beside it that has its name without the ending.
+        out: the page; PNGs go into the folder beside it that has its name without the ending. Or a folder for both.
         theme: of the PNGs, ``"light"`` or ``"dark"``; the page follows the reader's system.
         frames: taken evenly from a video.
         limit: at most so many pictures of a folder, in the order of their names.
@@ -52,16 +52,13 @@ def visualize(
     attachment = attached(model)
     if attachment is None:
         raise ValueError("nothing is attached to this model, so nothing is left out; give a budget to look at")
-    target = Path(out)
-    if target.suffix.lower() not in (".html", ".htm"):
-        target = target / "report.html"
-    folder = target.with_suffix("") if target.stem != "report" else target.parent / "pictures"
+    target, folder = places(out)
     if pictures.is_video(path):
         name = Path(path).name
         traces: Iterable[Trace] = [trace_video(model, pictures.frames(path, frames), name=name)]
         found, count = pictures.Found(Path(path).parent, [name]), 1
     else:
-        found = pictures.find(path, limit)
+        found = pictures.find(path, limit, folder)
         count = len(found.names)
         traces = (trace(model, picture, name=name) for name, picture in found.pictures())
 
@@ -86,6 +83,14 @@ def visualize(
     return result
 
 
+def places(out: str | Path) -> tuple[Path, Path]:
+    """The page, and the folder of the PNGs: beside the page with its name, or in the folder that `out` is."""
+    target = Path(out)
+    if target.suffix.lower() in (".html", ".htm"):
+        return target, target.with_suffix("")
+    return target / "report.html", target / "pictures"
+
+
 def _section(one: Trace, folder: Path, theme: str, result: Result) -> str:
     """One picture: its PNGs written, its part of the page returned."""
     kind = "frame" if pictures.is_video(one.name) else "tile"
@@ -95,19 +100,17 @@ def _section(one: Trace, folder: Path, theme: str, result: Result) -> str:
         drawings = views(tile)
         if len(one.tiles) > 1:
             drawings[0] = (f"{kind} {number + 1} of {len(one.tiles)}", drawings[0][1])
-        stem = _stem(one.name) + (f".{kind}{number + 1:02d}" if len(one.tiles) > 1 else "")
+        stem = one.name + (f".{kind}{number + 1:02d}" if len(one.tiles) > 1 else "")
         sheet = draw.panel(
             drawings, f"{one.name}{f', {drawings[0][0]}' if len(one.tiles) > 1 else ''}", note(tile), theme
         )
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / stem).parent.mkdir(parents=True, exist_ok=True)
         sheet.save(folder / f"{stem}.kept.png")
         result.images.append(folder / f"{stem}.kept.png")
         rows.append([page.figure(caption, picture) for caption, picture in drawings])
     if one.held is not None:
         with plots.style(theme):
-            result.images.append(
-                plots.save(plots.histogram(one.tiles, what), folder / f"{_stem(one.name)}.attention.png")
-            )
+            result.images.append(plots.save(plots.histogram(one.tiles, what), folder / f"{one.name}.attention.png"))
         with plots.style("page"):
             drawn = [page.drawing("how the attention is spread", plots.svg(plots.histogram(one.tiles, what)))]
             if len(one.tiles) == 1:
@@ -136,11 +139,6 @@ def note(tile: Tile) -> str:
     tokens = len(tile.kept) + len(tile.targets)
     held = "" if tile.held is None else f"; the kept patches hold {tile.held:.0%} of the attention"
     return f"{tokens} tokens: {int(tile.kept_mask.sum())} patches{cls} as they are, {len(tile.targets)} merged{held}"
-
-
-def _stem(name: str) -> str:
-    """A file name of its own for every picture, also for two of the same name in different subfolders."""
-    return name.replace("/", "_").replace("\\", "_")
 
 
 def _bar(items: Iterable[Trace], count: int, progress: bool) -> Iterable[Trace]:

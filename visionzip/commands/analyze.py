@@ -19,14 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="a folder of pictures")
     parser.add_argument("--out", default="visionzip-analysis", help="folder for table, plots and JSON")
     parser.add_argument("--theme", choices=("light", "dark"), default="light", help="of the plots")
-    parser.add_argument("--limit", type=int, help="at most so many pictures, in the order of their names")
+    parser.add_argument("--limit", type=_model.count, help="at most so many pictures, in the order of their names")
 
 
 def run(arguments: argparse.Namespace) -> None:
     from visionzip.analysis import pictures
     from visionzip.analysis.analyze import analyze, summary, table, write
 
-    pictures.find(arguments.path)  # before a model is loaded for nothing
+    pictures.find(arguments.path, results=arguments.out)  # before a model is loaded for nothing
     model, _ = _model.load(arguments)
     found = analyze(model, arguments.path, arguments.out, limit=arguments.limit)
     if found.resumed:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from visionzip.commands import _model
@@ -21,10 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _model.add_arguments(parser)
     parser.add_argument("--budgets", help="all, 64 or 54+10, separated by commas (default: all and the model's budget)")
     parser.add_argument("--batches", default="1", help="batch sizes, separated by commas (default: 1)")
-    parser.add_argument("--turns", type=int, default=1, help="of the conversation (default: 1)")
+    parser.add_argument("--turns", type=_model.count, default=1, help="of the conversation (default: 1)")
     parser.add_argument("--new-tokens", type=int, default=32, help="length of each answer (default: 32)")
     parser.add_argument(
-        "--repeats", type=int, default=3, help="the median of so many runs (default: 3), after one to warm up"
+        "--repeats", type=_model.count, default=3, help="the median of so many runs (default: 3), after one to warm up"
     )
     parser.add_argument("--picture", help="default: 640 × 480 pixels of a gradient")
     parser.add_argument(
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from visionzip import benchmark as bench
-    from visionzip.analysis import pictures
+    from visionzip.analysis import pictures, plots
 
     budgets = bench.parse_budgets(arguments.budgets) if arguments.budgets else None
     try:
@@ -45,6 +46,11 @@ def run(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         raise ValueError(f"--batches {arguments.batches!r} is not understood; expected numbers such as 1,8") from error
     picture = pictures.read_one(arguments.picture) if arguments.picture else gradient()
+    if arguments.plot:
+        with plots.style(arguments.theme):
+            pass  # says what is missing before minutes of measuring
+    for file in filter(None, (arguments.json, arguments.plot)):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
     model, processor = _model.load(arguments, **quantized(arguments))
     if budgets is None:
         from visionzip import attached
@@ -67,8 +73,6 @@ def run(arguments: argparse.Namespace) -> None:
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump(found, file, indent=1)
     if arguments.plot:
-        from visionzip.analysis import plots
-
         with plots.style(arguments.theme):
             plots.save(bench.plot(rows, where), arguments.plot)
 

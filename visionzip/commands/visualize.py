@@ -19,20 +19,24 @@ from visionzip.commands import _model
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _model.add_arguments(parser)
     parser.add_argument("path", help="a picture, a folder of pictures, or a video")
-    parser.add_argument("--out", default="visionzip-report.html", help="the page; PNGs go into a folder of its name")
+    parser.add_argument(
+        "--out", default="visionzip-report.html", help="the page; PNGs go into a folder of its name beside it"
+    )
     parser.add_argument(
         "--theme", choices=("light", "dark"), default="light", help="of the PNGs (the page follows the reader)"
     )
-    parser.add_argument("--frames", type=int, default=8, help="taken evenly from a video (default: 8)")
-    parser.add_argument("--limit", type=int, help="at most so many pictures of a folder")
+    parser.add_argument("--frames", type=_model.count, default=8, help="taken evenly from a video (default: 8)")
+    parser.add_argument("--limit", type=_model.count, help="at most so many pictures of a folder")
 
 
 def run(arguments: argparse.Namespace) -> None:
     from visionzip.analysis import pictures
-    from visionzip.analysis.visualize import visualize
+    from visionzip.analysis.visualize import places, visualize
 
-    if not pictures.is_video(arguments.path):
-        pictures.find(arguments.path)  # before a model is loaded for nothing
+    if pictures.is_video(arguments.path):  # all this before a model is loaded for nothing
+        pictures.frames(arguments.path, arguments.frames)
+    else:
+        pictures.find(arguments.path, results=places(arguments.out)[1])
     model, _ = _model.load(arguments)
     result = visualize(
         model, arguments.path, arguments.out, theme=arguments.theme, frames=arguments.frames, limit=arguments.limit,
@@ -42,4 +46,4 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{name}: {tokens} of {of_tokens} tokens, holding {held} of the attention")
     for name, reason in result.skipped.items():
         print(f"skipped {name}: {reason}", file=sys.stderr)
-    print(f"{result.page}  ({len(result.images)} PNGs in {result.images[0].parent})")
+    print(f"{result.page}  ({len(result.images)} PNGs in {places(arguments.out)[1]})")

@@ -1,7 +1,7 @@
 """`llava`: ``mm_projector.bin`` and ``config.json`` as LLaVA's own ``load_pretrained_model(path, base, name)`` takes them.
 
 LLaVA casts the file to float16 and loads it with ``strict=False``: a wrong key would be ignored there without a word, so names
-and shapes are checked here. It goes by the directory's name, which must contain "llava" and not "lora".
+and shapes are checked here. It goes by the directory's name, which must contain "llava", and neither "lora" nor "mpt" ("prompt", say).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ TOWERS = {
     (336, 14, 1024, 24): "openai/clip-vit-large-patch14-336",
     (224, 14, 1024, 24): "openai/clip-vit-large-patch14",
 }
+OTHER_MODELS = ("lora", "mpt")  # in a directory's name, these make LLaVA's loader expect other files
 ADDED = 64  # Hugging Face's LLaVA pads the vocabulary behind its two added tokens to a multiple of this
 
 
@@ -39,6 +40,11 @@ class Llava(Format):
     def read(self, path: Path) -> Trained:
         file = path if path.is_file() else path / WEIGHTS
         stored = unpickle(file)
+        if stored.keys() == {f"{PREFIX}weight", f"{PREFIX}bias"}:
+            raise ValueError(
+                f"{file} is a projector of one layer (LLaVA's mm_projector_type linear, of its first version); Hugging Face's "
+                f"LLaVA has two (mlp2x_gelu), so there is no model here that it fits"
+            )
         missing, unknown = sorted(NAMES.keys() - stored), sorted(stored.keys() - NAMES)
         if missing or unknown:
             raise ValueError(
@@ -52,10 +58,10 @@ class Llava(Format):
     def write(self, trained: Trained, out: Path, *, model: Any = None, processor: Any = None, **options: Any) -> None:
         """Options: ``vision_tower``, the name LLaVA loads the encoder by, where its geometry does not tell."""
         name = str(options.get("name", out.name))
-        if "llava" not in name.lower() or "lora" in name.lower():
+        if "llava" not in name.lower() or any(other in name.lower() for other in OTHER_MODELS):
             raise ValueError(
-                f"LLaVA's loader goes by the directory's name, which must contain 'llava' and not 'lora'; {name!r} does "
-                f"not do. Choose one such as llava-{name.lower().replace('lora', 'ft')}"
+                f"LLaVA's loader goes by the directory's name, which must contain 'llava' and neither 'lora' nor 'mpt'; "
+                f"{name!r} does not do. Choose one such as llava-visionzip-64"
             )
         state = trained.only_projector("LLaVA's mm_projector.bin")
         missing, unknown = sorted(set(NAMES.values()) - state.keys()), sorted(state.keys() - set(NAMES.values()))
@@ -126,7 +132,7 @@ def llava_config(config: Any, state: dict[str, Tensor], vision_tower: str | None
     if tower is None:
         raise ValueError(
             f"LLaVA loads the vision tower by name, and none is known for {vision.num_hidden_layers} layers of "
-            f"{vision.hidden_size} at {vision.image_size} pixels; pass vision_tower=… (an id or a directory)"
+            f"{vision.hidden_size} at {vision.image_size} pixels; pass vision_tower=… (--vision-tower; an id or a directory)"
         )
     kind, architecture = LLM_TYPES[text.model_type]
     added_behind = text.vocab_size - ADDED <= config.image_token_id < text.vocab_size
