@@ -41,6 +41,16 @@ class LoraSection(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: list[str] | None = Field(None, description="names of linear layers inside these parts; null: all of them")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _on_is_a_key(cls, given: Any) -> Any:
+        """YAML 1.1 reads a bare `on` as true, and JSON makes that key "true"."""
+        return (
+            {"on" if key == "true" else key: value for key, value in given.items()}
+            if isinstance(given, dict)
+            else given
+        )
+
 
 class TrainSection(Section):
     """What trains. An allow-list: whatever is not named here is frozen."""
@@ -67,6 +77,10 @@ class TrainSection(Section):
 
 class EvalSection(Section):
     sources: list[SourceConfig] = Field(min_length=1, description="held-out files, laid out like data.sources")
+    cache: str | None = Field(
+        None,
+        description="folder of the held-out pictures' visual tokens (python -m data.cache); full tokens still read pixels",
+    )
     max_questions: int | None = Field(None, ge=1, description="at most this many, the first ones")
     batch_size: int = Field(8, ge=1, description="questions answered at once by a process")
     max_new_tokens: int = Field(32, ge=1)

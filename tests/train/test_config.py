@@ -189,3 +189,17 @@ def test_overrides_reach_into_lists_and_read_numbers_as_yaml_does(tmp_path):
     assert config.data.sources[0].path == "b.json"
     assert config.trainer.model_dump()["learning_rate"] == 1e-4
     assert config.zip.dominant == 5
+
+
+def test_lora_can_be_written_as_yaml_reads_it(tmp_path: Path) -> None:
+    """A bare `on` is a boolean in YAML 1.1; here it is the key it looks like, in a file and on the command line."""
+    text = "output_dir: x\nmodel: {path: m}\ndata: {sources: [{path: d}]}\n"
+    (tmp_path / "file.yaml").write_text(text + "train:\n  lora:\n    on: [llm]\n    r: 4\n")
+    (tmp_path / "bare.yaml").write_text(text)
+    for config in (
+        load_config(tmp_path / "file.yaml"),
+        load_config(tmp_path / "bare.yaml", ["train.lora={on: [llm], r: 4}"]),
+        load_config(tmp_path / "bare.yaml", ["train.lora.on=[llm]", "train.lora.r=4"]),
+    ):
+        assert config.train.lora is not None
+        assert (config.train.lora.on, config.train.lora.r) == (["llm"], 4)
