@@ -328,10 +328,10 @@ def plot(rows: Sequence[Row], where: str) -> Any:
             points = sorted((row.visual_tokens, value(row)) for row in first if row.batch == batch)
             colour, marker = looks[place % len(looks)]
             panel.plot(*zip(*points, strict=True), marker=marker, color=colour, linewidth=2, label=f"batch {batch}")
-        panel.margins(0.07)
         panel.set(title=title, ylabel=unit, xlabel="visual tokens a picture")
-        panel.set_xlim(left=0)
-        panel.set_ylim(bottom=0)
-    axes.flat[0].legend(fontsize=10)
+        panel.set_xlim(0, 1.07 * max(row.visual_tokens for row in first))
+        panel.set_ylim(0, 1.1 * max(value(row) for row in first))
+    if len({row.batch for row in first}) > 1:
+        figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper right", ncols=6, fontsize=10)
     figure.suptitle(where, x=0.01, ha="left", fontsize=10)
     return figure

@@ -13,7 +13,7 @@ from visionzip.attach import Attachment, attach, attached, unwrap
 from visionzip.config import ZipConfig
 from visionzip.export.base import FORMATS, Format, Trained, put, read, recognise, with_metadata
 from visionzip.export.card import write_card
-from visionzip.export.files import staged
+from visionzip.export.files import free, staged
 from visionzip.hub import local_copy
 from visionzip.projector import plain_state, refuse_strangers
 
@@ -191,7 +191,7 @@ def save(
         metadata: anything JSON can hold, kept with it: ``data``, ``steps``, ``results`` go into the card.
         base: for a path as `source`, the model it belongs to, where that is not the one it names.
         force: merge although encoder, LLM or ZipConfig differ from what it was trained with.
-        overwrite: replace what is at `out`.
+        overwrite: replace the export that is at `out`.
         write: under ZeRO-3 all ranks call this, one of them with ``write=True``.
         options: the format's own, such as ``vision_tower`` for llava.
 
@@ -199,10 +199,11 @@ def save(
         `out`.
 
     Raises:
-        FileExistsError: when there is something at `out` already.
+        FileExistsError: when there is something at `out` already, and `overwrite` is not set or it is no export.
         ValueError: when the format can't hold what was trained, or `source` is no export.
     """
     form = FORMATS[format]
+    free(out, overwrite=overwrite, ours=recognise(out) is not None)  # before a model is loaded for nothing
     if isinstance(source, str | os.PathLike):
         place = local_copy(source)
         trained = read(place)

@@ -100,6 +100,12 @@ def test_damaged_exports(model, tmp_path, inspect):
     assert "Problem" in inspect(out)
 
 
+def test_a_merged_model_with_a_damaged_config(model, tmp_path, inspect):
+    out = save(model, tmp_path / "out", "merged")
+    (out / "config.json").write_text("{")
+    assert f"Problem: {out}/config.json can't be read as JSON" in inspect(out)
+
+
 def test_models(model, tmp_path, inspect):
     said = inspect(tmp_path / "base")
     assert "is a model, LlavaForConditionalGeneration." in said
@@ -205,8 +211,14 @@ def test_loose_files(tmp_path, inspect):
     assert "could run code when read (print); nothing was run" in said
     from safetensors.torch import save_file
 
-    save_file({"b": torch.ones(5)}, tmp_path / "z.safetensors")
-    assert "a safetensors file that is no projector of this toolkit's" in inspect(tmp_path / "z.safetensors")
+    save_file({"b": torch.ones(5), "s": torch.tensor(1.0)}, tmp_path / "z.safetensors")
+    said = inspect(tmp_path / "z.safetensors")
+    assert "a safetensors file that is no projector of this toolkit's" in said
+    assert "Parameters 6 in 2 tensors, float32 Tensors b [5], s []" in said
+    torch.save({"a": torch.ones(3, 4)}, tmp_path / "pytorch_model.bin")
+    assert "a dict of tensors that torch.save wrote" in inspect(tmp_path / "pytorch_model.bin")
+    torch.save({"a": torch.ones(3, 4)}, tmp_path / "mm_projector.bin")
+    assert "meant to be a projector for LLaVA's own loader" in inspect(tmp_path / "mm_projector.bin")
 
 
 def test_what_it_does_not_know(tmp_path, inspect):

@@ -94,11 +94,14 @@ class TestRoundTrip:
 @pytest.mark.parametrize("there", NAMES)
 @pytest.mark.parametrize("here", NAMES)
 def test_any_format_converts_into_any_other(trained, tmp_path, here, there):
-    first = written(trained, tmp_path, here)
+    first = written(trained, tmp_path, here, metadata={"steps": 7})
     second = save(first, tmp_path / f"llava-2-{there}", there, **OPTIONS.get(there, {}))
     dtype = torch.float16 if "llava" in (here, there) else torch.float32
-    assert same(read(second).projector, projector_state(trained), dtype)
-    assert read(second).header["zip"] == BUDGET.model_dump()
+    back = read(second)
+    assert same(back.projector, projector_state(trained), dtype)
+    told = {"zip": BUDGET.model_dump(), "fingerprint": fingerprint(trained), "metadata": {"steps": 7}}
+    assert {name: back.header[name] for name in told} == told
+    assert back.header["base_model"] == read(first).header["base_model"] == trained.config._name_or_path
     if there != "llava":
         load(second, "cpu")
 
@@ -283,6 +286,15 @@ class TestPlaces:
         save(trained, tmp_path / "out", "peft", overwrite=True)
         assert recognise(tmp_path / "out").name == "peft"
         assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+    def test_only_an_export_is_replaced(self, trained, base, tmp_path):
+        (tmp_path / "notes").mkdir()
+        (tmp_path / "notes" / "mine.txt").write_text("x")
+        for place in (base, tmp_path / "notes", tmp_path / "notes" / "mine.txt"):
+            before = sorted(tmp_path.rglob("*"))
+            with pytest.raises(FileExistsError, match="is no export and is not replaced"):
+                save(trained, place, overwrite=True)
+            assert sorted(tmp_path.rglob("*")) == before
 
     def test_nothing_there(self, tmp_path):
         with pytest.raises(ValueError, match="there is nothing at"):

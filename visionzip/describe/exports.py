@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from visionzip.describe.base import Description, kind, number, size
 from visionzip.export import recognise
 from visionzip.export.base import Trained
 from visionzip.export.card import budget_words, settings, words
-from visionzip.export.files import tensors, unpickle
+from visionzip.export.files import read_json, unpickle
+from visionzip.export.llava import WEIGHTS
 from visionzip.fingerprint import short
 
 WHAT = {
@@ -30,6 +33,8 @@ def export(path: Path) -> Description | None:
     try:
         trained = found.read(path)
     except ValueError as error:
+        if path.is_file() and path.suffix == ".bin" and path.name != WEIGHTS:
+            return None  # of anybody's
         loose = _loose(path) if path.is_file() and path.suffix == ".safetensors" else None
         return loose or Description(
             f"meant to be {WHAT[found.name]}, but can't be used",
@@ -39,7 +44,13 @@ def export(path: Path) -> Description | None:
     what = WHAT[found.name]
     if trained.adapters:
         what += f", and {len(trained.adapters) // 2} LoRA adapters"
-    return Description(what, facts=facts_of(trained, path), use=use_of(trained, path, found.name))
+    described = Description(what, facts=facts_of(trained, path), use=use_of(trained, path, found.name))
+    for name in ("config.json", "processor_config.json") if found.whole else ():
+        try:
+            read_json(path / name)
+        except ValueError as error:
+            described.problems.append(str(error))
+    return described
 
 
 def facts_of(trained: Trained, path: Path) -> dict[str, Any]:
@@ -99,8 +110,13 @@ def use_of(trained: Trained, path: Path, form: str) -> list[str]:
 def _loose(path: Path) -> Description | None:
     """A safetensors file of somebody else's."""
     try:
-        state = tensors(path)
-    except ValueError:
+        with safe_open(path, framework="pt") as file:  # names and sizes; the values may be many gigabytes
+            state = {}
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                shape = file.get_slice(name).get_shape()
+                kind_of = (file.get_slice(name)[:0] if shape else file.get_tensor(name)).dtype
+                state[name] = torch.empty(shape, dtype=kind_of, device="meta")
+    except SafetensorError:
         return None
     return Description(
         "a safetensors file that is no projector of this toolkit's",
@@ -110,7 +126,7 @@ def _loose(path: Path) -> Description | None:
 
 @kind("pickle", rank=60)
 def pickle(path: Path) -> Description | None:
-    if not path.is_file() or path.suffix not in (".pt", ".pth", ".ckpt", ".pkl"):
+    if not path.is_file() or path.suffix not in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
         return None
     try:
         state = unpickle(path)

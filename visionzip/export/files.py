@@ -24,16 +24,32 @@ from visionzip.projector import Header
 NOTE = "visionzip.json"
 
 
+def free(out: str | os.PathLike[str], *, overwrite: bool = False, ours: bool = True) -> Path:
+    """`out`, where a directory can be written: nothing is there, or it is empty, or it is an export and may be replaced.
+
+    Args:
+        overwrite: replace what is there, if it is `ours`.
+
+    Raises:
+        FileExistsError: when something else is there.
+    """
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        if not overwrite:
+            raise FileExistsError(f"{out} is there already and not empty; choose another place, or remove it first")
+        if not target.is_dir() or not ours:
+            raise FileExistsError(f"{out} is no export and is not replaced; choose another place, or remove it first")
+    return target
+
+
 @contextmanager
 def staged(out: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """A hidden directory that becomes `out` when the block ends well, and nothing when it does not.
 
     Raises:
-        FileExistsError: when `out` holds something already, and `overwrite` is not set.
+        FileExistsError: as `free`.
     """
-    target = Path(out)
-    if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{out} is there already and not empty; choose another place, or remove it first")
+    target = free(out, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside, old = (target.with_name(f".{target.name}.{kind}.{os.getpid()}") for kind in ("new", "old"))
     try:
