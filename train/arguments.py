@@ -180,11 +180,16 @@ def accumulation(section: TrainerSection, world_size: int) -> dict[str, Any]:
         return extra
     device = int(extra.get("per_device_train_batch_size", 8))
     at_once = device * world_size
+    if section.global_batch_size % world_size:
+        raise ValueError(
+            f"trainer.global_batch_size={section.global_batch_size} can't be shared by {world_size} processes; take a multiple of "
+            f"{world_size}, or another number of processes"
+        )
     if section.global_batch_size % at_once:
         raise ValueError(
             f"trainer.global_batch_size={section.global_batch_size} is no multiple of {world_size} processes x "
             f"per_device_train_batch_size={device}; set trainer.per_device_train_batch_size to a divisor of "
-            f"{section.global_batch_size}/{world_size}"
+            f"{section.global_batch_size // world_size}"
         )
     return {**extra, "gradient_accumulation_steps": section.global_batch_size // at_once}
 
