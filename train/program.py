@@ -240,6 +240,10 @@ class Program:
 
     def tell_resume(self, resume: Resume, inexact: list[str]) -> None:
         self.say(f"resuming from {resume.path} (step {resume.progress['step']} of {resume.progress['max_steps']})")
+        if 0 < self.args.max_steps < resume.progress["step"]:
+            self.say(
+                f"  trainer.max_steps={self.args.max_steps} is behind it: nothing is trained, its projector is what is exported"
+            )
         for line in inexact:
             self.say(f"  not bit for bit the interrupted run: {line}")
 

@@ -121,6 +121,7 @@ def test_a_finished_run_started_again_trains_no_further(workspace: Path, ranks: 
     assert "step 6 of 6" in said
     assert equal(before, projector(tmp_path / "run"))
     assert len(losses(tmp_path / "run")) == 6
+    assert "max_steps=3 is behind it" in ranks.run({**config, "trainer": {**config["trainer"], "max_steps": 3}})
 
 
 @pytest.mark.launch
