@@ -13,6 +13,7 @@ from data.sample import NO_SAMPLE, Rejection
 from data.template import IGNORE
 
 TEXT_KEYS = ("input_ids", "labels", "mm_token_type_ids", "token_type_ids")
+ANSWER_KEYS = ("teacher_words", "teacher_log_probs")  # a row for each predicted token: all rows' one after the other
 
 
 class Collator:
@@ -37,6 +38,11 @@ class Collator:
         if not any(picture_keys(row) for row in rows):
             rows.append(self.blank_row())
         batch: dict[str, Any] = {**self._text(rows), **merge_pictures(rows)}
+        batch |= {
+            key: torch.cat([row[key] for row in rows if key in row])
+            for key in ANSWER_KEYS
+            if any(key in row for row in rows)
+        }
         if rejections:
             batch["rejections"] = rejections
         return batch
@@ -89,7 +95,7 @@ def adds_token_type_ids(processor: Any) -> bool:
 
 
 def picture_keys(row: dict[str, Any]) -> list[str]:
-    return [key for key in row if key not in TEXT_KEYS]
+    return [key for key in row if key not in TEXT_KEYS and key not in ANSWER_KEYS]
 
 
 def merge_pictures(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:

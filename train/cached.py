@@ -26,7 +26,7 @@ class FromCache:
         self.attachment = attachment
 
     def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        outputs = {}
+        outputs: dict[str, Any] = {}
         for kind, name in (("image", VISUAL), ("video", VISUAL_VIDEO)):
             pictures = kwargs.pop(name, None)
             if pictures:
@@ -54,7 +54,7 @@ def short_prompts(model: Any, inputs: dict[str, Any], labels: Tensor) -> tuple[d
     return {**fitted, VISUAL: pictures}, labels
 
 
-def check_cache(config: RunConfig, model: Any, processor: Any) -> None:
+def check_cache(config: RunConfig, model: Any, processor: Any, folder: str) -> None:
     """Refuse a cache that was made with anything else than this run has. `model` is attached; its encoder may be without weights.
 
     The encoder alone is then read for a moment, to be compared.
@@ -63,7 +63,6 @@ def check_cache(config: RunConfig, model: Any, processor: Any) -> None:
         CacheError: what differs, by name.
     """
     section = config.model
-    assert config.data.cache is not None
     family = attached(model).family  # type: ignore[union-attr]
     tower = model.get_submodule(family.frozen["encoder"])
     whole = model
@@ -72,6 +71,6 @@ def check_cache(config: RunConfig, model: Any, processor: Any) -> None:
             section.path, ["llm"], revision=section.revision or "main", dtype=getattr(torch, section.dtype)
         )
     wanted = identity(whole, processor, config.zip, config.data, section.dtype)
-    stored = check_identity(config.data.cache, wanted)
+    stored = check_identity(folder, wanted)
     if whole is not model:
         remember(tower, stored["encoder"]["encoder"])

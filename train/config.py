@@ -52,11 +52,23 @@ class LoraSection(Section):
         )
 
 
+class DistillSection(Section):
+    """The uncompressed model's answers as the target, computed once: python -m train.teacher --config …"""
+
+    cache: str | None = Field(None, description="folder of its answers; a run needs them, a sweep makes its own")
+    weight: float = Field(1.0, gt=0, le=1, description="share in the loss; cross-entropy has the rest")
+    top_k: int = Field(16, ge=1, description="words kept of each answer's distribution, the rest counted as one")
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="both distributions are softened by it")
+
+
 class TrainSection(Section):
     """What trains. An allow-list: whatever is not named here is frozen."""
 
     parts: list[Literal["projector", "llm"]] = Field(["projector"], description="trained in full: projector, llm")
     lora: LoraSection | None = Field(None, description="low-rank adapters through PEFT, beside what is trained in full")
+    distill: DistillSection | None = Field(
+        None, description="learn what the uncompressed model answers; null: only labels"
+    )
     share_prefix: bool = Field(
         True,
         description="compute what all samples begin with once; only where the LLM is frozen and whole, exact there",

@@ -17,11 +17,14 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
+from data.cached_pictures import VISUAL, VISUAL_VIDEO, CachedPictures
 from data.collate import TEXT_KEYS
 from data.config import DataConfig
+from data.pictures import PixelPictures
 from data.questions import Question, QuestionCollator, build_questions
 from train import random_state
 from train.config import EvalSection, RunConfig
+from visionzip import attached
 
 LABELS = {"full": "full tokens", "training_free": "training-free", "fine_tuned": "fine-tuned"}
 ALL = "all"
@@ -52,8 +55,11 @@ def normalise(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip().removesuffix(".").rstrip().casefold()
 
 
-def questions_of(config: RunConfig, processor: Any) -> Any:
+def questions_of(config: RunConfig, processor: Any, cached: bool = False) -> Any:
     """The held-out questions, laid out by the template of training. The processor's state decides the placeholders.
+
+    Args:
+        cached: pictures are visual tokens out of `eval.cache`, where there is one.
 
     Raises:
         ValueError: without an eval section, or when it leads to no question at all.
@@ -63,7 +69,9 @@ def questions_of(config: RunConfig, processor: Any) -> Any:
     data = DataConfig.model_validate(
         {**config.data.model_dump(), "sources": [s.model_dump() for s in config.eval.sources]}
     )
-    questions = build_questions(data, processor, limit=config.eval.max_questions)
+    tokens = CachedPictures(config.eval.cache, data.frames) if cached and config.eval.cache is not None else None
+    pictures = tokens or PixelPictures(data, processor)
+    questions = build_questions(data, processor, config.eval.max_questions, pictures)
     if not len(questions):
         raise ValueError(
             f"eval.sources hold no question that can be asked ({len(questions.rejections)} records rejected)"
@@ -103,7 +111,7 @@ def score(
 ) -> Scores:
     """Every question answered greedily by exactly one process, the result known to all of them. Collective."""
     assert config.eval is not None
-    questions = Numbered(questions_of(config, processor), rank, world_size)
+    questions = Numbered(questions_of(config, processor, cached=attached(model) is not None), rank, world_size)
     loader = DataLoader(questions, batch_size=config.eval.batch_size, collate_fn=NumberedCollator(processor))
     answered: dict[int, dict[str, Any] | None] = {}
     training = model.training
@@ -155,10 +163,14 @@ class NumberedCollator:
 def generate(model: Any, processor: Any, inputs: dict[str, Any], section: EvalSection) -> list[str]:
     tokenizer = getattr(processor, "tokenizer", processor)
     device, dtype = model.device, model.dtype
-    moved = {
+    moved: dict[str, Any] = {
         key: value.to(device, dtype if value.is_floating_point() else None) if torch.is_tensor(value) else value
         for key, value in inputs.items()
     }
+    cached = {kind: moved.pop(name) for kind, name in (("image", VISUAL), ("video", VISUAL_VIDEO)) if name in moved}
+    for kind, pictures in cached.items():
+        outputs = attached(model).encoder_outputs(pictures, kind)  # type: ignore[union-attr]
+        moved["mm_encoder_outputs"] = {**moved.get("mm_encoder_outputs", {}), **outputs}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     output = model.generate(
         **moved, max_new_tokens=section.max_new_tokens, do_sample=False, use_cache=True, pad_token_id=pad
@@ -242,7 +254,7 @@ def evaluate_only(options: Any) -> int:
     from train.build import build_model
     from train.cli import read_config
     from train.launch import prepare_environment, quiet
-    from visionzip import attached, detach
+    from visionzip import detach
     from visionzip.export import load_into
     from visionzip.projector import projector_state
 
@@ -281,15 +293,15 @@ def tokens_a_picture(model: Any, processor: Any, config: RunConfig) -> tuple[int
 
     With budgets of each picture's own their mean over the first `PICTURES_COUNTED`.
     """
-    from visionzip import attached
-
     attachment = attached(model)
     assert attachment is not None
     questions = questions_of(config, processor)
     if attachment.config.adaptive is not None:
         chosen = one_a_picture(questions, PICTURES_COUNTED)
         counted = [count for each in chosen for count in attachment.token_counts(**picture_inputs(each))]
-        stock, now = (sum(column) / max(len(counted), 1) for column in zip(*counted, strict=True)) if counted else (0, 0)
+        stock, now = (
+            (sum(column) / max(len(counted), 1) for column in zip(*counted, strict=True)) if counted else (0, 0)
+        )
         return round(now), round(stock)
     for number in range(min(len(questions), 20)):
         question = questions[number]

@@ -1,4 +1,4 @@
-"""Cross-entropy where there is a label, and nowhere else."""
+"""The loss where there is a label, and nowhere else: cross-entropy, or a teacher's answers in its place or beside it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from train.distill import Teacher, divergence_
 
 IGNORE = -100
 
@@ -22,7 +24,7 @@ _AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 def summed_loss(
     model: nn.Module, head: nn.Module, inputs: dict[str, Any], labels: Tensor, prefix: Any = None, masked: bool = True,
-    packed: Any = None,
+    packed: Any = None, teacher: Teacher | None = None,
 ) -> Tensor:  # fmt: skip
     """Cross-entropy in float32, summed over the supervised tokens of this batch; 0 with a gradient of 0 where there are none.
 
@@ -31,31 +33,38 @@ def summed_loss(
         masked: hand the attention mask on. Rows padded on the right do without in a causal model: a real token sees none of the
             padding, and of what the padding sees nothing is used.
         packed: the LLM, if the samples are to be laid out in one row without padding (`train.packing`; no mask then either).
+        teacher: of the supervised tokens, row by row; the loss is then `weighted_loss_`.
     """
     if packed is not None:
         from train.packing import pack_batch, packed_attention
 
         inputs, labels = pack_batch(inputs, labels, prefix)
         with packed_attention(packed):
-            return _loss(model, head, inputs, labels)
+            return _loss(model, head, inputs, labels, teacher)
     if not masked:
         inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
     if prefix is not None:
         inputs, labels = prefix.take_off(inputs, labels)
-    return _loss(model, head, inputs, labels)
+    return _loss(model, head, inputs, labels, teacher)
 
 
-def _loss(model: nn.Module, head: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+def _loss(
+    model: nn.Module, head: nn.Module, inputs: dict[str, Any], labels: Tensor, teacher: Teacher | None = None
+) -> Tensor:
     keep = supervised(labels)
     targets = labels[:, 1:][keep[:, :-1]]
     if not fusible(model, head):
         with rows_of_head(head, keep):
             logits = model(**inputs, use_cache=False).logits  # (supervised tokens, vocabulary)
-        return RowsCrossEntropy.apply(logits, targets.to(logits.device))
+        return RowsCrossEntropy.apply(logits, targets.to(logits.device), moved(teacher, logits.device))
     with rows_of_head(head, keep, withhold=True) as taken:
         model(**inputs, use_cache=False)
     rows = taken[0]
-    return HeadCrossEntropy.apply(rows, head.weight, targets.to(rows.device))
+    return HeadCrossEntropy.apply(rows, head.weight, targets.to(rows.device), moved(teacher, rows.device))
+
+
+def moved(teacher: Teacher | None, device: torch.device) -> Teacher | None:
+    return None if teacher is None else teacher.to(device)
 
 
 def fusible(model: nn.Module, head: nn.Module) -> bool:
@@ -97,14 +106,14 @@ def rows_of_head(head: nn.Module, keep: Tensor, withhold: bool = False) -> Itera
 
 
 class HeadCrossEntropy(torch.autograd.Function):
-    """Frozen head and cross-entropy in one, in chunks: rows ``(T, D)``, weight ``(V, D)``, targets ``(T,)`` → the sum.
+    """Frozen head and loss in one, in chunks: rows ``(T, D)``, weight ``(V, D)``, targets ``(T,)`` → the sum.
 
     Logits exist for one chunk at a time. The gradient of the rows is made on the way, while they are there (Hsu et al. 2024,
     "Liger Kernel", section 3.2), so nothing of size V is kept for the backward pass.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, teacher: Teacher | None = None) -> Tensor:
         size = max(1, CHUNK_BYTES // (4 * len(weight)))
         weight = weight.to(rows.dtype)
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
@@ -112,35 +121,49 @@ class HeadCrossEntropy(torch.autograd.Function):
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             logits = rows[part] @ weight.t()
-            total += cross_entropy_(logits, targets[part])
+            total += weighted_loss_(logits, targets[part], None if teacher is None else teacher[part])
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[part])
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * above.to(gradient.dtype), None, None
+        return gradient * above.to(gradient.dtype), None, None, None
 
 
 class RowsCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of logits ``(T, V)``, summed. The gradient is written over the logits; float32 copies are of a chunk."""
+    """Loss of logits ``(T, V)``, summed. The gradient is written over the logits; float32 copies are of a chunk."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, teacher: Teacher | None = None) -> Tensor:
         size = max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
         own = logits.detach() if ctx.needs_input_grad[0] else logits.detach().clone()
-        for part, wanted in zip(own.split(size), targets.split(size), strict=True):
-            total += cross_entropy_(part, wanted)
+        for start in range(0, len(own), size):
+            part = slice(start, start + size)
+            total += weighted_loss_(own[part], targets[part], None if teacher is None else teacher[part])
         ctx.save_for_backward(own)
         return total
 
     @staticmethod
-    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * above.to(gradient.dtype), None
+        return gradient * above.to(gradient.dtype), None, None
+
+
+def weighted_loss_(logits: Tensor, targets: Tensor, teacher: Teacher | None) -> Tensor:
+    """Cross-entropy of ``(T, V)`` logits, or with a teacher ``weight · divergence + (1 − weight) · cross-entropy``; they are
+    overwritten with its gradient."""
+    if teacher is None:
+        return cross_entropy_(logits, targets)
+    if teacher.weight == 1.0:
+        return divergence_(logits, teacher)
+    hard = logits.clone()
+    loss = teacher.weight * divergence_(logits, teacher) + (1.0 - teacher.weight) * cross_entropy_(hard, targets)
+    logits.mul_(teacher.weight).add_(hard, alpha=1.0 - teacher.weight)
+    return loss
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from train.grouped import LikeLengths
 from train.outcome import export, write_report
 from train.prefix import Prefix, common_beginning, plain_positions
 from train.resume import Resume, agree, find_resume
+from train.teacher import WithAnswers, check_teacher, described
 from train.trainable import count
 from train.trainer import Hooks, ProjectorTrainer
 from train.wandb_page import Look, end_of_run
@@ -65,6 +66,8 @@ class Program:
             raise ConfigError(f"data: {error}") from error
         if self.config.eval is not None:
             try:
+                if self.config.eval.cache is not None:
+                    check_cache(self.config, self.model, self.processor, self.config.eval.cache)
                 self.tokens, self.of_tokens = tokens_a_picture(self.model, self.processor, self.config)
             except (ValueError, OSError) as error:
                 raise ConfigError(f"eval: {error}") from error
@@ -84,15 +87,23 @@ class Program:
     # Build
 
     def dataset(self) -> Any:
-        data, pictures = self.config.data, None
+        data, distill, pictures = self.config.data, self.config.train.distill, None
         if data.cache is not None:
-            check_cache(self.config, self.model, self.processor)
+            check_cache(self.config, self.model, self.processor, data.cache)
             read_from_cache(self.model)
             pictures = CachedPictures(data.cache, data.frames)
         elif self.config.zip.adaptive is not None:
             read_from_cache(self.model)  # `short_prompts` makes of pixels what a cache holds
         if not is_streamed(data):
-            return build_dataset(data, self.processor, self.config.seed, pictures)
+            dataset = build_dataset(data, self.processor, self.config.seed, pictures)
+            if distill is not None:
+                wanted = described(self.model, self.processor, self.config)
+                dataset.make = WithAnswers(dataset.encoder, check_teacher(distill.cache, wanted))
+            return dataset
+        if distill is not None:
+            raise ValueError(
+                "a streamed source has no records that a teacher could be asked beforehand; drop train.distill"
+            )
         if self.args.max_steps <= 0:
             raise ValueError("a streamed source has no end; set trainer.max_steps")
         return build_stream(data, self.processor, self.config.seed, self.rank, self.world_size, pictures)
@@ -130,6 +141,11 @@ class Program:
         prefix = Prefix(self.model, family.llm, beginning)
         return prefix if prefix.possible else None
 
+    def distilled(self) -> dict[str, float]:
+        """How the teacher's answers go into the loss."""
+        distill = self.config.train.distill
+        return {"weight": distill.weight, "temperature": distill.temperature} if distill is not None else {}
+
     def trainer(self, dataset: Any) -> ProjectorTrainer:
         args = self.args
         together = args.per_device_train_batch_size * self.world_size
@@ -139,7 +155,7 @@ class Program:
             "trains": digest([(name, list(shape)) for name, shape in self.shapes()]),
         }
         exact = {
-            "data": digest([self.config.data.model_dump(), size_of(dataset)]),
+            "data": digest([self.config.data.model_dump(), size_of(dataset), *self.distilled().items()]),
             "seed": self.config.seed,
             "global_batch": together * args.gradient_accumulation_steps,
             "zero": self.config.trainer.deepspeed,
@@ -173,6 +189,7 @@ class Program:
             prefix=self.prefix(dataset),
             masked=not plain_positions(self.model),
             packed=self.packed(),
+            distill=self.distilled(),
             stop=self.stop,
             watchdog=self.watchdog,
             hooks=hooks,

@@ -19,8 +19,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from data.cached_pictures import VISUAL
+from data.collate import ANSWER_KEYS
 from train import checkpoint, random_state
 from train.cached import short_prompts
+from train.distill import Teacher
 from train.ending import Exit, RunEnded, StopRequest, Watchdog
 from train.loss import summed_loss, supervised
 from train.resume import Resume
@@ -61,6 +63,7 @@ class ProjectorTrainer(Trainer):
         batches: the sampler of this process: yields lists of indices, has `set_epoch`, and gives every process the same
             number of batches. None for a data set that is a stream.
         prefix, masked, packed: as in `train.loss.summed_loss`.
+        distill: `temperature` and `weight` of a `train.distill.Teacher`, for data that brings its answers.
         hooks.identity: what a checkpoint must agree with to be resumed (base model, ZipConfig, data …).
     """
 
@@ -80,11 +83,13 @@ class ProjectorTrainer(Trainer):
         prefix: Any = None,
         masked: bool = True,
         packed: Any = None,
+        distill: dict[str, float] | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
         self.trains = [name for name, p in model.named_parameters() if p.requires_grad]
         self.batches, self.stop, self.watchdog, self.hooks, self.resume = batches, stop, watchdog, hooks, resume
         self.data_timeout, self.fast = data_timeout, {"prefix": prefix, "masked": masked, "packed": packed}
+        self.distill = distill or {}
         self.totals = Totals()
         self.stopping = False
         self.samples: Any = train_dataset
@@ -176,7 +181,7 @@ class ProjectorTrainer(Trainer):
         DDP and DeepSpeed average gradients over processes, hence the factor; the sum over processes then is the mean.
         """
         inputs, labels = short_prompts(self.plain, inputs, inputs.pop("labels"))
-        loss = summed_loss(model, self.head, inputs, labels, **self.fast)
+        loss = summed_loss(model, self.head, inputs, labels, teacher=self.teacher(inputs), **self.fast)
         if not torch.isfinite(loss):
             raise RunEnded(
                 Exit.NOT_FINITE,
@@ -185,6 +190,13 @@ class ProjectorTrainer(Trainer):
             )
         assert num_items_in_batch is not None
         return loss * self.args.world_size / num_items_in_batch
+
+    def teacher(self, inputs: dict[str, Any]) -> Teacher | None:
+        """Takes the teacher's answers out of the inputs, where the data brings them."""
+        if "teacher_words" not in inputs:
+            return None
+        words, log_probs = (inputs.pop(name) for name in ANSWER_KEYS)
+        return Teacher(words, log_probs, **self.distill)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)

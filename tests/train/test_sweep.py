@@ -1,0 +1,156 @@
+"""A sweep: the cells it plans, cells from the cache equal to a run of their own, what a second start does, the tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.workspace import ROOT, config_of, environment, write_config
+from train.config import ConfigError
+from train.sweep import axes_of, budget_of, main, make_cells
+from train.sweep_results import Group, agreement, difference, table
+from visionzip import ZipConfig
+
+
+@pytest.fixture
+def config(workspace: Path, tmp_path: Path) -> Path:
+    held_out = {
+        "sources": [{"path": str(workspace / "heldout.json"), "images": str(workspace / "images")}],
+        "batch_size": 4,
+        "max_new_tokens": 4,
+    }
+    return write_config(
+        config_of(
+            workspace, tmp_path / "run", eval=held_out, report={"pictures": 0}, trainer__deepspeed="off",
+            trainer__max_steps=3,
+        )
+    )  # fmt: skip
+
+
+def test_axes_and_overrides_are_told_apart() -> None:
+    axes, overrides = axes_of(
+        ["selector=a", "budget=8,13+3", "trainer.learning_rate=1e-3,3e-3", "eval.compare=[full,x]"]
+    )
+    assert axes == {"selector": ["a"], "budget": ["8", "13+3"], "trainer.learning_rate": ["1e-3", "3e-3"]}
+    assert overrides == ["eval.compare=[full,x]"]
+    for wrong in (["selector"], ["seed=0", "seed=1"]):
+        with pytest.raises(ConfigError):
+            axes_of(wrong)
+
+
+def test_a_budget_is_shared_as_the_config_does() -> None:
+    config = ZipConfig(dominant=54, contextual=10)
+    assert budget_of("64", config) == (54, 10)
+    assert budget_of("128", config) == (108, 20)
+    assert budget_of("13+3", config) == (13, 3)
+    assert budget_of("1", config) == (1, 0)
+    for wrong in ("0", "8.5", "x", "13+"):
+        with pytest.raises(ConfigError):
+            budget_of(wrong, config)
+
+
+def test_full_tokens_are_measured_once_and_training_free_ones_once_a_selector_and_budget(
+    config: Path, tmp_path: Path
+) -> None:
+    given = ["selector=visionzip,random", "budget=5+2,4", "trainer.learning_rate=1e-3,1e-2", "seed=0,1"]
+    cells = make_cells(str(config), tmp_path / "out", given)
+    assert len(cells) == 16
+    assert len({cell.folder for cell in cells}) == 16
+    assert len({cell.config.data.cache for cell in cells}) == len({cell.free for cell in cells}) == 4
+    measured = [
+        (cell.axes["selector"], cell.axes["budget"], what) for cell in cells for what in cell.config.eval.compare
+    ]
+    assert sorted(measured) == sorted(
+        [(s, b, "training_free") for s in ("visionzip", "random") for b in ("5+2", "4")]
+        + [("visionzip", "5+2", "full")]
+    )
+    other = make_cells(str(config), tmp_path / "out", [*given, "trainer.max_steps=4"])
+    assert not {cell.folder for cell in cells} & {cell.folder for cell in other}
+
+
+@pytest.mark.launch
+def test_cells_are_runs_of_the_program_and_a_second_start_runs_what_is_missing(
+    config: Path, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "train.sweep", "--config", str(config), "--out", str(out), "selector=visionzip,random",
+               "budget=5+2", "seed=0,1"]  # fmt: skip
+    started = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    while not list(out.glob("cells/*/report/results.json")):
+        assert started.poll() is None, started.stderr.read()
+        time.sleep(0.05)
+    os.kill(started.pid, signal.SIGKILL)
+    started.wait()
+    before = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/report/results.json")}
+    assert len(before) < 4
+
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert all(path.stat().st_mtime_ns == written for path, written in before.items())
+    found = json.loads((out / "sweep.json").read_text())
+    assert len(found["cells"]) == 4
+    assert [group["seeds"] for group in found["groups"]] == [2, 2]
+    assert all(group["training_free"] is not None for group in found["groups"])
+    assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert "| 7 | random |" in done.stdout
+
+    folder = next(out.glob("cells/random-5+2-s1-*"))
+    alone = load(folder / "config.yaml")
+    alone["output_dir"] = str(tmp_path / "alone")
+    alone["data"]["cache"] = alone["eval"]["cache"] = None
+    script = [sys.executable, str(ROOT / "train.py"), "--config", str(write_config(alone))]
+    subprocess.run(script, cwd=ROOT, env=environment(), capture_output=True, check=True, timeout=120)
+    assert tuned(tmp_path / "alone") == tuned(folder)
+
+    assert main([*command[3:], "--jobs", "2"]) == 0  # nothing is left to do
+    assert "4 cells, 4 finished before" in capsys.readouterr().err
+
+
+def load(path: Path) -> Any:
+    import yaml
+
+    return yaml.safe_load(path.read_text())
+
+
+def tuned(folder: Path) -> list[str]:
+    rows = map(json.loads, (folder / "report" / "answers.jsonl").read_text().splitlines())
+    return [row["answer"] for row in rows if row["model"] == "fine_tuned"]
+
+
+def group(free: float, right: list[list[float]], selector: str = "x") -> Group:
+    import numpy as np
+
+    seeds = [float(np.mean(seed)) for seed in right]
+    return Group({"selector": selector, "budget": "8"}, 8, len(right), free, float(np.mean(seeds)), float(np.std(seeds, ddof=1)),
+                 right=np.mean(right, axis=0), pictures=np.array([0, 0, 1, 1]))  # fmt: skip
+
+
+def test_the_error_of_a_difference_is_over_pictures_and_seeds() -> None:
+    best, other = group(0.5, [[1, 1, 1, 1], [1, 1, 1, 0]], "a"), group(0.6, [[1, 0, 0, 0], [1, 0, 0, 0]], "b")
+    gap, error = difference(best, other)
+    # by picture: (0 + 1) and (1 + 0.5) of four questions; seeds of `best`: 1 and 0.75
+    pictures = 2 * ((1 - 1.25) ** 2 + (1.5 - 1.25) ** 2) / 16
+    seeds = ((1 - 0.875) ** 2 + (0.75 - 0.875) ** 2) / 2
+    assert gap == pytest.approx(2.5 / 4)
+    assert error == pytest.approx((pictures + seeds) ** 0.5)
+    best.behind, (other.behind, other.behind_error) = None, (gap, error)
+    text = table([best, other], 0.9, 81, 4)
+    assert "| 8 | a | 50.0 | **87.5 ± 17.7** | 2 | +37.5 |  |" in text
+    assert "| 8 | b | 60.0 | 25.0 ± 0.0 | 2 | -35.0 | 62.5 ± 17.7 |" in text
+
+
+def test_rank_agreement() -> None:
+    same = [group(free, [[free] * 4] * 2) for free in (0.1, 0.2, 0.3)]
+    assert agreement(same) == [(8, 1.0)]
+    same[0].fine_tuned = 0.9
+    assert agreement(same) == [(8, pytest.approx(-1 / 3))]

@@ -1,0 +1,216 @@
+"""What the cells of a sweep found: a table with mean and spread, the same as JSON, a plot of accuracy against tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from train.report import _pyplot, _save
+
+#: A finished cell: its axes, the key of its training-free result, its folder, its results.json.
+Found = tuple[dict[str, str], str, Path, dict[str, Any]]
+
+# Okabe and Ito's palette again, and a marker each: no two series differ by colour alone.
+SERIES = (
+    ("#0072B2", "o"),
+    ("#D55E00", "s"),
+    ("#009E73", "^"),
+    ("#CC79A7", "D"),
+    ("#E69F00", "v"),
+    ("#56B4E9", "P"),
+    ("#000000", "X"),
+)
+
+
+@dataclass
+class Group:
+    """All seeds of one place in the sweep. Accuracies are fractions; `spread` is the standard deviation over seeds."""
+
+    axes: dict[str, str]
+    tokens: int
+    seeds: int
+    training_free: float | None
+    fine_tuned: float
+    spread: float | None
+    behind: float | None = None  # the best fine-tuned of this budget minus this one
+    behind_error: float | None = None  # standard error of that, see `difference`
+    right: Any = field(default=None, repr=False)  # (questions,) share of seeds that answered right
+    pictures: Any = field(default=None, repr=False)  # (questions,) which picture each is about
+
+    @property
+    def label(self) -> str:
+        return ", ".join(
+            value if name == "selector" else f"{name.rsplit('.', 1)[-1]}={value}" for name, value in self.series
+        )
+
+    @property
+    def series(self) -> list[tuple[str, str]]:
+        return [(name, value) for name, value in self.axes.items() if name not in ("budget", "seed")]
+
+
+def write(out: Path, cells: Sequence[Found]) -> str:
+    """`sweep.json`, `sweep.md`, `sweep.png` in `out`; returns the table."""
+    groups = grouped(cells)
+    full = next((results["full"] for *_, results in cells if "full" in results), None)
+    of_tokens, questions = (next((results[key] for *_, results in cells), 0) for key in ("of_tokens", "questions"))
+    text = table(groups, full, of_tokens, questions)
+    facts = {
+        "full": full,
+        "of_tokens": of_tokens,
+        "questions": questions,
+        "groups": [{k: v for k, v in asdict(group).items() if k not in ("right", "pictures")} for group in groups],
+        "cells": [{**axes, "folder": str(folder), **{k: v for k, v in found.items() if k != "by_type"}} for axes, _, folder, found in cells],
+    }  # fmt: skip
+    (out / "sweep.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (out / "sweep.md").write_text(text + "\n")
+    plot(out / "sweep.png", groups, full, of_tokens)
+    return text
+
+
+def grouped(cells: Sequence[Found]) -> list[Group]:
+    """Seeds together; by tokens, then best first."""
+    free = {key: results["training_free"] for _, key, _, results in cells if "training_free" in results}
+    together: dict[tuple[Any, ...], list[Found]] = {}
+    for cell in cells:
+        together.setdefault(tuple((k, v) for k, v in cell[0].items() if k != "seed"), []).append(cell)
+    groups = []
+    for axes, found in together.items():
+        tuned = [results["fine_tuned"] for *_, results in found]
+        right, pictures = answers([folder for _, _, folder, _ in found])
+        spread = float(np.std(tuned, ddof=1)) if len(tuned) > 1 else None
+        groups.append(
+            Group(dict(axes), found[0][3]["tokens"], len(found), free.get(found[0][1]), float(np.mean(tuned)), spread,
+                  right=right, pictures=pictures)
+        )  # fmt: skip
+    groups.sort(key=lambda group: (group.tokens, -group.fine_tuned))
+    for tokens in {group.tokens for group in groups}:
+        same = [group for group in groups if group.tokens == tokens]
+        for group in same[1:]:
+            group.behind, group.behind_error = difference(same[0], group)
+    return groups
+
+
+def answers(folders: Iterable[Path]) -> tuple[Any, Any]:
+    """(questions,) mean over the folders of whether the fine-tuned model was right, and the picture each question is about."""
+    right, names = [], []
+    for folder in folders:
+        lines = (folder / "report" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [row for line in lines if (row := json.loads(line))["model"] == "fine_tuned"]
+        right.append([float(row["right"]) for row in rows])
+        names = [row["id"].rsplit("/", 1)[0] for row in rows]
+    return np.mean(right, axis=0), np.unique(names, return_inverse=True)[1]
+
+
+def difference(best: Group, other: Group) -> tuple[float, float]:
+    """How much better `best` is, and the standard error of that.
+
+    Both answered the same questions, so it is the paired difference of each picture (its questions hang together) that varies
+    over pictures; what varies over seeds is added, which counts a part of it twice: the error is rather too large.
+    """
+    gap = best.right - other.right  # (questions,)
+    by_picture = np.bincount(best.pictures, weights=gap)
+    pictures = len(by_picture)
+    over_pictures = by_picture.var(ddof=1) * pictures / len(gap) ** 2 if pictures > 1 else 0.0
+    over_seeds = sum((group.spread or 0.0) ** 2 / group.seeds for group in (best, other))
+    return float(gap.mean()), math.sqrt(over_pictures + over_seeds)
+
+
+def table(groups: Sequence[Group], full: float | None, of_tokens: int, questions: int) -> str:
+    """Markdown: a row a group, best first at each budget; in bold what lies within two standard errors of the best."""
+    names = list(dict.fromkeys(name for group in groups for name in group.axes if name != "budget"))
+    head = ["tokens", *names, "training-free", "fine-tuned", "seeds", "gain", "behind the best"]
+    rows = []
+    for group in groups:
+        free, tuned, error = group.training_free, group.fine_tuned, group.behind_error
+        shown = f"{100 * tuned:.1f}" + (f" ± {100 * group.spread:.1f}" if group.spread is not None else "")
+        close = group.behind is None or (error is not None and group.behind <= 2 * error)
+        rows.append(
+            [
+                str(group.tokens),
+                *(group.axes.get(name, "") for name in names),
+                f"{100 * free:.1f}" if free is not None else "",
+                f"**{shown}**" if close else shown,
+                str(group.seeds),
+                f"{100 * (tuned - free):+.1f}" if free is not None else "",
+                f"{100 * group.behind:.1f} ± {100 * error:.1f}"
+                if group.behind is not None and error is not None
+                else "",
+            ]
+        )
+    lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
+    lines.insert(1, "|" + " --- |" * len(head))
+    about = [f"Exact match in % of {questions} held-out questions; ± is the standard deviation over seeds, and in the last column "
+             "the standard error of the difference to the best of the same budget. Bold: within two of these."]  # fmt: skip
+    if full is not None:
+        about.insert(0, f"Full tokens ({of_tokens}): {100 * full:.1f} %.")
+    about += [
+        f"Rank agreement of training-free and fine-tuned (Kendall's τ) at {t} tokens: {tau:+.2f}."
+        for t, tau in agreement(groups)
+    ]
+    return "\n".join([*lines, "", *about])
+
+
+def agreement(groups: Sequence[Group]) -> list[tuple[int, float]]:
+    """For each budget Kendall's τ-a of the two rankings, where there are at least three to rank."""
+    found = []
+    for tokens in sorted({group.tokens for group in groups}):
+        same = [(g.training_free, g.fine_tuned) for g in groups if g.tokens == tokens and g.training_free is not None]
+        pairs = [np.sign(a[0] - b[0]) * np.sign(a[1] - b[1]) for i, a in enumerate(same) for b in same[:i]]
+        if len(same) > 2:
+            found.append((tokens, float(np.mean(pairs))))
+    return found
+
+
+def plot(path: Path, groups: Sequence[Group], full: float | None, of_tokens: int) -> Path:
+    """Two panels on one scale, training-free and fine-tuned; one line a series, the same colour and marker in both."""
+    plt = _pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True)
+    labels = list(dict.fromkeys(group.label for group in groups))
+    for axes, title in zip(panels, ("training-free", "fine-tuned"), strict=True):
+        for number, label in enumerate(labels):
+            colour, marker = SERIES[number % len(SERIES)]
+            points = [g for g in groups if g.label == label and (title == "fine-tuned" or g.training_free is not None)]
+            points.sort(key=lambda group: group.tokens)
+            values = [100 * (g.fine_tuned if title == "fine-tuned" else g.training_free or 0.0) for g in points]
+            errors = [100 * (g.spread or 0.0) for g in points] if title == "fine-tuned" else None
+            axes.errorbar([g.tokens for g in points], values, yerr=errors, color=colour, marker=marker, markersize=6,
+                          linewidth=1.6, capsize=3, linestyle="-" if number < len(SERIES) else "--", label=label)  # fmt: skip
+        if full is not None:
+            axes.axhline(100 * full, color="#777777", linestyle=":", linewidth=1.2, label=f"full ({of_tokens} tokens)")
+        ticks = sorted({group.tokens for group in groups})
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axes.set(xlabel="visual tokens a picture", title=title)
+    panels[0].set_ylabel("exact match, %")
+    panels[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return _save(figure, path)
+
+
+def log_summary(config: Any, out: Path) -> None:
+    """Table and plot as a run of their own in the cells' group on W&B. Whatever W&B does, the files are there."""
+    import logging
+
+    from train.callbacks import mode_of
+
+    try:
+        import wandb
+
+        run = wandb.init(
+            project=config.wandb.project, group=config.wandb.group, name=f"{out.name}-summary", job_type="sweep",
+            mode=cast(Any, mode_of(config)), dir=str(out), settings=wandb.Settings(init_timeout=30, silent=True, console="off"),
+        )  # fmt: skip
+        rows = json.loads((out / "sweep.json").read_text())["groups"]
+        names = list(rows[0])
+        cells = [[str(row[name]) if isinstance(row[name], dict) else row[name] for name in names] for row in rows]
+        run.log({"sweep/plot": wandb.Image(str(out / "sweep.png")), "sweep/table": wandb.Table(names, cells)})
+        run.finish()
+    except Exception as error:
+        logging.getLogger(__name__).warning("W&B: %s; %s has everything", error, out)
