@@ -3,8 +3,8 @@
     python -m scripts.adaptive_budgets --out runs/adaptive
 
 One fixed budget against budgets that stop early, by attention held and by coverage, calibrated to the same mean on training
-pictures. Each is a run of `train.py` with `configs/tiny-llava/sweep.yaml` on a token cache, three seeds; a run that is there already
-is not run again. Prints the table of docs/results.md and writes OUT/adaptive.json.
+pictures. Each is a run of `train.py` with `configs/tiny-llava/sweep.yaml` on a token cache, for each seed; a run that is there
+already is not run again. Prints the table of docs/results.md and writes OUT/adaptive.json.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ CONFIG = "configs/tiny-llava/sweep.yaml"
 MODEL = "data/tiny-llava"
 FIXED = {"dominant": 13, "contextual": 3}
 MOST = {"dominant": 27, "contextual": 3}
-CALIBRATION = 1000  # training pictures
+CALIBRATION = 400  # training pictures
 MEASURES = ("attention", "coverage")
 
 
@@ -66,14 +67,14 @@ def call(module: list[str], threads: int) -> None:
     subprocess.run([sys.executable, *module], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=True)
 
 
-def tune(name: str, section: dict[str, Any], seed: int, out: Path, threads: int) -> dict[str, Any]:
+def tune(name: str, section: dict[str, Any], seed: int, out: Path, steps: int, threads: int) -> dict[str, Any]:
     """One run of train.py; its results."""
-    folder, tokens = out / f"{name}-{seed}", out / f"tokens-{name}"
+    folder, tokens = out / f"{name}-{steps}-{seed}", out / f"tokens-{name}"
     results = folder / "report" / "results.json"
     if not results.exists():
         data = out / "data"
         overrides = [
-            f"zip={json.dumps(section)}", f"seed={seed}", f"output_dir={folder}", f"data.cache={tokens}",
+            f"zip={json.dumps(section)}", f"seed={seed}", f"trainer.max_steps={steps}", "eval.compare=[training_free]", f"output_dir={folder}", f"data.cache={tokens}",
             f"data.sources.0.path={data}/train.json", f"data.sources.0.images={data}/images",
             f"eval.sources.0.path={data}/eval.json", f"eval.sources.0.images={data}/images",
         ]  # fmt: skip
@@ -108,17 +109,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mean", type=float, default=16.0, help="tokens a picture; the fixed budget is 16")
     parser.add_argument("--selector", default="visionzip")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--steps", type=int, default=200, help="of fine-tuning, 64 conversations each")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
     out = args.out.resolve()
     call(["-m", "data.shapes", "--out", str(out / "data")], args.threads)
     found = variants(out / "data", args.selector, args.mean)
-    questions = 0
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        pending = {
+            name: [pool.submit(tune, name, each["zip"], seed, out, args.steps, args.threads) for seed in seeds]
+            for name, each in found.items()
+        }
     for name, each in found.items():
-        runs = [tune(name, each["zip"], int(seed), out, args.threads) for seed in args.seeds.split(",")]
+        runs = [run.result() for run in pending[name]]
         each |= {"training_free": runs[0]["training_free"], "fine_tuned": [run["fine_tuned"] for run in runs]}
         each["by_type"] = [run["by_type"] for run in runs]
-        questions = runs[0]["questions"]
+    questions = runs[0]["questions"]
     (out / "adaptive.json").write_text(json.dumps({"questions": questions, "variants": found}, indent=1) + "\n")
     print(table(found, questions))
 
