@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -13,13 +14,14 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from train.config import ConfigError, RunConfig, describe, load_config, to_yaml
 from train.ending import Exit, RunEnded, StopRequest, Watchdog, leave
 
 logger = logging.getLogger(__name__)
 STORAGE_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+_claimed: dict[Path, IO[str]] = {}  # by `claim`, as long as the process lives
 
 
 def parse_arguments(arguments: Sequence[str] | None, program: str = "train.py", about: str = "") -> argparse.Namespace:
@@ -157,11 +159,31 @@ def make_output_dir(config: RunConfig, rank: int) -> None:
     try:
         folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        claim(folder)
         (folder / "config.yaml").write_text(to_yaml(config))
     except OSError as error:
         raise RunEnded(
             Exit.STORAGE, f"output_dir {config.output_dir} can't be written: {error.strerror or error}"
         ) from error
+
+
+def claim(folder: Path) -> None:
+    """Hold `folder` for this process as long as it lives: two runs in one would delete each other's checkpoints.
+
+    A POSIX lock: killed processes lose it, forked ones (workers) don't inherit it. File systems without locks go unguarded.
+
+    Raises:
+        RunEnded: when another run holds it.
+    """
+    _claimed[folder] = file = open(folder / ".running", "a+")  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise RunEnded(
+            Exit.CONFIG, f"another run is writing into {folder}; wait for its end, or set another output_dir"
+        ) from error
+    except OSError:
+        logger.warning("%s is on a file system without locks: nothing stops a second run from writing into it", folder)
 
 
 def digest(value: Any) -> str:

@@ -198,6 +198,26 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(workspace: Path
 
 
 @pytest.mark.launch
+def test_a_second_run_in_the_same_directory_is_refused(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
+    config = endless(workspace, tmp_path / "run")
+    pids = ranks.start(config)
+    wait_for(lambda: steps_done(tmp_path / "run") >= 1)
+    written = write_config({**config, "output_dir": str(tmp_path / "second")})
+    done = subprocess.run(
+        command([str(ROOT / "train.py"), "--config", str(written), f"output_dir={tmp_path}/run"]),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 2
+    assert f"another run is writing into {tmp_path}/run" in done.stderr
+    os.kill(pids[0], signal.SIGTERM)
+    assert ranks.wait() == [75, 75], "the first one goes on until it is told to stop"
+
+
+@pytest.mark.launch
 def test_a_directory_that_can_not_be_made_is_said_before_anything_is_loaded(workspace: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     path = write_config(config_of(workspace, tmp_path / "run"))
