@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tqdm import tqdm
 
 from train.cli import digest, run_guarded
 from train.config import ConfigError, RunConfig, load_config
@@ -317,6 +318,7 @@ def perform(task: Task, gpu: int | None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[gpu] if len(visible) > gpu else str(gpu)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore between processes, which nobody would give back
     threading.Thread(target=end_with_parent, daemon=True).start()
     code = run_guarded(lambda: task.action(task.config))
     print(f"{time.process_time():.1f} s of CPU time", file=sys.stderr)
