@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionzip.analysis.ask import Stopwatch, prompt
-from visionzip.analysis.trace import image_inputs, to_model
+from visionzip.analysis.trace import to_model
 from visionzip.attach import attach, attached, detach, unwrap
 from visionzip.config import ZipConfig
 from visionzip.families import family_for
@@ -156,8 +156,13 @@ class _Case:
 
     def prepare(self, model: Any, processor: Any, picture: Image.Image) -> None:
         texts, images = [prompt(processor, QUESTIONS[0])] * self.batch, [picture] * self.batch
-        self.inputs = to_model(model, dict(processor(text=texts, images=images, return_tensors="pt", padding=True)))
-        self.visual = _visual_tokens(model, processor, picture)
+        inputs = dict(processor(text=texts, images=images, return_tensors="pt", padding=True))
+        inputs.pop("labels", None)  # PaliGemma's processor makes some
+        self.inputs = to_model(model, inputs)
+        token = unwrap(
+            model
+        ).config.image_token_id  # of the model: Gemma 3's processor calls the token before a picture so
+        self.visual = int((inputs["input_ids"][0] == token).sum())
         self.flops = _flops(model, self.inputs)
 
     def row(self, turn: int) -> Row:
@@ -231,14 +236,6 @@ def _flops(model: Any, inputs: dict[str, Any]) -> tuple[int, int]:
     finally:
         handle.remove()
     return counter.get_total_flops(), before[0]
-
-
-def _visual_tokens(model: Any, processor: Any, picture: Image.Image) -> int:
-    """Placeholders of one picture in the prompt."""
-    token = getattr(processor, "image_token_id", None) or unwrap(model).config.image_token_id
-    inputs = image_inputs(processor, picture)
-    text = processor.replace_image_token(inputs, 0)
-    return int((torch.tensor(processor.tokenizer(text, add_special_tokens=False)["input_ids"]) == token).sum())
 
 
 def cache_bytes(cache: Any) -> int:

@@ -77,12 +77,13 @@ def test_the_table(rows):
     assert f"({full.cache / few.cache:.1f}×)" in line
 
 
-@pytest.mark.parametrize("name", ["LLaVA-NeXT", "LLaVA-OneVision", "Qwen2.5-VL"])
+@pytest.mark.parametrize("name", ["LLaVA-NeXT", "LLaVA-OneVision", "Qwen2.5-VL", "Gemma 3", "PaliGemma"])
 def test_other_families(name):
     case = next(case for case in cases() if case.name == name)
     model, processor = case.model(), case.processor()
     processor.chat_template = None
-    processor.image_token = case.image_text if name != "Qwen2.5-VL" else processor.image_token
+    if name.startswith("LLaVA"):
+        processor.image_token = case.image_text
     attach(model, processor, case.budget)
     full, few = benchmark(model, processor, photo(0, (300, 200)), budgets=[None, case.budget], new_tokens=3, repeats=1)
     assert few.visual_tokens == case.count(case.budget, (300, 200))

@@ -29,9 +29,10 @@ def run(arguments: argparse.Namespace) -> None:
     pictures.find(arguments.path, results=arguments.out)  # before a model is loaded for nothing
     model, _ = _model.load(arguments)
     found = analyze(model, arguments.path, arguments.out, limit=arguments.limit)
+    files = write(found, arguments.theme)  # before anything is printed: whoever reads may have gone
     if found.resumed:
         print(f"{found.resumed} pictures were measured before")
     print(table(summary(found)))
     for name, reason in found.skipped.items():
         print(f"skipped {name}: {reason}", file=sys.stderr)
-    print(f"\n{arguments.out}: {', '.join(path.name for path in write(found, arguments.theme))}")
+    print(f"\n{arguments.out}: {', '.join(path.name for path in files)}")
