@@ -149,6 +149,8 @@ def table(groups: Sequence[Group], full: float | None, of_tokens: int, questions
              "the standard error of the difference to the best of the same budget. Bold: within two of these."]  # fmt: skip
     if full is not None:
         about.insert(0, f"Full tokens ({of_tokens}): {100 * full:.1f} %.")
+    if any(group.seeds == 1 for group in groups):
+        about.append("Where there is one seed, what varies over seeds is not in these numbers.")
     about += [
         f"Rank agreement of training-free and fine-tuned (Kendall's τ) at {t} tokens: {tau:+.2f}."
         for t, tau in agreement(groups)

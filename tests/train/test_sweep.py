@@ -146,6 +146,9 @@ def test_the_error_of_a_difference_is_over_pictures_and_seeds() -> None:
     text = table([best, other], 0.9, 81, 4)
     assert "| 8 | a | 50.0 | **87.5 ± 17.7** | 2 | +37.5 |  |" in text
     assert "| 8 | b | 60.0 | 25.0 ± 0.0 | 2 | -35.0 | 62.5 ± 17.7 |" in text
+    assert "one seed" not in text
+    other.seeds = 1
+    assert "one seed" in table([best, other], 0.9, 81, 4)
 
 
 def test_rank_agreement() -> None:
