@@ -159,12 +159,12 @@ def table(groups: Sequence[Group], full: float | None, of_tokens: int, questions
 
 
 def agreement(groups: Sequence[Group]) -> list[tuple[int, float]]:
-    """For each budget Kendall's τ-a of the two rankings, where there are at least three to rank."""
+    """For each budget Kendall's τ-a of the two rankings, where at least three differ training-free."""
     found = []
     for tokens in sorted({group.tokens for group in groups}):
         same = [(g.training_free, g.fine_tuned) for g in groups if g.tokens == tokens and g.training_free is not None]
         pairs = [np.sign(a[0] - b[0]) * np.sign(a[1] - b[1]) for i, a in enumerate(same) for b in same[:i]]
-        if len(same) > 2:
+        if len({free for free, _ in same}) > 2:
             found.append((tokens, float(np.mean(pairs))))
     return found
 
