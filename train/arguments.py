@@ -13,7 +13,17 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError, model_validator
 
 DEEPSPEED = Path(__file__).parent.parent / "configs" / "deepspeed"
-STAGES = ("off", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme")
+STAGES = (
+    "off",
+    "zero0",
+    "zero1",
+    "zero2",
+    "zero3",
+    "zero2_offload",
+    "zero3_offload",
+    "zero3_nvme",
+    "zero3_nvme_optimizer",
+)
 
 # Two moments of a parameter's own shape: what a checkpoint holds (train/state.py).
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
@@ -69,7 +79,7 @@ class TrainerSection(BaseModel):
     deepspeed: str = Field("zero2", description=f"{', '.join(STAGES)}, or the path of a DeepSpeed config")
     nvme_path: str | None = Field(
         None,
-        description="folder on a disk of this node that zero3_nvme swaps to, for one run at a time; null: /local_nvme",
+        description="folder on a disk of this node that the zero3_nvme stages swap to, for one run at a time; null: /local_nvme",
     )
     resume: str | None = Field(
         "auto", description="auto: the newest complete checkpoint, if any; a path; null: start anew"

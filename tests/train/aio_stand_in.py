@@ -1,4 +1,4 @@
-"""What DeepSpeed's `async_io` extension does, in Python: `zero3_nvme` runs, files and all, where there is no libaio to compile it with.
+"""What DeepSpeed's `async_io` extension does, in Python: `zero3_nvme` and `zero3_nvme_optimizer` run, files and all, where there is no libaio to compile it with.
 
 DeepSpeed swaps only what is larger than a megabyte. `install` takes that limit away, so that a test's small tensors go to disk too.
 """
@@ -53,12 +53,13 @@ class Handle:
 def install() -> None:
     """For this process."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
-    from deepspeed.runtime.swap_tensor import partitioned_param_swapper
+    from deepspeed.runtime.swap_tensor import optimizer_utils, partitioned_param_swapper
 
     class Extension:
         aio_handle = Handle
 
-    swapper: Any = partitioned_param_swapper
-    swapper.MIN_AIO_BYTES = 1024
+    swappers: tuple[Any, ...] = (optimizer_utils, partitioned_param_swapper)
+    for swapper in swappers:
+        swapper.MIN_AIO_BYTES = 1024
     AsyncIOBuilder.load = lambda self, verbose=True: Extension
     AsyncIOBuilder.is_compatible = lambda self, verbose=False: True

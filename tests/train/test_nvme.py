@@ -1,4 +1,4 @@
-"""Parameters that live on a disk between their uses (ZeRO-Infinity): the curve of ZeRO-3, and an exact resume."""
+"""Parameters, and the optimizer with them, that live on a disk between their uses (ZeRO-Infinity): the curve of ZeRO-3, and an exact resume."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from tests.train.workspace import Ranks, equal, losses, projector
 from train.arguments import DEEPSPEED, TrainerSection, check_disk
 
 
-def small(path: Path) -> str:
-    """The ready config with buffers, blocks and a threshold for a model of 80,048 parameters."""
-    config = json.loads((DEEPSPEED / "zero3_nvme.json").read_text())
+def small(path: Path, stage: str) -> str:
+    """The ready config with buffers, blocks, sub-groups and a threshold for a model of 80,048 parameters."""
+    config = json.loads((DEEPSPEED / f"{stage}.json").read_text())
+    config["zero_optimization"]["sub_group_size"] = 1000
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 500
     config["zero_optimization"]["offload_param"]["buffer_size"] = 20_000
     config["aio"]["block_size"] = 1024
@@ -24,8 +25,9 @@ def small(path: Path) -> str:
 
 
 @pytest.mark.launch
-def test_the_same_curve_and_an_exact_resume(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
-    stage, disk = small(tmp_path / "nvme.json"), tmp_path / "disk"
+@pytest.mark.parametrize("ready", ["zero3_nvme", "zero3_nvme_optimizer"])
+def test_the_same_curve_and_an_exact_resume(workspace: Path, ranks: Ranks, tmp_path: Path, ready: str) -> None:
+    stage, disk = small(tmp_path / "nvme.json", ready), tmp_path / "disk"
 
     def run(name: str, **changes: Any) -> dict[str, Any]:
         return saving(workspace, tmp_path / name, stage, trainer__nvme_path=str(disk), **changes)
@@ -35,6 +37,8 @@ def test_the_same_curve_and_an_exact_resume(workspace: Path, ranks: Ranks, tmp_p
     for rank in (0, 1):
         swapped = list(disk.glob(f"zero_stage_3/float32params/rank{rank}/*.swp"))
         assert len(swapped) > 20, "the model's matrices were on the disk"
+        states = {path.name.split("-")[0] for path in disk.glob(f"zero_stage_3/optimizer/rank{rank}/*-*.swp")}
+        assert states == ({"exp_avg", "exp_avg_sq"} if ready == "zero3_nvme_optimizer" else set())
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "memory"), rel=1e-5)
     assert far(projector(tmp_path / "memory"), projector(tmp_path / "whole")) < 1e-5
     assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")[2:]
