@@ -92,6 +92,15 @@ class TrainerSection(BaseModel):
         None, gt=0, description="seconds a worker may take for one batch; null: hang_timeout"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _off_and_no_are_words(cls, given: Any) -> Any:
+        """YAML 1.1 reads a bare `off` or `no` as false; where no boolean can be meant, the word was."""
+        words = {"deepspeed": "off", "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no"}
+        if not isinstance(given, dict):
+            return given
+        return {key: words[key] if key in words and value is False else value for key, value in given.items()}
+
     @model_validator(mode="after")
     def _names_and_types(self) -> TrainerSection:
         wrong = trainer_mistakes({**(self.model_extra or {}), "deepspeed": self.deepspeed})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,14 @@ def test_overrides(tmp_path: Path) -> None:
     for wrong in ("seed", "=3", "seed.x=3"):
         with pytest.raises(ConfigError):
             load_config(tmp_path / "c.yaml", [wrong])
+
+
+def test_words_that_yaml_takes_for_false(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(json.dumps(GOOD))
+    trainer = load_config(tmp_path / "c.yaml", ["trainer.deepspeed=off", "trainer.save_strategy=no"]).trainer
+    assert (trainer.deepspeed, trainer.model_extra) == ("off", {"save_strategy": "no"})
+    with pytest.raises(ConfigError, match=r"trainer\.save_strategy"):
+        load_config(tmp_path / "c.yaml", ["trainer.save_strategy=yes"])
 
 
 @pytest.mark.parametrize("content", ["- a\n- b", "a: [", "output_dir: ${nothing}", "\xff\xfe"])
