@@ -42,11 +42,6 @@ EVENTS = {
         "exit code 74, the older checkpoint intact, goes on when there is room",
         1,
     ),
-    "test_a_second_run_in_the_same_directory_is_refused": (
-        "a second run into the output_dir of a living one",
-        "exit code 2 and one sentence; the first goes on",
-        1,
-    ),
     "test_a_directory_that_can_not_be_made_is_said_before_anything_is_loaded": (
         "an output_dir that can't be made",
         "exit code 74 and one sentence, before the model is loaded",
