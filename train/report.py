@@ -38,7 +38,6 @@ def write(
     """Everything that needs no model. `facts` is `results()`. Returns the pictures."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
     pictures = []
     if any("loss" in line for line in log):
         pictures.append(loss_curve(folder / "loss.png", log))
@@ -49,6 +48,8 @@ def write(
             for name, result in scores.items():
                 file.writelines(json.dumps({"model": name, **row}) + "\n" for row in result.answers)
         pictures.append(accuracy_bars(folder / "accuracy.png", scores, facts))
+    # Last: where it is, the rest is complete (train.sweep takes it for the end of a cell).
+    (folder / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
     return pictures
 
 
