@@ -76,7 +76,9 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     """
     try:
         found = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-        torch.empty(1, device=found)
+        torch.empty(
+            1, device=found
+        )  # each backend that is not there raises one of its own: mps NotImplementedError, xpu AssertionError
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {device} can't be used here: {str(error).splitlines()[0]}") from error
     return found
