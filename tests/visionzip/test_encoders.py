@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from visionzip.encoders import encoder_for
+from visionzip.encoders import base, encoder_for
 from visionzip.encoders.base import CHUNK, attention_received
 
 
@@ -108,3 +108,30 @@ def test_attention_received_in_chunks_equals_the_whole_map():
     queries, keys = torch.randn(2, 3, CHUNK + 70, 8), torch.randn(2, 3, CHUNK + 70, 8)
     whole = (queries @ keys.transpose(-1, -2) * 0.3).softmax(-1).mean(dim=(1, 2))
     torch.testing.assert_close(attention_received(queries, keys, 0.3), whole, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_on_a_cpu_pictures_go_through_in_slices_that_change_nothing(monkeypatch, scores):
+    model = tower()
+    pixels = torch.randn(5, 3, 32, 32)
+    whole = encoder_for(model).encode(model, pixels, [1, -1], scores=scores)
+    seen: list[int] = []
+    model.encoder.layers[0].mlp.fc1.register_forward_hook(lambda m, i, out: seen.append(out.numel() * 4))
+    monkeypatch.setattr(base, "SLICE_BYTES", 2 * 17 * 64 * 4 + 1)  # the widest activation of two pictures
+    sliced = encoder_for(model).encode(model, pixels, [1, -1], scores=scores)
+    assert seen == [2 * 17 * 64 * 4, 2 * 17 * 64 * 4, 17 * 64 * 4]
+    assert sliced.has_cls
+    torch.testing.assert_close(sliced.hidden_states, whole.hidden_states, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sliced.metric, whole.metric, rtol=1e-5, atol=1e-6)
+    if scores:
+        torch.testing.assert_close(sliced.scores, whole.scores, rtol=1e-5, atol=1e-6)
+    else:
+        assert sliced.scores is None
+
+
+def test_a_picture_wider_than_a_slice_goes_alone_and_an_accelerator_takes_all_at_once(monkeypatch):
+    monkeypatch.setattr(base, "SLICE_BYTES", 1)
+    model = tower()
+    adapter = encoder_for(model)
+    assert adapter.at_once(model, torch.randn(3, 3, 32, 32)) == 1
+    assert adapter.at_once(model, torch.empty(3, 3, 32, 32, device="meta")) == 3

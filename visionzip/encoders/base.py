@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from visionzip.registry import Registry
-from visionzip.selectors import Features
+from visionzip.selectors import Features, joined
 
 # Queries handled at once where attention received is summed: bounds memory to B × H × CHUNK × N floats.
 CHUNK = 256
+# On a CPU pictures go through an encoder in slices whose widest activation is at most this large: it then stays in a processor's
+# last cache, and below the 32 MB from which glibc takes every allocation from the system anew, zeroed page by page.
+SLICE_BYTES = 16 * 2**20
 
 Layer = int | Sequence[int]
 
@@ -34,7 +37,6 @@ class Encoder(ABC):
     def depth(self, tower: Any) -> int:
         """Number of transformer layers."""
 
-    @abstractmethod
     def encode(self, tower: Any, pixel_values: Tensor, layer: Layer, *, scores: bool = True) -> Features:
         """Run the encoder up to the layer that is read.
 
@@ -43,7 +45,23 @@ class Encoder(ABC):
             layer: as in ``hidden_states[layer]`` (0 = embeddings, -1 = last output); for several, their hidden states
                 are joined on the last axis and keys and scores come from the deepest.
             scores: compute ``Features.scores``; a selector that needs no attention does without.
+
+        Raises:
+            ValueError: for a layer that can't be read, see `layers_run`.
         """
+        slices = pixel_values.split(self.at_once(tower, pixel_values))
+        return joined([self.read(tower, part, layer, scores) for part in slices])
+
+    @abstractmethod
+    def read(self, tower: Any, pixel_values: Tensor, layer: Layer, scores: bool) -> Features:
+        """`encode` for as many pictures as go through at once."""
+
+    def at_once(self, tower: Any, pixel_values: Tensor) -> int:
+        """Pictures that go through the encoder together: all of them on an accelerator, `SLICE_BYTES` of them on a CPU."""
+        if pixel_values.device.type != "cpu":
+            return max(len(pixel_values), 1)
+        widest = self.tokens(tower) * tower.config.intermediate_size * pixel_values.element_size()
+        return max(SLICE_BYTES // widest, 1)
 
     def layers_run(self, tower: Any, layer: Layer) -> list[int]:
         """`layer` as numbers of layers run before each hidden state that is read.

@@ -28,7 +28,7 @@ class ClipEncoder(Encoder):
         return len(tower.encoder.layers)
 
     @torch.no_grad()
-    def encode(self, tower: Any, pixel_values: Tensor, layer: Layer, *, scores: bool = True) -> Features:
+    def read(self, tower: Any, pixel_values: Tensor, layer: Layer, scores: bool) -> Features:
         reads = self.layers_run(tower, layer)
         hidden_states = self.embed(tower, pixel_values)
         seen = {0: hidden_states} if 0 in reads else {}

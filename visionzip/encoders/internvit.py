@@ -28,7 +28,7 @@ class InternVitEncoder(Encoder):
         return len(tower.encoder.layer)
 
     @torch.no_grad()
-    def encode(self, tower: Any, pixel_values: Tensor, layer: Layer, *, scores: bool = True) -> Features:
+    def read(self, tower: Any, pixel_values: Tensor, layer: Layer, scores: bool) -> Features:
         reads = self.layers_run(tower, layer)
         hidden_states = tower.embeddings(pixel_values)
         seen = {0: hidden_states} if 0 in reads else {}

@@ -1,5 +1,5 @@
 """Selectors: which patches are kept as they are. One file each; a new one is a new file with one registration."""
 
-from visionzip.selectors.base import SELECTORS, Features, Selector, rows, selector
+from visionzip.selectors.base import SELECTORS, Features, Selector, joined, rows, selector
 
-__all__ = ["SELECTORS", "Features", "Selector", "rows", "selector"]
+__all__ = ["SELECTORS", "Features", "Selector", "joined", "rows", "selector"]

@@ -40,6 +40,15 @@ def rows(features: Features, places: list[int]) -> Features:
     return Features(features.hidden_states[index], features.metric[index], scores, features.has_cls)
 
 
+def joined(parts: list[Features]) -> Features:
+    """Several batches as one, in their order; all of one encoder, all with scores or all without."""
+    if len(parts) == 1:
+        return parts[0]
+    hidden_states, metric = (torch.cat([getattr(part, name) for part in parts]) for name in ("hidden_states", "metric"))
+    scores = [part.scores for part in parts if part.scores is not None]
+    return Features(hidden_states, metric, torch.cat(scores) if scores else None, parts[0].has_cls)
+
+
 @dataclass(frozen=True)
 class Selector:
     """A way to choose patches.
