@@ -29,6 +29,7 @@ from data.config import DataConfig
 from data.dataset import build_dataset
 from data.partial import load_without
 from data.pictures import Pictures, PixelPictures
+from data.processes import own_device, rank_and_world
 from data.sample import Media, Reject, Rejection, Sample
 from data.token_store import SHARD_BYTES, Damaged, Key, Store, Writer, key_of
 from data.yaml_config import read_yaml
@@ -351,10 +352,8 @@ def run(path: str, overrides: list[str], batch: int, workers: int) -> int:
     data, zip_config, section = DataConfig(**read["data"]), ZipConfig(**(read.get("zip") or {})), read["model"]
     if not data.cache:
         raise CacheError(f"{path} does not say where the cache is to be; add data.cache=FOLDER")
-    process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    )
+    process, processes = rank_and_world()
+    device = own_device()
     dtype = section.get("dtype", "bfloat16")
     start = time.perf_counter()
     model = load_without(

@@ -4,7 +4,7 @@
 
 One fixed budget against budgets that stop early, by attention held and by coverage, calibrated to the same mean on training
 pictures. Each is a run of `train.py` with `configs/tiny-llava/sweep.yaml` on a token cache, for each seed; a run that is there
-already is not run again. Prints the table of docs/results.md and writes OUT/adaptive.json.
+already is not run again. Prints the table of docs/budgets.md and writes OUT/adaptive.json.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from torch.nn import functional
 from data.config import SourceConfig
 from data.dataset import InstructionDataset, build_dataset
 from data.mixture import subset
+from data.processes import own_device
 from data.records import image_root, open_records, reader_of
 from train.config import ConfigError, RunConfig
 from train.loss import IGNORE
@@ -109,8 +110,9 @@ def measure(config: RunConfig) -> list[Score]:
     if config.zip.adaptive is not None:
         raise ConfigError("zip.adaptive: difficulty is measured at one budget for all; leave it out")
     config = config.model_copy(update={"data": uncompressed(config.data)})
+    device = own_device()
     model, processor = build_model(config)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model.to(device).eval()
     build = lambda: build_dataset(config.data, processor, 0)  # noqa: E731
     few = dict(say(model, build()))
     detach(model)

@@ -251,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def evaluate_only(options: Any) -> int:
+    from data.processes import own_device
     from train.build import build_model
     from train.cli import read_config
     from train.launch import prepare_environment, quiet
@@ -262,14 +263,15 @@ def evaluate_only(options: Any) -> int:
     config = read_config(options)
     rank = int(torch.distributed.get_rank()) if dist.is_initialized() else 0
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("gloo")  # what is gathered are answers, which lie in memory
         rank = dist.get_rank()
     quiet(rank)
+    device = own_device()
     start = config.model.projector
     model, processor = build_model(
         config.model_copy(update={"model": config.model.model_copy(update={"projector": None})})
     )
-    model.to(f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
+    model.to(device)
     tokens, of_tokens = tokens_a_picture(model, processor, config)
     results = {"training_free": score(model, processor, config, rank=rank, world_size=world_size)}
     before = projector_state(model)

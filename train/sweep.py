@@ -314,8 +314,7 @@ def perform(task: Task, gpu: int | None) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     if gpu is not None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[gpu] if len(visible) > gpu else str(gpu)
+        os.environ["CUDA_VISIBLE_DEVICES"] = only(gpu, os.environ.get("CUDA_VISIBLE_DEVICES"))
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore between processes, which nobody would give back
@@ -323,6 +322,11 @@ def perform(task: Task, gpu: int | None) -> None:
     code = run_guarded(lambda: task.action(task.config))
     print(f"{time.process_time():.1f} s of CPU time", file=sys.stderr)
     leave(code)
+
+
+def only(gpu: int, visible: str | None) -> str:
+    """``CUDA_VISIBLE_DEVICES`` that leaves the `gpu`-th of those that are visible now."""
+    return visible.split(",")[gpu].strip() if visible else str(gpu)
 
 
 def end_with_parent() -> None:

@@ -28,6 +28,7 @@ from data.cached_pictures import name_of, stat_of
 from data.collate import ANSWER_KEYS
 from data.config import DataConfig
 from data.dataset import InstructionDataset, build_dataset
+from data.processes import own_device, rank_and_world
 from data.sample import Reject, Rejection, Sample
 from data.token_store import Damaged, Key, Store, Writer, key_of
 from train.config import ConfigError, RunConfig
@@ -247,13 +248,13 @@ def run(config: RunConfig) -> int:
         raise ConfigError("train.distill.cache: is not set; name the folder that is to hold the answers")
     if any(source.streaming for source in config.data.sources):
         raise ConfigError("train.distill: a streamed source has no records that could be asked beforehand")
-    process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    process, processes = rank_and_world()
+    device = own_device()
     base = {"model": config.model.model_copy(update={"projector": None}), "data": uncompressed(config.data)}
     config = config.model_copy(update=base)
     model, processor = build_model(config)
     detach(model)
-    if torch.cuda.is_available():
-        model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
+    model.to(device)
     assert attached(model) is None
     folder = Path(config.train.distill.cache)  # type: ignore[union-attr, arg-type]
     claim(folder, described(model, processor, config))
@@ -269,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from train.launch import quiet
 
     options = parse_arguments(arguments, program="python -m train.teacher", about=__doc__ or "")
-    quiet(int(os.environ.get("RANK", 0)))
+    quiet(rank_and_world()[0])
     return run_guarded(lambda: run(read_config(options)))
 
 

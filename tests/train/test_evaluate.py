@@ -110,12 +110,15 @@ def test_a_run_compares_all_three_and_writes_its_report(workspace: Path, ranks: 
 
 
 @pytest.mark.launch
-def test_evaluation_alone(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_evaluation_alone(workspace: Path, ranks: Ranks, tmp_path: Path, processes: int) -> None:
     config = config_of(workspace, tmp_path / "run", eval=held_out(workspace))
     ranks.run(config)
     path = write_config(config)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    start = [sys.executable, *(launcher if processes > 1 else [])]
     done = subprocess.run(
-        [sys.executable, "-m", "train.evaluate", "--config", str(path), f"model.projector={tmp_path}/run/projector"],
+        [*start, "-m", "train.evaluate", "--config", str(path), f"model.projector={tmp_path}/run/projector"],
         cwd=ROOT,
         env=environment(),
         capture_output=True,

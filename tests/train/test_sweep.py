@@ -15,7 +15,7 @@ import pytest
 
 from tests.train.workspace import ROOT, Ranks, config_of, environment, write_config
 from train.config import ConfigError
-from train.sweep import axes_of, budget_of, main, make_cells
+from train.sweep import axes_of, budget_of, main, make_cells, only
 from train.sweep_results import Group, agreement, difference, table
 from visionzip import ZipConfig
 
@@ -149,6 +149,14 @@ def test_the_error_of_a_difference_is_over_pictures_and_seeds() -> None:
     assert "one seed" not in text
     other.seeds = 1
     assert "one seed" in table([best, other], 0.9, 81, 4)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "visible", "expected"),
+    [(0, None, "0"), (2, None, "2"), (1, "4,6", "6"), (0, "GPU-ab, GPU-cd", "GPU-ab")],
+)
+def test_a_cell_sees_one_gpu_of_those_that_the_sweep_sees(gpu: int, visible: str | None, expected: str) -> None:
+    assert only(gpu, visible) == expected
 
 
 def test_rank_agreement() -> None:
