@@ -149,6 +149,14 @@ def check_disk(deepspeed: dict[str, Any] | None) -> None:
         )
 
 
+def check_liger(given: dict[str, Any]) -> None:
+    """Raises ValueError where Liger's kernels are asked for and not installed; the Trainer would say so with a traceback."""
+    from transformers.utils import is_liger_kernel_available
+
+    if given.get("use_liger_kernel") and not is_liger_kernel_available():
+        raise ValueError("use_liger_kernel: liger-kernel is not installed; pip install liger-kernel")
+
+
 def trainer_mistakes(given: Any) -> list[str]:
     """What is wrong with the names and values that go on to `TrainingArguments`, a line each."""
     if not isinstance(given, dict):
@@ -231,6 +239,7 @@ def training_arguments(
     given = accumulation(section, world_size)
     deepspeed = section.deepspeed_config()
     check_disk(deepspeed)
+    check_liger(given)
     gpu = torch.cuda.is_available()
     defaults: dict[str, Any] = {
         "logging_steps": 1,

@@ -191,6 +191,13 @@ def test_defaults_pass_on_to_training_arguments(tmp_path: Path, monkeypatch: pyt
     assert not args.logging_nan_inf_filter
 
 
+def test_liger_that_is_not_installed_is_said_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda: False)
+    config = parse_config({**GOOD, "trainer": {"deepspeed": "off", "use_liger_kernel": True}})
+    with pytest.raises(ValueError, match="use_liger_kernel: liger-kernel is not installed; pip install liger-kernel"):
+        training_arguments(config.trainer, output_dir=str(tmp_path), seed=3, dtype="float32", world_size=1)
+
+
 def test_overrides_reach_into_lists_and_read_numbers_as_yaml_does(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("output_dir: x\nmodel: {path: m}\ndata: {sources: [{path: a.json}]}\n")
