@@ -12,6 +12,7 @@ from data.partial import load_without
 from train.config import ConfigError, ModelSection, RunConfig
 from visionzip import attach
 from visionzip.export import load_into
+from visionzip.families import FAMILIES, Family
 
 
 def build_model(config: RunConfig) -> tuple[Any, Any]:
@@ -46,17 +47,14 @@ def build_model(config: RunConfig) -> tuple[Any, Any]:
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"zip / model: {error}") from error
     model.config.use_cache = False
-    if section.quantization:
-        # The Trainer refuses quantised models without adapters; here only parts that are not quantised train.
-        model._hf_peft_config_loaded = True
     return model, processor
 
 
 def quantization(section: ModelSection) -> dict[str, Any]:
-    """`from_pretrained` arguments that load the frozen LLM in 8 or 4 bit; the encoder and the projector stay as they are.
+    """`from_pretrained` arguments that load the frozen LLM in 8 or 4 bit; the encoder, the projector and the head stay as they are.
 
     Raises:
-        ConfigError: without a GPU or without bitsandbytes.
+        ConfigError: without a GPU, without bitsandbytes, or for a model that is not supported.
     """
     if section.quantization is None:
         return {}
@@ -69,9 +67,13 @@ def quantization(section: ModelSection) -> dict[str, Any]:
         import bitsandbytes  # noqa: F401
     except ImportError:
         raise ConfigError("model.quantization needs bitsandbytes; pip install 'visionzip-ft[quant]'") from None
-    from transformers import BitsAndBytesConfig
+    from transformers import AutoConfig, BitsAndBytesConfig
 
-    keep = ["vision_tower", "multi_modal_projector", "visual", "lm_head"]
+    kind = AutoConfig.from_pretrained(section.path, revision=section.revision or "main").model_type
+    family = FAMILIES.get(str(kind))
+    if family is None:
+        raise ConfigError(f"a {kind} model can't be compressed; supported: {', '.join(FAMILIES.names())}")
+    keep = not_quantized(family)
     if section.quantization == "8bit":
         chosen = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
     else:
@@ -82,6 +84,13 @@ def quantization(section: ModelSection) -> dict[str, Any]:
             llm_int8_skip_modules=keep,
         )
     return {"quantization_config": chosen, "device_map": {"": torch.cuda.current_device()}}
+
+
+def not_quantized(family: Family) -> list[str]:
+    """Dotted names, from the model, of all but the LLM's trunk. transformers compares them with whole names, from the first letter:
+    a bare ``vision_tower`` would name nothing, and encoder and projector would be quantised."""
+    frozen = [name for part, name in family.frozen.items() if part != "llm"]
+    return list(dict.fromkeys([family.tower, *frozen, *family.projectors, "lm_head"]))
 
 
 def master_precision(model: nn.Module) -> None:

@@ -38,6 +38,9 @@ def choose(model: nn.Module, section: TrainSection) -> list[str]:
         raise ValueError(
             f"train.expect_parameters is {section.expect_parameters:,} but {count(model):,} parameters would train"
         )
+    if getattr(model, "is_quantized", False):
+        # The Trainer refuses quantised models without adapters; here only parts that are not quantised train.
+        model._hf_peft_config_loaded = True  # type: ignore[assignment]
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
