@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from train.distill import Teacher, divergence_
+from visionzip.attach import unwrap
 
 IGNORE = -100
 
@@ -68,8 +69,11 @@ def moved(teacher: Teacher | None, device: torch.device) -> Teacher | None:
 
 
 def fusible(model: nn.Module, head: nn.Module) -> bool:
-    """Whether the head is nothing but a frozen matrix, whole on this rank, and its product is what the loss is taken of."""
-    config = getattr(model, "config", None)
+    """Whether the head is nothing but a frozen matrix, whole on this rank, and its product is what the loss is taken of.
+
+    `model` may be wrapped: DDP has no ``config``, and DeepSpeed's engine another one.
+    """
+    config = getattr(unwrap(model), "config", None)
     texts = [config, getattr(config, "text_config", None)]
     return (
         type(head) is nn.Linear

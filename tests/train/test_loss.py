@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from tests.tiny import tiny_llava
-from train.loss import HeadCrossEntropy, RowsCrossEntropy, summed_loss
+from train.loss import HeadCrossEntropy, RowsCrossEntropy, fusible, summed_loss
 from train.prefix import Prefix, common_beginning
 from visionzip import attach, attached
 
@@ -90,6 +91,18 @@ def test_a_head_that_trains_or_caps_goes_the_other_way(model):
     found = torch.autograd.grad(loss, model.lm_head.weight)[0]
     assert torch.allclose(loss, expected, rtol=1e-5)
     assert (found - expected_head).norm() / expected_head.norm() < 1e-5
+
+
+def test_a_wrapped_model_is_asked_too(model):
+    """As DDP and DeepSpeed wrap it: the one has no config, the other a config of its own."""
+    ddp, engine = nn.Module(), nn.Module()
+    ddp.module = engine.module = model
+    engine.config = {"train_batch_size": 8}
+    assert fusible(ddp, model.lm_head)
+    assert fusible(engine, model.lm_head)
+    model.config.text_config.final_logit_softcapping = 30.0
+    assert not fusible(ddp, model.lm_head)
+    assert not fusible(engine, model.lm_head)
 
 
 def plain_loss(model, inputs, labels):
