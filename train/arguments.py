@@ -12,6 +12,8 @@ from typing import Any, Literal, get_type_hints
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError, model_validator
 
+from train.compiled import check_backend
+
 DEEPSPEED = Path(__file__).parent.parent / "configs" / "deepspeed"
 STAGES = (
     "off",
@@ -92,6 +94,12 @@ class TrainerSection(BaseModel):
         None, gt=0, description="seconds a worker may take for one batch; null: hang_timeout"
     )
 
+    torch_compile: bool = Field(
+        False, description="compile the norms and MLPs of the LLM's layers, once for every length; not under ZeRO-3"
+    )
+    torch_compile_backend: str = Field("inductor", description="as in torch.compile")
+    torch_compile_mode: str | None = Field(None, description="as in torch.compile")
+
     @model_validator(mode="before")
     @classmethod
     def _off_and_no_are_words(cls, given: Any) -> Any:
@@ -155,6 +163,17 @@ def check_liger(given: dict[str, Any]) -> None:
 
     if given.get("use_liger_kernel") and not is_liger_kernel_available():
         raise ValueError("use_liger_kernel: liger-kernel is not installed; pip install liger-kernel")
+
+
+def check_compile(section: TrainerSection, deepspeed: dict[str, Any] | None) -> None:
+    """Raises ValueError where layers can't be compiled as `section` asks."""
+    if not section.torch_compile:
+        return
+    if (deepspeed or {}).get("zero_optimization", {}).get("stage") == 3:
+        raise ValueError(
+            "torch_compile: ZeRO-3 gathers weights inside of what would be compiled; take zero2, or leave it out"
+        )
+    check_backend(section.torch_compile_backend)
 
 
 def trainer_mistakes(given: Any) -> list[str]:
@@ -240,6 +259,7 @@ def training_arguments(
     deepspeed = section.deepspeed_config()
     check_disk(deepspeed)
     check_liger(given)
+    check_compile(section, deepspeed)
     gpu = torch.cuda.is_available()
     defaults: dict[str, Any] = {
         "logging_steps": 1,

@@ -21,6 +21,7 @@ from train.batches import ShareOfBatches
 from train.cached import check_cache, read_from_cache
 from train.callbacks import Bar, Metrics, Speed, Wandb
 from train.cli import digest
+from train.compiled import compile_parts
 from train.config import ConfigError, RunConfig
 from train.ending import Exit, RunEnded, StopRequest, Watchdog
 from train.evaluate import Scores, questions_of, score, table, tokens_a_picture, won_back
@@ -122,9 +123,12 @@ class Program:
         lengths, packed = Lengths(dataset, self.tokens or budget), self.packed() is not None
         return LikeLengths(order, self.rank, self.world_size, batch, args.gradient_accumulation_steps, lengths, packed)
 
+    def llm(self) -> Any:
+        return self.model.get_submodule(attached(self.model).family.llm)  # type: ignore[union-attr]
+
     def packed(self) -> Any:
         """The LLM, where a micro-batch is laid out as one row without padding."""
-        llm = self.model.get_submodule(attached(self.model).family.llm)  # type: ignore[union-attr]
+        llm = self.llm()
         if self.args.gradient_checkpointing or self.args.activation_checkpointing:
             return None  # what is computed again in the backward would see another attention
         return llm if self.config.data.batching == "packed" and packing.possible(self.model, llm) else None
@@ -179,6 +183,9 @@ class Program:
             extra_logs=Speed(self.tokens, self.of_tokens),
             identity={**identity, **exact},
         )
+        chosen = self.config.trainer
+        if chosen.torch_compile:
+            compile_parts(self.llm(), chosen.torch_compile_backend, chosen.torch_compile_mode)
         timeout = self.config.trainer.data_timeout or self.config.trainer.hang_timeout
         return ProjectorTrainer(
             model=self.model,
@@ -250,6 +257,7 @@ class Program:
         )
         if self.of_tokens:
             self.say(f"{self.tokens} of {self.of_tokens} visual tokens a picture")
+        self.say("; ".join(in_force(trainer.fast, self.config.trainer.torch_compile)))
 
     def parts(self) -> list[str]:
         section = self.config.train
@@ -390,3 +398,14 @@ def read_scores(path: Path, key: str) -> dict[str, Scores] | None:
         }
     except (OSError, ValueError, KeyError):
         return None
+
+
+def in_force(fast: dict[str, Any], compiled: bool) -> list[str]:
+    """What is done without its being visible in the loss, in words: a run that had to do without says so, too."""
+    prefix = fast["prefix"]
+    said = ["samples packed into rows without padding" if fast["packed"] is not None else "padded batches"]
+    if prefix is not None:
+        said.append(f"the first {len(prefix.beginning)} tokens computed once")
+    if compiled:
+        said.append("norms and MLPs compiled")
+    return said

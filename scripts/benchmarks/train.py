@@ -22,6 +22,7 @@ from scripts.benchmarks import measure
 from scripts.benchmarks.encoder import LAYER, all_maps
 from scripts.benchmarks.flops import Work, step_flops
 from scripts.benchmarks.presets import IGNORE, PRESETS, SYSTEM_TOKENS, Conversation, Preset, build, conversations
+from train.compiled import compile_parts, uncompile_parts
 from train.loss import summed_loss, tokens_with_loss
 from train.prefix import Prefix, common_beginning
 from visionzip.compress import compress
@@ -141,12 +142,9 @@ class Bench:
         for module in llm.modules():  # the LLM has the switch as well as its layers, and a prefix asks all of them
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = way.checkpointing
-        for layer in llm.layers:
-            for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-                if way.compiled and part._compiled_call_impl is None:
-                    part.compile(dynamic=True)
-                elif not way.compiled:
-                    part._compiled_call_impl = None
+        uncompile_parts(llm)
+        if way.compiled:
+            compile_parts(llm)
         batches = [self.collate(rows) for rows in self.micro_batches(way)]
         supervised = sum(tokens_with_loss(labels) for _, labels in batches)
         total = torch.zeros((), device=self.device)

@@ -52,6 +52,7 @@ def test_micro_batch_and_order_within_a_step_do_not_matter(
         "all_at_once": {"trainer__per_device_train_batch_size": 4},
         "random_batches": {"data__batching": "random"},
         "no_prefix": {"train__share_prefix": False},
+        "compiled": {"trainer__torch_compile": True, "trainer__torch_compile_backend": "aot_eager"},
     }
     configs = runs(workspace, tmp_path, named)
     ranks.run(*configs.values())
