@@ -18,10 +18,11 @@ def test_number_and_count_are_of_all_nodes(monkeypatch):
     assert processes.rank_and_world() == (9, 16)
 
 
-@pytest.mark.parametrize(("local", "expected"), [(None, 0), ("3", 3)])
-def test_the_own_gpu_is_that_of_the_local_rank_and_becomes_the_current_one(monkeypatch, local, expected):
+@pytest.mark.parametrize(("local", "visible", "expected"), [(None, 8, 0), ("3", 8, 3), ("3", 1, 0)])
+def test_the_own_gpu_is_that_of_the_local_rank_and_becomes_the_current_one(monkeypatch, local, visible, expected):
     made_current = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
     monkeypatch.setenv("RANK", "11")  # on the second node of eight GPUs each
     monkeypatch.delenv("LOCAL_RANK", raising=False)
