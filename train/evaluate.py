@@ -21,10 +21,12 @@ from data.cached_pictures import VISUAL, VISUAL_VIDEO, CachedPictures
 from data.collate import TEXT_KEYS
 from data.config import DataConfig
 from data.pictures import PixelPictures
+from data.processes import own_device
 from data.questions import Question, QuestionCollator, build_questions
 from train import random_state
 from train.config import EvalSection, RunConfig
-from visionzip import attached
+from visionzip import Attachment, attached
+from visionzip.fingerprint import gathered
 
 LABELS = {"full": "full tokens", "training_free": "training-free", "fine_tuned": "fine-tuned"}
 ALL = "all"
@@ -162,11 +164,7 @@ class NumberedCollator:
 
 def generate(model: Any, processor: Any, inputs: dict[str, Any], section: EvalSection) -> list[str]:
     tokenizer = getattr(processor, "tokenizer", processor)
-    device, dtype = model.device, model.dtype
-    moved: dict[str, Any] = {
-        key: value.to(device, dtype if value.is_floating_point() else None) if torch.is_tensor(value) else value
-        for key, value in inputs.items()
-    }
+    moved: dict[str, Any] = on_device(inputs, model.device, model.dtype)
     cached = {kind: moved.pop(name) for kind, name in (("image", VISUAL), ("video", VISUAL_VIDEO)) if name in moved}
     for kind, pictures in cached.items():
         outputs = attached(model).encoder_outputs(pictures, kind)  # type: ignore[union-attr]
@@ -176,6 +174,15 @@ def generate(model: Any, processor: Any, inputs: dict[str, Any], section: EvalSe
         **moved, max_new_tokens=section.max_new_tokens, do_sample=False, use_cache=True, pad_token_id=pad
     )
     return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def on_device(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """`value` with all tensors in it, in lists and dicts too, on `device`; floating-point ones in `dtype`."""
+    if isinstance(value, dict):
+        return {key: on_device(inner, device, dtype) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [on_device(inner, device, dtype) for inner in value]
+    return value.to(device, dtype if value.is_floating_point() else None) if torch.is_tensor(value) else value
 
 
 def record(question: Any, text: str) -> dict[str, Any]:
@@ -251,7 +258,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def evaluate_only(options: Any) -> int:
-    from data.processes import own_device
     from train.build import build_model
     from train.cli import read_config
     from train.launch import prepare_environment, quiet
@@ -299,8 +305,7 @@ def tokens_a_picture(model: Any, processor: Any, config: RunConfig) -> tuple[int
     assert attachment is not None
     questions = questions_of(config, processor)
     if attachment.config.adaptive is not None:
-        chosen = one_a_picture(questions, PICTURES_COUNTED)
-        counted = [count for each in chosen for count in attachment.token_counts(**picture_inputs(each))]
+        counted = counts(attachment, [picture_inputs(each) for each in one_a_picture(questions, PICTURES_COUNTED)])
         stock, now = (
             (sum(column) / max(len(counted), 1) for column in zip(*counted, strict=True)) if counted else (0, 0)
         )
@@ -311,6 +316,18 @@ def tokens_a_picture(model: Any, processor: Any, config: RunConfig) -> tuple[int
             stock, now = attachment.token_counts(**pictures)[0]
             return now, stock
     return 0, 0
+
+
+def counts(attachment: Attachment, pictures: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
+    """`Attachment.token_counts` of each of `pictures`, where the encoder has to look at them, before a trainer has placed the model:
+    on this process's GPU, and under ZeRO-3, where all processes must call this, with whole weights."""
+    tower = attachment.model.get_submodule(attachment.family.tower)
+    if not any(hasattr(weight, "ds_id") for weight in tower.parameters()):
+        tower.to(own_device())
+    weights = list(tower.parameters())
+    with gathered(weights):
+        device = weights[0].device
+        return [count for each in pictures for count in attachment.token_counts(**on_device(each, device))]
 
 
 if __name__ == "__main__":

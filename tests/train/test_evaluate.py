@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.train.workspace import ROOT, Ranks, config_of, environment, write_config
-from train import report
+from train import evaluate, report
 from train.build import build_model
-from train.config import parse_config
-from train.evaluate import Numbered, Scores, gather, normalise, score, table, won_back
+from train.config import EvalSection, parse_config
+from train.evaluate import Numbered, Scores, gather, generate, normalise, score, table, tokens_a_picture, won_back
+from visionzip import Attachment
 
 
 @pytest.mark.parametrize(
@@ -72,6 +74,75 @@ def known_answers(workspace: Path, output: Path) -> Path:
     path = output.parent / "known.json"
     path.write_text(json.dumps(rows))
     return path
+
+
+ADAPTIVE = {"dominant": 9, "contextual": 2, "adaptive": {"measure": "coverage", "threshold": 0.99}}
+
+
+def test_what_is_given_to_generate_lies_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Visual tokens out of a cache too, which are lists of tensors, or of dicts of them."""
+
+    class Model:
+        device, dtype = torch.device("meta"), torch.bfloat16
+
+        def encoder_outputs(self, pictures: list[Any], kind: str) -> dict[str, Any]:
+            return {kind: pictures}
+
+        def generate(self, **given: Any) -> torch.Tensor:
+            self.given = given
+            return torch.zeros(1, 3, dtype=torch.long)
+
+    class Tokenizer:
+        pad_token_id = 0
+
+        def batch_decode(self, ids: torch.Tensor, **_: Any) -> list[str]:
+            return ["yes"] * len(ids)
+
+    model = Model()
+    monkeypatch.setattr(evaluate, "attached", lambda found: found)
+    pictures = [torch.ones(2, 3), {"tokens": torch.ones(2, 3), "places": torch.ones(2, 2, dtype=torch.long)}]
+    inputs = {"input_ids": torch.ones(1, 2, dtype=torch.long), "visual_tokens": pictures}
+    sources = EvalSection.model_validate({"sources": [{"path": "held out"}]})
+    assert generate(model, Tokenizer(), inputs, sources) == ["yes"]
+    plain, several = model.given["mm_encoder_outputs"]["image"]
+    found = [model.given["input_ids"], plain, several["tokens"], several["places"]]
+    assert {tensor.device.type for tensor in found} == {"meta"}
+    assert [tensor.dtype for tensor in found] == [torch.int64, torch.bfloat16, torch.bfloat16, torch.int64]
+
+
+def test_tokens_of_a_picture_are_counted_on_the_gpu(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a trainer has placed the model; the encoder alone goes there."""
+    config = parse_config(config_of(workspace, tmp_path / "run", zip=ADAPTIVE, eval=held_out(workspace)))
+    model, processor = build_model(config)
+    seen = []
+
+    def counted(attachment: Attachment, **inputs: torch.Tensor) -> list[tuple[int, int]]:
+        weights = attachment.model.get_submodule(attachment.family.tower).parameters()
+        seen.extend(tensor.device.type for tensor in [*weights, *inputs.values()])
+        return [(16, 8)]
+
+    monkeypatch.setattr(Attachment, "token_counts", counted)
+    monkeypatch.setattr(evaluate, "own_device", lambda: torch.device("meta"))
+    assert tokens_a_picture(model, processor, config) == (8, 16)
+    assert set(seen) == {"meta"}
+
+
+@pytest.mark.launch
+def test_budgets_of_each_picture_under_zero3(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """The encoder looks at the held-out pictures before there is an engine, while its weights are sharded."""
+    stages = {
+        stage: config_of(workspace, tmp_path / stage, zip=ADAPTIVE, eval=held_out(workspace), trainer__deepspeed=stage,
+                         trainer__max_steps=1, report__enabled=True, report__pictures=0)
+        for stage in ("zero2", "zero3")
+    }  # fmt: skip
+    ranks.run(*stages.values())
+    two, three = (json.loads((tmp_path / stage / "report" / "results.json").read_text()) for stage in stages)
+    assert two["tokens"] < 11
+    assert {name: two[name] for name in ("tokens", "of_tokens", "training_free")} == {
+        name: three[name] for name in ("tokens", "of_tokens", "training_free")
+    }
 
 
 @pytest.mark.launch
