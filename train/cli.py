@@ -83,7 +83,8 @@ def run_guarded(action: Callable[[], int]) -> int:
     except Exception as error:
         if lost_peer(error):
             # Another rank has already said what is wrong; let the launcher see that one's exit code first.
-            print(f"rank {rank}: lost the connection to another rank; ending too", file=sys.stderr, flush=True)
+            said = next(iter(str(error).splitlines()), "")
+            print(f"rank {rank}: lost the connection to another rank; ending too ({said})", file=sys.stderr, flush=True)
             time.sleep(5)
         else:
             print(f"rank {rank}: unexpected error", file=sys.stderr)
@@ -92,13 +93,16 @@ def run_guarded(action: Callable[[], int]) -> int:
 
 
 def lost_peer(error: BaseException) -> bool:
+    """Whether gloo, NCCL or the store say that another rank is gone. NCCL's other errors (no memory, two ranks on one GPU, a driver
+    that is too old) are this rank's own, though "NCCL" is in them too."""
     words = (
         "connection closed by peer",
+        "connection closed by remote peer",
         "connection reset by peer",
         "connection refused",
         "broken pipe",
-        "nccl",
-        "remote process",
+        "remote process exited",
+        "communicator was aborted",
     )
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 

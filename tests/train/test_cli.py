@@ -1,0 +1,49 @@
+"""What a rank says of an error: its own with a traceback, another rank's end in a line."""
+
+from __future__ import annotations
+
+import pytest
+from torch.distributed import DistBackendError
+
+from train import cli
+from train.ending import Exit
+
+NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3690, "
+GONE = (
+    f"{NCCL}remote process exited or there was a network error, NCCL version 2.27.5\nncclRemoteError: A call failed",
+    f"{NCCL}internal error, NCCL version 2.14.3\nLast error:\nNet : Connection closed by remote peer node3<50260>",
+    "NCCL communicator was aborted on rank 2. Original reason for failure was: watchdog timeout",
+    "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.4]:51232",
+)
+OWN = (
+    f"{NCCL}unhandled cuda error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.5\nCuda failure 2 'out of memory'",
+    f"{NCCL}invalid usage, NCCL version 2.27.5\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 4000",
+    "CUDA out of memory. Tried to allocate 2.00 GiB",
+)
+
+
+def said(error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    def fail() -> int:
+        raise error
+
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
+    assert cli.run_guarded(fail) == Exit.ERROR
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", GONE)
+def test_another_rank_is_gone(text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = said(DistBackendError(text), capsys, monkeypatch)
+    assert "lost the connection to another rank" in found
+    assert text.splitlines()[0] in found
+    assert "Traceback" not in found
+
+
+@pytest.mark.parametrize("text", OWN)
+def test_an_error_of_nccl_that_is_our_own(
+    text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = said(DistBackendError(text), capsys, monkeypatch)
+    assert "unexpected error" in found
+    assert "Traceback" in found
+    assert text in found
