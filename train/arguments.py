@@ -137,6 +137,15 @@ class TrainerSection(BaseModel):
             swapped["nvme_path"] = self.nvme_path or swapped.get("nvme_path")
         return read
 
+    @property
+    def sharded(self) -> bool:
+        """Whether no rank has whole weights (ZeRO-3), by its name or by what a DeepSpeed config of one's own says."""
+        return zero_stage(self.deepspeed_config()) == 3
+
+
+def zero_stage(deepspeed: dict[str, Any] | None) -> int:
+    return int((deepspeed or {}).get("zero_optimization", {}).get("stage", 0))
+
 
 def swapped_to_disk(deepspeed: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The sections of a DeepSpeed config that swap parameters or the optimizer to a disk."""
@@ -169,7 +178,7 @@ def check_compile(section: TrainerSection, deepspeed: dict[str, Any] | None) -> 
     """Raises ValueError where layers can't be compiled as `section` asks."""
     if not section.torch_compile:
         return
-    if (deepspeed or {}).get("zero_optimization", {}).get("stage") == 3:
+    if zero_stage(deepspeed) == 3:
         raise ValueError(
             "torch_compile: ZeRO-3 gathers weights inside of what would be compiled; take zero2, or leave it out"
         )

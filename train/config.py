@@ -143,7 +143,7 @@ class RunConfig(Section):
             raise ValueError(
                 "model.quantization and train.parts: a quantised LLM can't be trained in full; use train.lora"
             )
-        if self.model.quantization and self.trainer.deepspeed.startswith("zero3"):
+        if self.model.quantization and self.trainer.sharded:
             raise ValueError(
                 "model.quantization: quantised weights can't be sharded by ZeRO-3; use trainer.deepspeed=zero2"
             )

@@ -58,7 +58,7 @@ def write_report(
         return []
     folder = Path(config.output_dir) / "report"
     pictures = report.write(folder, config, scores, facts, log)
-    if config.eval is not None and not config.trainer.deepspeed.startswith("zero3"):
+    if config.eval is not None and not config.trainer.sharded:
         with random_state.untouched():
             pictures += report.kept_patches(folder, model, processor, config)
     return pictures

@@ -210,7 +210,7 @@ class Program:
         if not self.wandb:
             return []
         report, held_out = self.config.report, self.config.eval
-        if held_out is None or not report.enabled or self.config.trainer.deepspeed.startswith("zero3"):
+        if held_out is None or not report.enabled or self.config.trainer.sharded:
             return [self.wandb]
         look = Look(
             self.wandb.log_made, lambda: questions_of(self.config, self.processor), self.processor, held_out,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.train.workspace import ROOT, environment
-from train.arguments import STAGES, accumulation, training_arguments
+from train.arguments import STAGES, TrainerSection, accumulation, training_arguments
 from train.config import ConfigError, RunConfig, describe, load_config, parse_config, to_yaml
 
 GOOD: dict[str, Any] = {
@@ -189,6 +189,17 @@ def test_defaults_pass_on_to_training_arguments(tmp_path: Path, monkeypatch: pyt
     assert (args.weight_decay, args.logging_steps, args.seed) == (0.1, 7, 3)
     assert args.average_tokens_across_devices
     assert not args.logging_nan_inf_filter
+
+
+def test_zero3_is_known_by_what_a_deepspeed_config_says(tmp_path: Path) -> None:
+    """Not by its name alone: a file of one's own may be called anything."""
+    own = tmp_path / "mine.json"
+    for stage, sharded in ((2, False), (3, True)):
+        own.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        assert TrainerSection(deepspeed=str(own)).sharded == sharded
+    own.write_text("{}")
+    named = {stage: TrainerSection(deepspeed=stage).sharded for stage in (*STAGES, str(own))}
+    assert {stage for stage, sharded in named.items() if sharded} == {s for s in STAGES if s.startswith("zero3")}
 
 
 def test_liger_that_is_not_installed_is_said_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,9 @@ def test_a_run_compares_all_three_and_writes_its_report(workspace: Path, ranks: 
     section = {**held_out(workspace), "sources": [{"path": str(known), "images": str(workspace / "images")}]}
     changes = {"eval": section, "report__enabled": True, "report__pictures": 2, "seed": 3}
     two = config_of(workspace, tmp_path / "two", **changes)
-    three = config_of(workspace, tmp_path / "zero3", trainer__deepspeed="zero3", **changes)
+    own = tmp_path / "own.json"  # a file of one's own is known for ZeRO-3 by what it says
+    own.write_bytes((ROOT / "configs" / "deepspeed" / "zero3.json").read_bytes())
+    three = config_of(workspace, tmp_path / "zero3", trainer__deepspeed=str(own), **changes)
     said = ranks.run(two, three)
     assert "| training-free | 7 " in said
     found = json.loads((tmp_path / "two" / "report" / "results.json").read_text())
