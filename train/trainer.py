@@ -191,6 +191,11 @@ class ProjectorTrainer(Trainer):
         assert num_items_in_batch is not None
         return loss * self.args.world_size / num_items_in_batch
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """On the device; under DeepSpeed floating-point ones in the weights' type, but for what the loss takes in float32."""
+        answers = {name: inputs.pop(name).to(self.args.device) for name in ANSWER_KEYS if name in inputs}
+        return {**super()._prepare_inputs(inputs), **answers}
+
     def teacher(self, inputs: dict[str, Any]) -> Teacher | None:
         """Takes the teacher's answers out of the inputs, where the data brings them."""
         if "teacher_words" not in inputs:
@@ -204,10 +209,17 @@ class ProjectorTrainer(Trainer):
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float | None:
-        """The norm is of the reduced gradient, so all ranks see the same and end together."""
+        """The norm is of the reduced gradient, so all ranks see the same and end together.
+
+        In float16 a scale that is too large makes it infinite; the step is then left out and the scale halved. DeepSpeed has done so
+        by now, a scaler of torch does so afterwards.
+        """
         norm = super()._get_grad_norm(model, grad_norm)
         value = float(norm) if norm is not None else None
-        if value is not None and not math.isfinite(value) and not self.accelerator.optimizer_step_was_skipped:
+        if value is None or math.isfinite(value) or self.accelerator.optimizer_step_was_skipped:
+            return value
+        scaler = self.accelerator.scaler
+        if scaler is None or scaler.get_scale() <= 1:
             raise RunEnded(
                 Exit.NOT_FINITE,
                 f"the gradient is {value} at step {self.state.global_step + 1}. Nothing was saved from this step on. Lower "
