@@ -8,7 +8,7 @@ pseudo-code averages) the code is followed, because it produced the published nu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -88,7 +88,8 @@ def compress(
     Raises:
         ValueError: when the budget is larger than ``N``.
     """
-    result = _compress(features, dominant, contextual, selector, merge)
+    with without_autocast(features.hidden_states.device):
+        result = _compress(features, dominant, contextual, selector, merge)
     listener = _listener.get() if listened() else None
     if listener is not None:
         listener(features, result)
@@ -118,6 +119,12 @@ def _compress(features: Features, dominant: int, contextual: int, selector: str,
     else:
         slots.scatter_(1, rest, group + dominant)
     return Compressed(torch.cat((tokens, merged), dim=1), kept, rest[:, target_places], slots)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, products are taken in the precision of what they are given, whatever surrounds: a trainer's ``bf16=True`` would take
+    those that choose and merge in bfloat16, and pictures would keep other tokens there than when a cache was written."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 def part(pictures: Compressed, start: int, stop: int) -> Compressed:

@@ -12,7 +12,7 @@ from transformers import CLIPVisionModel
 from tests.tiny import REFERENCE
 from visionzip.compress import DROPPED, compress, contextual_targets
 from visionzip.encoders import encoder_for
-from visionzip.selectors import Features
+from visionzip.selectors import SELECTORS, Features
 
 GOLDEN = sorted(path.name for path in REFERENCE.glob("clip_*"))
 
@@ -142,3 +142,19 @@ def test_impossible_budget(dominant, contextual):
     features = Features(torch.randn(1, 30, 4), torch.randn(1, 30, 4), torch.randn(1, 30), True)
     with pytest.raises(ValueError, match="30 tokens"):
         compress(features, dominant, contextual)
+
+
+@pytest.mark.parametrize("selector", SELECTORS.names())
+def test_the_same_tokens_where_a_trainer_switched_autocast_on(selector):
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(4, 145, 16), (4, 145, 16), (4, 145)]
+    features = Features(
+        *(torch.randn(shape, generator=generator) for shape in shapes[:2]),
+        torch.rand(shapes[2], generator=generator),
+        True,
+    )
+    expected = compress(features, 20, 6, selector=selector)
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = compress(features, 20, 6, selector=selector)
+    assert torch.equal(found.slots, expected.slots)
+    assert torch.equal(found.tokens, expected.tokens)

@@ -5,7 +5,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from visionzip.encoders import base, encoder_for
-from visionzip.encoders.base import CHUNK, attention_received
+from visionzip.encoders.base import CHUNK, attention_from_cls, attention_received
 
 
 def tower(image=32, patch=8, heads=4, layers=3, attention="sdpa"):
@@ -135,3 +135,27 @@ def test_a_picture_wider_than_a_slice_goes_alone_and_an_accelerator_takes_all_at
     adapter = encoder_for(model)
     assert adapter.at_once(model, torch.randn(3, 3, 32, 32)) == 1
     assert adapter.at_once(model, torch.empty(3, 3, 32, 32, device="meta")) == 3
+
+
+def test_large_queries_and_keys_do_not_overflow_in_float16():
+    """64 products of 40 · 40 are more than float16 holds; scaled they are not."""
+    query, keys = torch.full((1, 2, 1, 64), 40.0), torch.full((1, 2, 5, 64), 40.0)
+    keys[:, :, 1:] = 30.0
+    exact = attention_from_cls(query, keys, 64**-0.5)
+    torch.testing.assert_close(attention_from_cls(query.half(), keys.half(), 64**-0.5), exact)
+
+
+@pytest.mark.parametrize(("dtype", "inside"), [(torch.float16, False), (torch.bfloat16, False), (torch.float32, True)])
+def test_half_precision_is_not_widened_by_a_trainers_autocast(dtype, inside):
+    """What a cache was written with is what training on pixels computes; a float32 encoder may be run faster."""
+    model = tower().to(dtype)
+    seen = []
+
+    def note(module, args):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        raise InterruptedError  # what follows is no matter, and not every CPU has half-precision kernels
+
+    model.embeddings.register_forward_pre_hook(note)
+    with pytest.raises(InterruptedError), torch.autocast("cpu", dtype=torch.bfloat16):
+        encoder_for(model).encode(model, torch.randn(1, 3, 32, 32), -2)
+    assert seen == [inside]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from visionzip.compress import without_autocast
 from visionzip.registry import Registry
 from visionzip.selectors import Features, joined
 
@@ -50,7 +52,8 @@ class Encoder(ABC):
             ValueError: for a layer that can't be read, see `layers_run`.
         """
         slices = pixel_values.split(self.at_once(tower, pixel_values))
-        return joined([self.read(tower, part, layer, scores) for part in slices])
+        with in_own_precision(tower, pixel_values.device):
+            return joined([self.read(tower, part, layer, scores) for part in slices])
 
     @abstractmethod
     def read(self, tower: Any, pixel_values: Tensor, layer: Layer, scores: bool) -> Features:
@@ -102,6 +105,21 @@ def encoder_for(tower: Any) -> Encoder:
     )
 
 
+def in_own_precision(module: nn.Module, device: torch.device) -> AbstractContextManager[None]:
+    """Inside, a module loaded in half precision runs as it does when a cache is written, also under a trainer's ``bf16=True``.
+
+    CUDA's autocast takes norms in float32 and leaves their results so: the whole residual stream of an encoder would be wider, and
+    the tokens others than the cache's. A float32 module is left to whoever switched autocast on.
+    """
+    kind = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    return without_autocast(device) if kind in (torch.bfloat16, torch.float16) else nullcontext()
+
+
+def side_by_side(hidden_states: list[Tensor], device: torch.device) -> Tensor:
+    """``(B, N, D)`` of each layer that is read → ``(B, N, layers · D)``; under a device map layers may lie on several devices."""
+    return hidden_states[0] if len(hidden_states) == 1 else torch.cat([x.to(device) for x in hidden_states], dim=-1)
+
+
 def split_heads(states: Tensor, heads: int) -> Tensor:
     """``(B, N, H·d)`` → ``(B, H, N, d)``."""
     return states.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -113,7 +131,10 @@ def attention_from_cls(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     One row of the attention map; the map itself is never formed (VisionZip issues 18, 24, 25 and 29: asking for all maps
     costs SDPA and FlashAttention, and with them the speed-up).
     """
-    return (query @ keys.transpose(-1, -2) * scale).softmax(dim=-1, dtype=torch.float32).sum(dim=1).squeeze(1)
+    logits = (query * scale) @ keys.transpose(
+        -1, -2
+    )  # scaled before: float16 ends at 65,504, which a product of 64 values reaches
+    return logits.softmax(dim=-1, dtype=torch.float32).sum(dim=1).squeeze(1)
 
 
 def attention_received(queries: Tensor, keys: Tensor, scale: float) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionzip.encoders.base import ENCODERS, Encoder, Layer, attention_from_cls, split_heads
+from visionzip.encoders.base import ENCODERS, Encoder, Layer, attention_from_cls, side_by_side, split_heads
 from visionzip.selectors import Features
 
 
@@ -42,7 +42,7 @@ class ClipEncoder(Encoder):
         normed = block.layer_norm1(block_input)
         keys = split_heads(attention.k_proj(normed), attention.num_heads)  # (B, H, N, d)
         found = self.score(attention, normed, keys) if scores else None
-        tokens = seen[reads[0]] if len(reads) == 1 else torch.cat([seen[number] for number in reads], dim=-1)
+        tokens = side_by_side([seen[number] for number in reads], hidden_states.device)
         return Features(tokens, keys.mean(dim=1), found, has_cls=self.has_cls)
 
     def embed(self, tower: Any, pixel_values: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionzip.encoders.base import ENCODERS, Encoder, Layer, attention_received, split_heads
+from visionzip.encoders.base import ENCODERS, Encoder, Layer, attention_received, side_by_side, split_heads
 from visionzip.selectors import Features
 
 
@@ -45,7 +45,7 @@ class InternVitEncoder(Encoder):
         if scores:
             queries = split_heads(attention.q_norm(attention.q_proj(normed)), attention.num_heads)
             found = attention_received(queries, keys, attention.scale)
-        tokens = seen[reads[0]] if len(reads) == 1 else torch.cat([seen[number] for number in reads], dim=-1)
+        tokens = side_by_side([seen[number] for number in reads], hidden_states.device)
         return Features(tokens, keys.mean(dim=1), found, has_cls=True)
 
 

@@ -10,13 +10,14 @@ Shapes: ``S`` patches of all pictures, ``t`` frames of one picture, ``n`` groups
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-from visionzip.encoders.base import attention_received
+from visionzip.encoders.base import attention_received, in_own_precision
 from visionzip.selectors import Features
 
 
@@ -50,12 +51,25 @@ class QwenEncoder:
         Raises:
             ValueError: when the patches are not as many as the grids say.
         """
-        lengths = grid_thw.prod(-1).tolist()
+        grids = grid_thw.tolist()  # one wait for a GPU, not one a picture
+        lengths = [frames * rows * columns for frames, rows, columns in grids]
         if sum(lengths) != len(pixel_values):
             raise ValueError(
-                f"{len(pixel_values)} patches were given, but the grids {grid_thw.tolist()} are of {sum(lengths)}; on a "
+                f"{len(pixel_values)} patches were given, but the grids {grids} are of {sum(lengths)}; on a "
                 f"cache of an earlier turn, pass the pixels of all pictures that are in the prompt"
             )
+        with in_own_precision(tower, pixel_values.device):
+            return self._read(tower, pixel_values, grid_thw, grids, lengths, scores)
+
+    def _read(
+        self,
+        tower: Any,
+        pixel_values: Tensor,
+        grid_thw: Tensor,
+        grids: list[list[int]],
+        lengths: list[int],
+        scores: bool,
+    ) -> list[Frames]:
         hidden, rotary, windows = self._embed(tower, pixel_values, grid_thw)
         group = tower.spatial_merge_size**2
         deep, block_input = [], hidden
@@ -67,17 +81,19 @@ class QwenEncoder:
 
         last = tower.blocks[-1]
         queries, keys, _ = last.attn.qkv(last.norm1(block_input)).unflatten(-1, (3, last.attn.num_heads, -1)).unbind(1)
-        queries, keys = apply_rotary_pos_emb_vision(queries, keys, *rotary)  # (S, H, d)
-        raster = [windows.undo(states, group) for states in (hidden, queries, keys, *deep)]
+        there = hidden.device  # under a device map blocks may lie on several
+        queries, keys = apply_rotary_pos_emb_vision(queries, keys, *(x.to(queries.device) for x in rotary))  # (S, H, d)
+        raster = [windows.undo(states.to(there), group) for states in (hidden, queries, keys, *deep)]
         parts = [states.split(lengths) for states in raster]
         return [
-            self._frames(grid, group, last.attn.scaling, scores, *states)
-            for grid, *states in zip(grid_thw, *parts, strict=True)
+            self._frames(grid, frames, group, last.attn.scaling, scores, *states)
+            for grid, (frames, _, _), *states in zip(grid_thw, grids, *parts, strict=True)
         ]
 
     def _frames(
         self,
         grid: Tensor,
+        frames: int,
         group: int,
         scale: float,
         scores: bool,
@@ -87,7 +103,6 @@ class QwenEncoder:
         *deep: Tensor,
     ) -> Frames:
         """One picture: ``(t·h·w, …)`` each → frames of groups."""
-        frames = int(grid[0])
         keys, queries = (x.unflatten(0, (frames, -1)).transpose(1, 2) for x in (keys, queries))  # (t, H, h·w, d)
         found = attention_received(queries, keys, scale).unflatten(1, (-1, group)).mean(-1) if scores else None
         metric = keys.mean(dim=1).unflatten(1, (-1, group)).mean(2)  # (t, n, d)
@@ -143,10 +158,12 @@ class Windows:
         """What the attention of a block is told of sequences."""
         if self.cut is None or block in self.full:
             return {"cu_seqlens": self.whole[0], "max_seqlen": self.whole[1]}
-        longest = (
-            None if self.whole[1] is None else int(self.cut.diff().max())
-        )  # FlashAttention asks for it, others don't
-        return {"cu_seqlens": self.cut, "max_seqlen": longest}
+        return {"cu_seqlens": self.cut, "max_seqlen": self.longest}
+
+    @cached_property
+    def longest(self) -> int | None:
+        """Of the windows. FlashAttention asks for it, others don't; one wait for a GPU, not one a block."""
+        return None if self.cut is None or self.whole[1] is None else int(self.cut.diff().max())
 
     def do(self, states: Tensor, group: int) -> Tensor:
         """``(S, …)`` in raster order of groups → in order of windows."""
@@ -154,4 +171,6 @@ class Windows:
 
     def undo(self, states: Tensor, group: int) -> Tensor:
         """``(S, …)`` in order of windows → in raster order of groups."""
-        return states if self.order is None else states.unflatten(0, (-1, group))[self.order.argsort()].flatten(0, 1)
+        if self.order is None:
+            return states
+        return states.unflatten(0, (-1, group))[self.order.argsort().to(states.device)].flatten(0, 1)

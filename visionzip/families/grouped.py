@@ -26,6 +26,7 @@ from transformers.processing_utils import MultiModalData
 
 from visionzip.config import ZipConfig
 from visionzip.encoders import Layer
+from visionzip.encoders.base import in_own_precision
 from visionzip.families.base import Family, Picture, read, shrink
 from visionzip.selectors import Features
 
@@ -79,15 +80,16 @@ class Grouped(Family):
         """``(T, 3, height, width)`` → ``(T, K, C)``."""
         layer = self.layer(model, config)
         tower = model.get_submodule(self.tower)
-        found = read(self.encoder(model), tower, pixel_values, layer, config)
-        side, cls = self.side(model), found.cls
-        patches = Features(
-            self.join(model, self.read(model, found.hidden_states, layer)[:, cls:]),
-            group_mean(found.metric[:, cls:], side),
-            None if found.scores is None else group_mean(found.scores[:, cls:, None], side).squeeze(-1),
-            has_cls=False,
-        )
-        return shrink(patches, config).tokens
+        with in_own_precision(tower, pixel_values.device):
+            found = read(self.encoder(model), tower, pixel_values, layer, config)
+            side, cls = self.side(model), found.cls
+            tokens = self.join(model, self.read(model, found.hidden_states, layer)[:, cls:])
+            there = tokens.device  # under a device map the last norm may lie elsewhere than the layers
+            metric = group_mean(found.metric[:, cls:].to(there), side)
+            scores = found.scores
+            if scores is not None:
+                scores = group_mean(scores[:, cls:, None].to(there), side).squeeze(-1)
+            return shrink(Features(tokens, metric, scores, has_cls=False), config).tokens
 
     def compress(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[Picture]:
         """One entry a *tile*: nothing in ``pixel_values`` says which tiles are of one picture, and nothing needs to know."""

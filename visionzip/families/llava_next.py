@@ -120,7 +120,8 @@ class LlavaNext(Llava):
         side, budget = self.side(model), sum(self.budget(model, config))
         base = side**2 + int(model.config.vision_feature_select_strategy == "full")
         found = []
-        for size, grid in zip(image_inputs["image_sizes"], self.grids(model, image_inputs["image_sizes"]), strict=True):
+        sizes = torch.as_tensor(image_inputs["image_sizes"]).tolist()
+        for size, grid in zip(sizes, self.grids(model, sizes), strict=True):
             height, width = unpadded(size, grid, side)
             found.append((base + height * (width + 1), (grid[0] * grid[1] + 1) * budget))  # a newline ends each row
         return found

@@ -119,8 +119,9 @@ class LlavaOnevision(LlavaNext):
 
     def _video(self, model: PreTrainedModel, config: ZipConfig, frames: Tensor) -> Picture:
         side = self.side(model)
-        places, weights = bilinear_corners(side, pooled_side(side), frames.device)
-        features = pool(self._read(model, config, frames), places, weights)
+        found = self._read(model, config, frames)
+        places, weights = bilinear_corners(side, pooled_side(side), found.hidden_states.device)
+        features = pool(found, places, weights)
         kept = shrink(features, config)
         chosen = torch.cat((kept.kept, kept.targets), dim=1)  # (F, K)
         return {

@@ -191,11 +191,13 @@ def combine(picture: dict[str, Tensor], embeddings: Tensor) -> Tensor:
 
     The sum is a product with a matrix of shares, not a scatter-add, whose order on a GPU is random.
     """
-    targets = picture["targets"]
     if embeddings.shape[1] == picture["kept"].shape[1]:
         return embeddings.flatten(0, 1)
-    tokens = take(embeddings, picture["kept"])
-    shares = (picture["slots"].unsqueeze(1) == targets.unsqueeze(2)) / picture["parts"].unsqueeze(1)  # (t, T, n)
+    kept, targets, slots, parts = (
+        picture[name].to(embeddings.device) for name in ("kept", "targets", "slots", "parts")
+    )  # under a device map the merger may lie elsewhere than the blocks
+    tokens = take(embeddings, kept)
+    shares = (slots.unsqueeze(1) == targets.unsqueeze(2)) / parts.unsqueeze(1)  # (t, T, n)
     mixed = (shares @ embeddings.float()).to(embeddings.dtype)
     return tokens.scatter(1, targets.unsqueeze(-1).expand_as(mixed), mixed).flatten(0, 1)
 
