@@ -212,14 +212,16 @@ class ProjectorTrainer(Trainer):
         """The norm is of the reduced gradient, so all ranks see the same and end together.
 
         In float16 a scale that is too large makes it infinite; the step is then left out and the scale halved. DeepSpeed has done so
-        by now, a scaler of torch does so afterwards.
+        by now, a scaler of torch does so afterwards. In other types DeepSpeed leaves the step out too, and every one after it: a run
+        would end well without having learned anything.
         """
         norm = super()._get_grad_norm(model, grad_norm)
         value = float(norm) if norm is not None else None
-        if value is None or math.isfinite(value) or self.accelerator.optimizer_step_was_skipped:
+        if value is None or math.isfinite(value):
             return value
         scaler = self.accelerator.scaler
-        if scaler is None or scaler.get_scale() <= 1:
+        tries_again = self.accelerator.optimizer_step_was_skipped or (scaler is not None and scaler.get_scale() > 1)
+        if not (self.args.fp16 and tries_again):
             raise RunEnded(
                 Exit.NOT_FINITE,
                 f"the gradient is {value} at step {self.state.global_step + 1}. Nothing was saved from this step on. Lower "
@@ -323,12 +325,21 @@ class ProjectorTrainer(Trainer):
                 writer = checkpoint.Writer(self.folder, self.state.global_step, beat)
             for name, value in self.masters.tensors():
                 beat()
+                if not torch.isfinite(value).all():  # ZeRO-0 in float32 tells no norm of the gradient
+                    raise RunEnded(
+                        Exit.NOT_FINITE,
+                        f"{name} is not finite at step {self.state.global_step}, which is not saved. Lower trainer.learning_rate",
+                    )
                 if writer is not None:
                     writer.tensor(name, value)
             if writer is not None:
                 self._write_rest(writer, states)
                 writer.commit()
                 checkpoint.rotate(self.folder, self.args.save_total_limit)
+        except RunEnded:
+            if writer is not None:
+                writer.abandon()
+            raise
         except OSError as error:
             if writer is not None:
                 writer.abandon()

@@ -179,6 +179,20 @@ def test_a_loss_that_is_not_finite_ends_the_run(workspace: Path, ranks: Ranks, t
 
 
 @pytest.mark.launch
+@pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
+def test_a_gradient_that_is_not_finite_ends_the_run(workspace: Path, ranks: Ranks, tmp_path: Path, stage: str) -> None:
+    """DeepSpeed leaves such a step out and goes on, to the end of a run that learns nothing; without ZeRO it takes it."""
+    config = endless(workspace, tmp_path / "run", trainer__deepspeed=stage, trainer__save_steps=1, trainer__max_steps=6)
+    ranks.start(config, bad_gradient=4)
+    assert 70 in ranks.wait()
+    assert "is not finite at step" in ranks.output() or "the gradient is" in ranks.output()
+    assert checkpoint.listed(tmp_path / "run")
+    for saved in checkpoint.listed(tmp_path / "run"):
+        reader = checkpoint.Reader(saved)
+        assert all(bool(reader.tensor(name).isfinite().all()) for name in reader.shapes())
+
+
+@pytest.mark.launch
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
     """The kernel refuses to let a file grow, as a full disk or a quota does; then there is room again."""
     output = tmp_path / "run"

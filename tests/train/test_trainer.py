@@ -39,18 +39,21 @@ def test_a_teacher_s_answers_stay_in_float32_under_deepspeed(
 
 
 @pytest.mark.parametrize(
-    ("scaler", "skipped", "ends"),
+    ("float16", "scaler", "skipped", "ends"),
     [
-        (None, False, True),  # float32, bfloat16
-        (65536.0, False, False),  # float16: torch's scaler will leave the step out
-        (None, True, False),  # float16: DeepSpeed has left it out
-        (0.5, False, True),  # no scale is small enough
+        (False, None, False, True),
+        (False, None, True, True),  # left out by DeepSpeed, as would be all that follow
+        (True, 65536.0, False, False),  # torch's scaler will leave the step out
+        (True, None, True, False),  # DeepSpeed has left it out, and will try a smaller scale
+        (True, 0.5, False, True),  # no scale is small enough
     ],
 )
-def test_an_infinite_gradient(scaler: float | None, skipped: bool, ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_infinite_gradient(
+    float16: bool, scaler: float | None, skipped: bool, ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Trainer, "_get_grad_norm", lambda self, model, grad_norm: grad_norm)
     trainer: Any = object.__new__(ProjectorTrainer)
-    trainer.state = SimpleNamespace(global_step=0)
+    trainer.state, trainer.args = SimpleNamespace(global_step=0), SimpleNamespace(fp16=float16)
     scale = SimpleNamespace(get_scale=lambda: scaler) if scaler else None
     trainer.accelerator = SimpleNamespace(scaler=scale, optimizer_step_was_skipped=skipped)
     if ends:

@@ -58,6 +58,18 @@ def rank(request: dict[str, Any], number: int, port: int) -> None:
             quick(path, content)
 
         checkpoint.write_through = slow
+    if request.get("bad_gradient"):
+        from train import trainer
+
+        good = trainer.summed_loss
+        calls = iter(range(10**6))
+
+        def bad(*given: Any, **named: Any) -> Any:
+            """A finite loss whose gradient is NaN, but for the first of them."""
+            loss = good(*given, **named)
+            return loss if next(calls) < request["bad_gradient"] else loss + (loss * 0).sqrt()
+
+        trainer.summed_loss = bad
     if request.get("aio_stand_in"):
         from tests.train.aio_stand_in import install
 
