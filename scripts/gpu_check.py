@@ -91,7 +91,10 @@ def judged(found: dict[str, Any]) -> list[list[str]]:
     for what, sign, limit, at_least, value in TARGETS:
         try:
             got = value(found)
-        except KeyError:  # its part was not asked for, failed, or ran out of memory in that way
+        except (
+            KeyError,
+            ValueError,
+        ):  # its part was not asked for or failed, or one of its ways, or all, took too much memory
             rows.append([what, f"{sign} {limit:g}", "not run", ""])
             continue
         rows.append(

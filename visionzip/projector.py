@@ -202,7 +202,7 @@ def put_state(attachment: Attachment, state: dict[str, Tensor], source: str) -> 
     """Copy `state` (names of the plain model) into the projector; keys and shapes must be exactly its own.
 
     Raises:
-        ValueError: naming the first keys that are missing, unknown or of another shape.
+        ValueError: naming the first keys that are missing, unknown, of another shape, or offloaded by a device map.
     """
     targets: dict[str, nn.Parameter] = {}
     for name in attachment.projector_names:
@@ -211,6 +211,12 @@ def put_state(attachment: Attachment, state: dict[str, Tensor], source: str) -> 
     missing, unknown = sorted(targets.keys() - state.keys()), sorted(state.keys() - targets.keys())
     if missing or unknown:
         raise ValueError(f"{source} does not hold this projector: missing {missing[:4]}, unknown {unknown[:4]}")
+    away = [key for key, parameter in targets.items() if parameter.is_meta]  # what is copied there is lost in silence
+    if away:
+        raise ValueError(
+            f"{source} can't be put into {away[0]}, which is not in memory: the device_map offloaded it; give "
+            f"{' and '.join(attachment.projector_names)} a device in device_map"
+        )
     with gathered(list(targets.values())):
         for key, parameter in targets.items():
             if parameter.shape != state[key].shape:

@@ -89,3 +89,10 @@ def test_the_gpu_check_needs_only_what_the_library_needs():
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip().splitlines()[-1] == "[]"
+
+
+def test_the_gpu_check_ends_in_its_table_whatever_failed():
+    """A part that was not run, and one of whose ways only the plain one fitted into memory."""
+    rows = gpu_check.judged({"train-7b": {"ways": {"plain": {"samples_per_second": 1.0}}}})
+    assert len(rows) == len(gpu_check.TARGETS)
+    assert {row[2] for row in rows} == {"not run"}

@@ -160,3 +160,22 @@ def test_a_failed_write_leaves_the_old_file(trained, tmp_path, monkeypatch):
         save_projector(trained, tmp_path / "out")
     assert path.read_bytes() == before
     assert json.loads(json.dumps(read_header(path)["zip"])) == BUDGET.model_dump()
+
+
+@torch.no_grad()
+def test_a_device_map_that_leaves_the_llm_on_the_disk(trained, processor, tmp_path):
+    """Its weights are passed over by the fingerprint; a projector there would lose what is put into it, and is refused."""
+    save_projector(trained, tmp_path / "out")
+    away = {"model.vision_tower": "cpu", "model.language_model": "disk", "lm_head": "disk"}
+    for where in ("cpu", "disk"):
+        given = {"device_map": {**away, "model.multi_modal_projector": where}, "offload_folder": tmp_path / where}
+        if where == "disk":
+            with pytest.raises(
+                ValueError, match=r"linear_1.weight, which is not in memory: the device_map offloaded it"
+            ):
+                load(tmp_path / "out", **given)
+            continue
+        found, _ = load(tmp_path / "out", **given)
+        assert {p.device.type for p in found.model.language_model.parameters()} == {"meta"}
+        inputs = processor(text="USER: <image> what is this ASSISTANT:", images=[picture()], return_tensors="pt")
+        torch.testing.assert_close(found(**inputs).logits, trained(**inputs).logits)
