@@ -91,10 +91,8 @@ def judged(found: dict[str, Any]) -> list[list[str]]:
     for what, sign, limit, at_least, value in TARGETS:
         try:
             got = value(found)
-        except (
-            KeyError,
-            ValueError,
-        ):  # its part was not asked for or failed, or one of its ways, or all, took too much memory
+        # Its part was not asked for or failed, or one of its ways, or all of them, took too much memory.
+        except (KeyError, ValueError):
             rows.append([what, f"{sign} {limit:g}", "not run", ""])
             continue
         rows.append(
