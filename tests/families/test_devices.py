@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_map
 from tests.device import DEVICE, OTHER, THIRD, Elsewhere, There, moved, there
 from tests.families.case import Case, cases, video
 from tests.families.test_properties import new_tokens, pictures
-from visionzip import attach, attached
+from visionzip import ZipConfig, attach, attached
 from visionzip.compress import compress
+from visionzip.config import Adaptive
 from visionzip.selectors import SELECTORS, Features
 
 CASES = pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
@@ -116,3 +117,29 @@ def test_pixels_of_another_precision_than_the_encoder(case):
     model.double()
     wide = {name: value.double() if value.is_floating_point() else value for name, value in given["image"].items()}
     torch.testing.assert_close(model(**given["image"]).logits, model(**wide).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("measure", ["attention", "coverage"])
+@torch.no_grad()
+def test_budgets_of_each_pictures_own_on_a_device(measure):
+    case = next(case for case in cases() if case.name == "LLaVA-NeXT")
+    model, processor = case.model(), case.processor()
+    adaptive = Adaptive(measure=measure, threshold=0.3, least=4)
+    attach(model, processor, ZipConfig(dominant=40, contextual=5, adaptive=adaptive))
+    inputs = case.process(processor, [case.prompt(), case.prompt()], [pictures(case), pictures(case, 1, 1)])
+    expected = model(**inputs).logits
+    with Elsewhere():
+        moved(model, DEVICE)
+        torch.testing.assert_close(model(**there(inputs)).logits.held, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_prompts_of_a_stock_processor_are_shortened_on_the_device():
+    case = next(case for case in cases() if case.name == "LLaVA-1.5")
+    model = attach(case.model(), None, case.budget)
+    prompts = [case.prompt(), case.prompt(question="a red circle")]
+    inputs = case.process(case.processor(), prompts, [pictures(case), pictures(case, 1, 1)])
+    expected = new_tokens(model, inputs)
+    with Elsewhere():
+        moved(model, DEVICE)
+        assert torch.equal(new_tokens(model, there(inputs)).held, expected)
