@@ -8,7 +8,9 @@ waits for it without end. Here the kernel's own lock on that file is what counts
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
+import platform
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -60,19 +62,31 @@ class Baton:
 def prepare_extensions() -> None:
     """Before DeepSpeed is imported: where its extensions are kept, by which ninja they are built, and what guards a build.
 
-    TORCH_EXTENSIONS_DIR goes first. The default is a folder for each version of torch and DeepSpeed, since another version builds
-    all of them again.
+    TORCH_EXTENSIONS_DIR goes first. The default is a folder for each version of torch, DeepSpeed and Python, since another version
+    builds all of them again, and for each kind of processor, since they are built with ``-march=native``: nodes that share a
+    home need not be alike.
     """
     if find_spec("deepspeed") is None:
         return
     from torch.utils import cpp_extension
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "visionzip-ft" / "extensions"
-    os.environ.setdefault(
-        "TORCH_EXTENSIONS_DIR", str(cache / f"torch-{torch.__version__}-deepspeed-{version('deepspeed')}")
+    versions = (
+        f"torch-{torch.__version__}-deepspeed-{version('deepspeed')}-python-{sys.version_info[0]}.{sys.version_info[1]}"
     )
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / f"{versions}-{processor()}"))
     use_own_ninja()
     cpp_extension.FileBaton = Baton  # type: ignore[misc,assignment]
+
+
+def processor(told: Path = Path("/proc/cpuinfo")) -> str:
+    """The machine's architecture and eight digits of what its processor can do: two that agree run the same instructions."""
+    try:
+        lines = told.read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.machine()
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
 
 
 def use_own_ninja() -> None:

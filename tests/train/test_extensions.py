@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from torch.utils import cpp_extension
 
 from tests.train.workspace import ROOT, Ranks, config_of, losses
-from train.extensions import Baton, prepare_extensions, use_own_ninja
+from train.extensions import Baton, prepare_extensions, processor, use_own_ninja
 
 HOLD = "import sys, time; from train.extensions import Baton; Baton(sys.argv[1]).try_acquire() and print('held', flush=True); time.sleep(60)"
 
@@ -50,12 +51,26 @@ def test_where_extensions_are_kept_and_which_ninja_builds_them(monkeypatch: pyte
     assert os.environ["TORCH_EXTENSIONS_DIR"].startswith(
         f"{tmp_path}/visionzip-ft/extensions/torch-{torch.__version__}"
     )
+    assert os.environ["TORCH_EXTENSIONS_DIR"].endswith(
+        f"-python-{sys.version_info[0]}.{sys.version_info[1]}-{processor()}"
+    )
     assert os.environ["PATH"] == f"{Path(sys.executable).parent}:/usr/bin"
     use_own_ninja()
     assert os.environ["PATH"] == f"{Path(sys.executable).parent}:/usr/bin"
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "elsewhere")
     prepare_extensions()
     assert os.environ["TORCH_EXTENSIONS_DIR"] == "elsewhere"
+
+
+def test_processors_that_can_do_other_things_have_extensions_of_their_own(tmp_path: Path) -> None:
+    here, there, alike = (tmp_path / name for name in ("here", "there", "alike"))
+    here.write_text("processor\t: 0\ncpu MHz\t: 2600.1\nflags\t\t: fpu avx2 avx512f\n\nprocessor\t: 1\n")
+    there.write_text("processor\t: 0\ncpu MHz\t: 2600.1\nflags\t\t: fpu avx2\n")
+    alike.write_text("processor\t: 0\ncpu MHz\t: 1200.7\nflags\t\t: fpu avx2 avx512f\n")
+    assert processor(here) != processor(there)
+    assert processor(here) == processor(alike)
+    assert processor(here).startswith(f"{platform.machine()}-")
+    assert processor(tmp_path / "no Linux") == platform.machine()
 
 
 @pytest.mark.launch
