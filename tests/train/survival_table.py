@@ -37,6 +37,11 @@ EVENTS = {
         1,
     ),
     "test_a_loss_that_is_not_finite_ends_the_run": ("a loss that is NaN", "exit code 70, no NaN in any checkpoint", 1),
+    "test_a_gradient_that_is_not_finite_ends_the_run": (
+        "a gradient that is NaN, under ZeRO-0, 2 and 3",
+        "exit code 70, no NaN in any checkpoint",
+        1,
+    ),
     "test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint": (
         "no room for a checkpoint",
         "exit code 74, the older checkpoint intact, goes on when there is room",
@@ -67,6 +72,11 @@ EVENTS = {
     "test_a_killed_and_resumed_run_is_one_run_with_each_step_once": (
         "SIGKILL between checkpoints with W&B offline",
         "one W&B run that holds each step once, also after `wandb sync`",
+        1,
+    ),
+    "test_a_second_run_in_the_same_directory_is_refused": (
+        "a second run started into the directory of a running one",
+        "exit code 2 and one sentence; the first goes on",
         1,
     ),
     "test_torchrun_on_two_nodes_that_share_no_folder": (
