@@ -15,8 +15,9 @@ import pytest
 
 from tests.train.workspace import ROOT, Ranks, config_of, environment, write_config
 from train.config import ConfigError
-from train.sweep import axes_of, budget_of, main, make_cells, only
+from train.sweep import axes_of, budget_of, main, make_cells
 from train.sweep_results import Group, agreement, difference, table
+from train.tasks import only
 from visionzip import ZipConfig
 
 
