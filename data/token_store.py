@@ -135,15 +135,17 @@ class Shard:
         length = rows * ROW.itemsize + names * NAME.itemsize + layouts
         if magic != MAGIC or start + length + _TAIL.size != size:
             raise Damaged(f"{path} does not end as a shard does; it was cut short or overwritten")
-        footer = self.map[start : start + length]
-        if hashlib.sha256(footer).digest() != digest:
-            raise Damaged(f"{path}: its table does not match its checksum")
-        self.rows = np.frombuffer(footer, ROW, rows)
-        self.names = np.frombuffer(footer, NAME, names, offset=rows * ROW.itemsize)
-        self.layouts = [json.loads(layout) for layout in json.loads(footer[length - layouts :])]
+        with memoryview(self.map)[start : start + length] as footer:
+            if hashlib.sha256(footer).digest() != digest:
+                raise Damaged(f"{path}: its table does not match its checksum")
+        # Views of the file: a reader of ten million entries holds none of their rows.
+        self.rows = np.frombuffer(self.map, ROW, rows, offset=start)
+        self.names = np.frombuffer(self.map, NAME, names, offset=start + rows * ROW.itemsize)
+        texts = json.loads(self.map[start + length - layouts : start + length])
+        self.layouts = [json.loads(layout) for layout in texts]
 
     def read(self, offset: int, length: int, layout: int, crc: int) -> Entry:
-        raw = bytearray(self.map[offset : offset + length])
+        raw = bytearray(memoryview(self.map)[offset : offset + length])
         if len(raw) != length or zlib.crc32(raw) != crc:
             raise Damaged(f"{self.path}: the entry at byte {offset} does not match its checksum")
         about, described = self.layouts[layout]

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import pickle
 import shutil
+import tracemalloc
 
 import pytest
 import torch
@@ -236,6 +237,28 @@ def test_workers_open_the_store_for_themselves(place, cache):
     assert len(data) < 1000
     again = pickle.loads(data)(sample(place, "0.png"))
     assert torch.equal(again.inputs[VISUAL][0], cached(sample(place, "0.png")).inputs[VISUAL][0])
+
+
+def test_what_a_reader_holds_does_not_grow_with_the_cache(tmp_path):
+    """Rows and names are looked up in the files: counted are the bytes that Python and numpy hold of them."""
+    entries, held = 4000, {}
+    for count in (entries // 40, entries):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        writer = Writer(folder)
+        for number in range(count):
+            key = key_of(str(number).encode())
+            writer.add(key, None, {"a": torch.zeros(1)})
+            writer.name(key, key, 1, 1)
+        writer.close()
+        Store(folder)  # makes the index
+        tracemalloc.start()
+        store = Store(folder)
+        assert store.get(key_of(b"7")) is not None
+        held[count] = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        del store
+    assert held[entries] < held[entries // 40] + entries  # a row alone has 32 bytes
 
 
 def test_command_line(place, capsys):
