@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import random
 import socket
 import warnings
 
@@ -18,10 +20,7 @@ def prepare_environment() -> int:
     DeepSpeed looks for MPI where RANK and its like are missing, even with one process.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": free_port()}
         os.environ.update({name: str(value) for name, value in alone.items()})
         os.environ["MASTER_ADDR"] = "127.0.0.1"
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -30,6 +29,20 @@ def prepare_environment() -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked data workers do not mix
     prepare_extensions()
     return int(os.environ["WORLD_SIZE"])
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on, of those below what the kernel gives to outgoing connections (32768 and up on Linux): one
+    of these could be taken between here and the moment it is listened on.
+
+    Raises:
+        OSError: when a hundred of them are all taken.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free TCP port from 20000 to 31999")
 
 
 def join_deepspeed() -> None:

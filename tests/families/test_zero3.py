@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from tests.families.case import Case
 from tests.families.test_properties import CASES, every_family
+from train.launch import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -24,10 +24,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One launch for all families; ``{plain,zero3}-<family>.json``."""
     out = tmp_path_factory.mktemp("zero3")
     names = [case.name for case in CASES if "zero3" not in case.exempt]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     script = ["-m", "tests.families.zero3", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     for command in ([sys.executable, *script, "plain", *names], [*launcher, *script, "zero3", *names]):

@@ -16,11 +16,11 @@ from tests.train.workspace import (
     config_of,
     environment,
     equal,
-    free_port,
     losses,
     projector,
     write_config,
 )
+from train.launch import free_port
 
 
 def run_nodes(script: str, configs: list[Path], overrides: list[list[str]], **env: str) -> list[str]:

@@ -14,9 +14,10 @@ import pytest
 
 from tests.train.test_survival import endless, steps_done, wait_for
 from tests.train.wandb_stand_in import WandbStandIn
-from tests.train.workspace import Ranks, config_of, environment, free_port, losses
+from tests.train.workspace import Ranks, config_of, environment, losses
 from train.callbacks import has_key, mode_of
 from train.config import parse_config
+from train.launch import free_port
 from train.wandb_files import history, logged_steps
 
 KEY = "0123456789" * 4

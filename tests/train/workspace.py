@@ -103,19 +103,13 @@ def environment(**extra: str) -> dict[str, str]:
     }
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 def command(script: list[str], launcher: str = "python", processes: int = 1) -> list[str]:
     """How a Python script is started."""
     bin_dir = Path(sys.executable).parent
     if launcher == "python":
         return [sys.executable, *script]
+    from train.launch import free_port
+
     port = ["--master_port", str(free_port())]
     if launcher == "deepspeed":
         return [str(bin_dir / "deepspeed"), "--num_accelerators", str(processes), *port, *script]

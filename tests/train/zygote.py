@@ -12,7 +12,6 @@ import importlib
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -93,9 +92,9 @@ def rank(request: dict[str, Any], number: int, port: int) -> None:
 
 
 def serve(request: dict[str, Any]) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    from train.launch import free_port
+
+    port = free_port()
     pids = []
     for number in range(request["world"]):
         pid = os.fork()
