@@ -13,18 +13,15 @@ A picture is a function of one integer. Those of the training pictures are even 
 from __future__ import annotations
 
 import argparse
-import errno
 import json
-import os
 import random
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
+from data.folder import write_once
 from data.scenes import COLOURS, PAIRS, SHAPES, SIZE, Scene, Shape, draw, jpeg, once, scene
 
 __all__ = [
@@ -164,25 +161,16 @@ def records(split: str, count: int, seed: int = 0) -> Iterator[tuple[dict, Image
 def write(out: str | Path, train: int = 4000, held_out: int = 400, seed: int = 0) -> bool:
     """Write the data set into the folder `out`; True if it was written, False if it was there already.
 
-    The folder is written aside and renamed, so that it is complete whenever it is there: several processes may call this at once.
-
     Raises:
-        ValueError: `out` holds something else than a data set of this module, which is left alone.
+        ValueError: `out` holds something else, which is left alone; see `data.folder.write_once`.
     """
-    out = Path(out).resolve()
     wanted = {"version": _VERSION, "train": train, "eval": held_out, "seed": seed}
-    if _found(out) == wanted:
-        return False
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        for split, count in (("train", train), ("eval", held_out)):
-            _write_split(aside, split, count, seed)
-        (aside / _MANIFEST).write_text(json.dumps(wanted) + "\n", encoding="utf-8")
-        aside.chmod(0o755)  # mkdtemp makes folders that only their owner can read
-        return _put(aside, out, wanted)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+
+    def fill(folder: Path) -> None:
+        _write_split(folder, "train", train, seed)
+        _write_split(folder, "eval", held_out, seed)
+
+    return write_once(out, _MANIFEST, wanted, fill)
 
 
 def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
@@ -192,43 +180,6 @@ def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
         (folder / "images" / entry["image"]).write_bytes(jpeg(picture))
         made.append(entry)
     (folder / f"{split}.json").write_text(json.dumps(made, indent=0) + "\n", encoding="utf-8")
-
-
-def _found(out: Path) -> dict | None:
-    """The parameters of the data set in `out`, or None where there is nothing yet."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    try:
-        return json.loads((out / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ValueError(
-            f"{out} exists and is not a folder written by data.shapes (no readable {_MANIFEST} in it): "
-            "it was left alone; name another folder, or remove it"
-        ) from None
-
-
-def _put(aside: Path, out: Path, wanted: dict) -> bool:
-    """Rename `aside` to `out`. A data set of other parameters makes way; a same one, written meanwhile, stays.
-
-    Another process may do the same at any moment, so whatever a rename finds changed is looked at again.
-    """
-    replaced = aside / "replaced"
-    for _ in range(100):
-        found = _found(out)
-        if found == wanted:
-            return False
-        try:
-            if found is not None:
-                os.rename(out, replaced)
-            os.rename(aside, out)
-        except OSError as problem:
-            if problem.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            shutil.rmtree(replaced, ignore_errors=True)
-            continue
-        shutil.rmtree(out / "replaced", ignore_errors=True)
-        return True
-    raise RuntimeError(f"{out} was changed by another process each time it was to be written; run this again")
 
 
 def main(argv: list[str] | None = None) -> None:
