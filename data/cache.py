@@ -57,7 +57,7 @@ def identity(model: Any, processor: Any, zip_config: ZipConfig, data: DataConfig
     return {
         "format": FORMAT,
         "encoder": fingerprint(model, {"encoder": family_for(model).frozen["encoder"]}),
-        "zip": zip_config.model_dump(),
+        "zip": zip_config.model_dump(exclude={"pad_images"}),  # what it comes to stands below
         "preprocessing": {
             "image_processor": type(image).__name__,
             **settings,

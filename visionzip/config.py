@@ -55,6 +55,11 @@ class ZipConfig(BaseModel):
     adaptive: Adaptive | None = Field(
         None, description="stop early where a picture needs few tokens; `dominant` is then the most"
     )
+    pad_images: bool | Literal["auto"] = Field(
+        "auto",
+        description="pad images to squares with the mean colour, as LLaVA-1.5 does; auto: where the image processor would "
+        "crop them to the middle square",
+    )
 
     @model_validator(mode="after")
     def _budgets_are_possible(self) -> ZipConfig:
