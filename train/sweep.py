@@ -3,8 +3,8 @@
     python -m train.sweep --config configs/tiny-llava/sweep.yaml --out runs/sweep selector=visionzip,divprune budget=8,16 seed=0,1,2
 
 `selector`, `budget` and `seed` are axes; so is any key of the config with several values (`trainer.learning_rate=1e-3,3e-3`,
-`train.distill.weight=0.5,1.0`); other `key=value` are put over the file, as for `train.py`. A budget is a number of tokens, shared
-between dominant and contextual as the config shares its own, or both (`budget=13+3`).
+`train.distill.weight=0.5,1.0`); other `key=value` are put over the file, as for `train.py`. A budget is a number of tokens, split
+as the config's own budget of that total, else as in the paper (16 is 13+3), or both numbers (`budget=13+3`).
 
 Visual tokens are computed once a selector and budget, training pictures and held-out ones, and read by all cells. Full tokens are
 measured once, training-free ones once a selector and budget. The same command again runs what is missing: finished cells are
@@ -32,6 +32,7 @@ from train.evaluate import LABELS
 from train.sweep_results import log_summary, write
 from train.tasks import Task, run_all
 from visionzip import ZipConfig
+from visionzip.budgets import parse_budget
 
 SHORT = {"selector": "zip.selector", "seed": "seed"}
 BUDGET = "budget"
@@ -97,20 +98,19 @@ def split(text: str) -> list[str]:
     return [part.strip() for part in parts] or [""]
 
 
-def budget_of(value: str, config: ZipConfig) -> tuple[int, int]:
-    """`"16"` → dominant and contextual in the shares that `config` has; `"13+3"` → these.
+def budget_of(value: str, config: ZipConfig) -> tuple[int | float, int | float]:
+    """A budget of the sweep (`visionzip.budgets`) → dominant and contextual tokens, or shares.
 
     Raises:
-        ConfigError: no number of tokens.
+        ConfigError: not a budget, or one of all tokens, which are measured anyway.
     """
-    found = re.fullmatch(r"(\d+)(?:\+(\d+))?", value)
-    if not found or not int(found[1]):
-        raise ConfigError(f"budget={value}: expected a number of tokens (16), or dominant+contextual (13+3)")
-    if found[2] is not None:
-        return int(found[1]), int(found[2])
-    total = int(found[1])
-    contextual = min(total - 1, round(total * config.contextual / (config.dominant + config.contextual)))
-    return total - contextual, contextual
+    try:
+        budget = parse_budget(value, config)
+    except ValueError as error:
+        raise ConfigError(f"budget={value}: {error}") from None
+    if budget is None:
+        raise ConfigError(f"budget={value}: full tokens are measured once for all cells; give compressed budgets")
+    return budget.dominant, budget.contextual
 
 
 def make_cells(path: str, out: Path, items: Sequence[str], cached: bool = True) -> list[Cell]:

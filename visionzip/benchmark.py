@@ -24,10 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from visionzip.analysis.ask import Stopwatch, prompt
 from visionzip.analysis.trace import to_model
 from visionzip.attach import attach, attached, detach, unwrap
+from visionzip.budgets import ALL, format_budget
 from visionzip.config import ZipConfig
 from visionzip.families import family_for
 
-ALL = "all"
 QUESTIONS = ("Describe the picture.", "What else is there?", "And what colour is it?")
 
 
@@ -92,7 +92,7 @@ def benchmark(
                 f"{name} must be at least {2 if name == 'new tokens' else 1}, got {value + (name == 'new tokens')}"
             )
     before = attached(model)
-    cases = [_Case(label(budget), budget, batch) for budget in budgets for batch in batches]
+    cases = [_Case(format_budget(budget), budget, batch) for budget in budgets for batch in batches]
     try:
         for repeat in range(
             repeats + 1
@@ -115,31 +115,6 @@ def _put(model: Any, processor: Any, budget: ZipConfig | None) -> None:
         detach(model)
     else:
         attach(model, processor, budget)
-
-
-def label(budget: ZipConfig | None) -> str:
-    return ALL if budget is None else f"{budget.dominant} + {budget.contextual}"
-
-
-def parse_budgets(text: str) -> list[ZipConfig | None]:
-    """``all,54+10,128`` → what `benchmark` takes; a bare number is split 54 : 10 as the paper does.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    found: list[ZipConfig | None] = []
-    for part in text.replace(" ", "").split(","):
-        match = re.fullmatch(r"(\d+)(?:\+(\d+))?", part)
-        if part == ALL:
-            found.append(None)
-        elif match and match[2] is not None:
-            found.append(ZipConfig.model_validate({"dominant": int(match[1]), "contextual": int(match[2])}))
-        elif match:
-            merged = round(int(match[1]) * 10 / 64)
-            found.append(ZipConfig.model_validate({"dominant": int(match[1]) - merged, "contextual": merged}))
-        else:
-            raise ValueError(f"budget {part!r} is not understood; expected all, 64 or 54+10, separated by commas")
-    return found
 
 
 @dataclass

@@ -26,6 +26,7 @@ def load(
     config: ZipConfig | None = None,
     base: str | os.PathLike[str] | None = None,
     force: bool = False,
+    trust_remote_code: bool = False,
     **model_kwargs: Any,
 ) -> tuple[Any, Any]:
     """A compressed model and its processor: ``model, processor = visionzip.load("runs/demo/projector")``.
@@ -37,6 +38,7 @@ def load(
         config: what to keep; default: what the projector was trained with, or what the model's config says.
         base: the model a projector goes into, if not the one it names.
         force: load a projector although encoder, LLM or ZipConfig differ from what it was trained with.
+        trust_remote_code: run Python code that comes with the (base) model. Never asked for on the terminal.
         model_kwargs: passed on to ``from_pretrained``.
 
     Raises:
@@ -51,7 +53,10 @@ def load(
     trained = read(place) if found is not None else None
     whole = found is not None and found.whole and base is None
     source = base_of(place, found, trained, base)
-    model, processor = _from_pretrained(source, path, dtype, named=trained is not None and base is None, **model_kwargs)
+    named = trained is not None and base is None
+    model, processor = _from_pretrained(
+        source, path, dtype, named=named, trust_remote_code=trust_remote_code, **model_kwargs
+    )
     stored = trained.header["zip"] if trained else model.config.__dict__.get("visionzip")
     for name in ("visionzip", "auto_map"):  # written by attach, and only meant for the files
         model.config.__dict__.pop(name, None)
@@ -96,7 +101,9 @@ def known_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return dtype
 
 
-def _from_pretrained(source: str, path: Any, dtype: Any, *, named: bool, **model_kwargs: Any) -> tuple[Any, Any]:
+def _from_pretrained(
+    source: str, path: Any, dtype: Any, *, named: bool, trust_remote_code: bool, **model_kwargs: Any
+) -> tuple[Any, Any]:
     """The plain model and its processor. `named`: it is `path` that says its base model is `source`."""
     from transformers import AutoModelForImageTextToText
 
@@ -109,12 +116,12 @@ def _from_pretrained(source: str, path: Any, dtype: Any, *, named: bool, **model
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             source,
             dtype=dtype,
-            trust_remote_code=False,
+            trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # said below, by name
             **model_kwargs,
         )
-        processor = _processor(source)
+        processor = _processor(source, trust_remote_code)
     except SafetensorError as error:
         raise ValueError(f"the weights in {source} are damaged: {error}") from error
     except OSError as error:
@@ -130,12 +137,12 @@ def _from_pretrained(source: str, path: Any, dtype: Any, *, named: bool, **model
     return model, processor
 
 
-def _processor(source: str) -> Any:
+def _processor(source: str, trust_remote_code: bool) -> Any:
     """Raises ``ImportError``, or ``ValueError`` for files that can't be read."""
     from transformers import AutoProcessor
 
     try:
-        return AutoProcessor.from_pretrained(source, trust_remote_code=False)
+        return AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     except ImportError as error:
         needs = "; pip install torchvision" if "torchvision" in str(error).lower() else ""
         raise ImportError(

@@ -8,8 +8,8 @@ import torch
 from tests.families.case import cases
 from tests.families.case import picture as photo
 from tests.tiny import picture, tiny_llava, tiny_processor
-from visionzip import ZipConfig, attach, attached
-from visionzip.benchmark import benchmark, parse_budgets, table
+from visionzip import ZipConfig, attach, attached, save
+from visionzip.benchmark import benchmark, table
 from visionzip.cli import main
 
 NEW = 4
@@ -106,10 +106,26 @@ def test_the_command(model_folder, tmp_path, capsys):
     assert (tmp_path / "plots" / "b.png").stat().st_size > 10_000
 
 
+def test_a_projectors_own_split_selector_and_merge(model_folder, tmp_path, capsys, monkeypatch):
+    """``--budgets 8`` of a projector trained with 5 + 3 is what it was trained with, not the paper's 7 + 1."""
+    model = tiny_llava()
+    model.config._name_or_path = str(model_folder)
+    own = ZipConfig(dominant=5, contextual=3, selector="divprune", merge="mean")
+    save(attach(model, tiny_processor(), own), tmp_path / "projector")
+    seen = []
+    monkeypatch.setattr("visionzip.benchmark.attach", lambda model, processor, config: seen.append(config) or attach(model, processor, config))  # fmt: skip
+    arguments = ["--budgets", "8,10", "--new-tokens", "2", "--repeats", "1"]
+    assert main(["benchmark", str(tmp_path / "projector"), *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "| 5 + 3 | 1 | 1 | 8 |" in said
+    assert "| 8 + 2 | 1 | 1 | 10 |" in said
+    assert {(config.selector, config.merge) for config in seen} == {("divprune", "mean")}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--budgets", "16,x"], "budget 'x' is not understood"),
+        (["--budgets", "16,x"], "'x' is not a budget"),
         (["--budgets", "170"], "the encoder makes 17 tokens"),
         (["--batches", "1,a"], "expected numbers such as 1,8"),
         (["--batches", "0"], "batch must be at least 1, got 0"),
@@ -127,11 +143,3 @@ def test_quantised_needs_a_gpu(model_folder, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["benchmark", str(model_folder), "--quantize", "4"]) == 1
     assert "needs a GPU" in capsys.readouterr().err
-
-
-def test_budgets_as_they_are_written():
-    none, bare, split = parse_budgets("all, 64, 27+5")
-    assert none is None
-    assert (bare.dominant, bare.contextual) == (54, 10)
-    assert (split.dominant, split.contextual) == (27, 5)
-    assert [(b.dominant, b.contextual) for b in parse_budgets("128,192")] == [(108, 20), (162, 30)]  # the paper's

@@ -8,7 +8,6 @@ from tests.tiny import picture, tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, attached, detach
 from visionzip.chat import Chat
 from visionzip.cli import main
-from visionzip.commands.chat import parse_budget
 
 BUDGET = ZipConfig(dominant=5, contextual=3)
 
@@ -150,32 +149,6 @@ def test_needs_something_attached(chat):
         Chat(detach(chat.model), chat.processor)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("64", (54, 10)),
-        ("128", (108, 20)),
-        ("192", (162, 30)),
-        ("16+3", (16, 3)),
-        ("0.2+0.05", (0.2, 0.05)),
-        ("0.64", (0.54, 0.1)),
-        ("64%", (0.54, 0.1)),
-        ("8+0", (8, 0)),
-    ],
-)
-def test_budgets(text, expected):
-    config = parse_budget(text, ZipConfig(dominant=54, contextual=10, merge="mean"))
-    assert (config.dominant, config.contextual) == pytest.approx(expected)
-    assert config.merge == "mean"
-    assert type(config.dominant) is type(expected[0])
-
-
-@pytest.mark.parametrize("text", ["", "x", "1+2+3", "0", "-5", "2.5", "+"])
-def test_no_budgets(text):
-    with pytest.raises(ValueError, match="is no budget"):
-        parse_budget(text, BUDGET)
-
-
 class TestTerminal:
     @pytest.fixture
     def talk(self, tmp_path, monkeypatch, capsys):
@@ -199,7 +172,7 @@ class TestTerminal:
         assert "8 visual tokens (5 dominant + 3 contextual) a picture. /help says" in printed.out
         assert "picture: 8 of 16 tokens · prompt 14 tokens · first token after" in printed.out
         assert (
-            "12 visual tokens (8 dominant + 4 contextual) a picture; the pictures so far are read anew." in printed.out
+            "12 visual tokens (10 dominant + 2 contextual) a picture; the pictures so far are read anew." in printed.out
         )
         assert "1 pictures read anew" in printed.out.replace("1 picture read", "1 pictures read")
         assert "Conversation and pictures forgotten." in printed.out

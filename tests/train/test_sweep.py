@@ -47,13 +47,14 @@ def test_axes_and_overrides_are_told_apart() -> None:
             axes_of(wrong)
 
 
-def test_a_budget_is_shared_as_the_config_does() -> None:
-    config = ZipConfig(dominant=54, contextual=10)
+def test_a_budget_is_split_as_the_config_does_where_it_is_its_total_else_as_in_the_paper() -> None:
+    config = ZipConfig(dominant=12, contextual=4)
+    assert budget_of("16", config) == (12, 4)
     assert budget_of("64", config) == (54, 10)
     assert budget_of("128", config) == (108, 20)
     assert budget_of("13+3", config) == (13, 3)
     assert budget_of("1", config) == (1, 0)
-    for wrong in ("0", "8.5", "x", "13+"):
+    for wrong in ("0", "8.5", "x", "13+", "all"):
         with pytest.raises(ConfigError):
             budget_of(wrong, config)
 

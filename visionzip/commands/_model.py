@@ -1,48 +1,71 @@
-"""What the commands that look at a model share: arguments for the model and its budget, and how both are read."""
+"""What the commands that load a model share: their arguments for the model and its budget, and how it is loaded."""
 
 from __future__ import annotations
 
 import argparse
-from contextlib import suppress
+import ast
+from pathlib import Path
 from typing import Any
 
-#: budget → field of ZipConfig it overrides
+#: arguments that change a field of ZipConfig
 FIELDS = ("dominant", "contextual", "selector", "merge", "layer")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a model or anything that was fine-tuned: file, directory or hub id")
-    parser.add_argument("--base", help="the model that a projector belongs to, where that is not the one it names")
+    parser.add_argument("model", help="a model, or anything that was fine-tuned: file, directory or hub id")
+    parser.add_argument("--base", help="the model that a projector belongs to, if not the one it names")
+    parser.add_argument("--force", action="store_true", help="load a projector although it was trained on another base")
     parser.add_argument(
-        "--force",
+        "--trust-remote-code",
         action="store_true",
-        help="load a projector although it was trained with something else than the base",
+        help="run Python code that comes with the model (default: never; nothing asks)",
     )
-    budget = parser.add_argument_group(
-        "budget",
-        "default: what it was fine-tuned with; for a plain model 54 + 10 tokens, or a fifth of a small picture",
-    )
-    budget.add_argument("--dominant", type=tokens, help="tokens kept as they are: a number (54), or a share (0.1)")
-    budget.add_argument("--contextual", type=tokens, help="tokens the others are merged into: a number, or a share")
-    budget.add_argument("--selector", help="how the kept ones are chosen (default: visionzip)")
-    budget.add_argument("--merge", choices=("add", "mean", "none"), help="how the others are merged (default: add)")
-    budget.add_argument("--layer", type=int, help="encoder layer that is read, as in hidden_states[layer]")
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument(
         "--dtype", default="auto", help="of the weights: float32, bfloat16, float16 (default: as stored)"
     )
+    budget = parser.add_argument_group(
+        "budget", "default: what was fine-tuned with; for a plain model 54+10 tokens, or a fifth of a small image"
+    )
+    budget.add_argument("--budget", metavar="N", help="visual tokens per image: 64, 54+10 or a share (0.1)")
+    budget.add_argument("--dominant", type=tokens, help="tokens kept as they are: a number (54) or a share (0.1)")
+    budget.add_argument("--contextual", type=tokens, help="tokens that the rest is merged into: a number or a share")
+    names = selector_names()
+    budget.add_argument(
+        "--selector",
+        choices=names,
+        metavar="NAME",
+        help=f"how dominant tokens are chosen: {', '.join(names)} (default: visionzip)",
+    )
+    budget.add_argument("--merge", choices=("add", "mean", "none"), help="how the rest is merged (default: add)")
+    budget.add_argument("--layer", type=int, help="encoder layer that is read, as in hidden_states[layer]")
+
+
+def selector_names() -> list[str]:
+    """The registered selectors, ascending, read from their files: importing those would import torch, and --help is quick."""
+    import visionzip
+
+    found = []
+    for path in (Path(visionzip.__file__).parent / "selectors").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for call in getattr(node, "decorator_list", ()):
+                if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "selector":
+                    found.append(ast.literal_eval(call.args[0]))
+    return sorted(found)
 
 
 def tokens(text: str) -> int | float:
     """``54`` is a number of tokens, ``0.1`` a share of them."""
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    raise argparse.ArgumentTypeError(f"expected a number of tokens (54) or a share of them (0.1), got {text!r}")
+    from visionzip.budgets import parse_tokens
+
+    try:
+        return parse_tokens(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def count(text: str) -> int:
-    """A number of things of which there has to be one at least."""
+    """A number of things of which there has to be at least one."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
     return int(text)
@@ -51,51 +74,80 @@ def count(text: str) -> int:
 def load(arguments: argparse.Namespace, **options: Any) -> tuple[Any, Any]:
     """Model and processor, attached with the budget asked for. `options` go to ``from_pretrained``.
 
-    A budget other than the one a projector was trained with is fine to look at, so it is attached after the projector's
+    A projector may be looked at under another budget than it was trained with, so that is attached after the projector's
     own checks.
+
+    Raises:
+        ValueError: for a model that can't be loaded, or a budget it can't have.
     """
     import visionzip
     from visionzip.export.base import recognise
     from visionzip.hub import local_copy
 
+    if arguments.budget and (arguments.dominant is not None or arguments.contextual is not None):
+        raise ValueError("--budget sets dominant and contextual tokens; leave out --dominant and --contextual")
     place = local_copy(arguments.model)
-    config = None if recognise(place) is not None else usual(str(arguments.base or place))
+    trust = arguments.trust_remote_code
+    config = None if recognise(place) is not None else default_config(str(arguments.base or place), trust)
     model, processor = visionzip.load(
-        place, arguments.device, arguments.dtype, config=config, base=arguments.base, force=arguments.force, **options
+        place,
+        arguments.device,
+        arguments.dtype,
+        config=config,
+        base=arguments.base,
+        force=arguments.force,
+        trust_remote_code=trust,
+        **options,
     )
-    asked = {name: value for name in FIELDS if (value := getattr(arguments, name)) is not None}
-    if asked:
-        attachment = visionzip.attached(model)
-        assert attachment is not None
-        if "dominant" in asked and "contextual" not in asked and attachment.config.contextual:
-            asked["contextual"] = _in_proportion(asked["dominant"], attachment.config)
-        config = visionzip.ZipConfig(**{**attachment.config.model_dump(), **asked})
-        visionzip.attach(model, processor, config)
+    attachment = visionzip.attached(model)
+    assert attachment is not None
+    changed = with_arguments(attachment.config, arguments)
+    if changed != attachment.config:
+        visionzip.attach(model, processor, changed)
     return model, processor
 
 
-def usual(source: str) -> Any:
-    """A budget for a model that names none; None where its config has one."""
+def with_arguments(config: Any, arguments: argparse.Namespace) -> Any:
+    """`config` (ZipConfig) with what the command line says.
+
+    Raises:
+        ValueError: for a budget that no encoder could meet.
+    """
+    from visionzip.budgets import contextual_for, parse_budget
+
+    asked = {name: value for name in FIELDS if (value := getattr(arguments, name)) is not None}
+    if "dominant" in asked and "contextual" not in asked:
+        asked["contextual"] = contextual_for(asked["dominant"], config)
+    if arguments.budget:
+        budget = parse_budget(arguments.budget, config)
+        if budget is None:
+            raise ValueError(
+                f"--budget {arguments.budget}: this command looks at compression; give fewer tokens than all"
+            )
+        asked |= {"dominant": budget.dominant, "contextual": budget.contextual}
+    return type(config)(**{**config.model_dump(), **asked})
+
+
+def default_config(source: str, trust_remote_code: bool = False) -> Any:
+    """A ZipConfig for a model whose config names none; None where it does.
+
+    Raises:
+        ValueError: when transformers can't load the config.
+    """
     from transformers import AutoConfig
 
-    from visionzip.config import ZipConfig
+    from visionzip.budgets import suitable_budget
 
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source} is no model that transformers can load: {str(error).splitlines()[0]}") from error
+        hint = (
+            "" if trust_remote_code or "trust_remote_code" not in str(error) else "; --trust-remote-code runs its code"
+        )
+        raise ValueError(
+            f"{source} is not a model that transformers can load: {str(error).splitlines()[0]}{hint}"
+        ) from error
     if config.__dict__.get("visionzip"):
         return None
     vision = getattr(config, "vision_config", None)
-    size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
-    if isinstance(size, int) and isinstance(patch, int) and (size // patch) ** 2 >= 5 * 64:
-        return ZipConfig.model_validate({})
-    return ZipConfig.model_validate({"dominant": 0.16, "contextual": 0.04})
-
-
-def _in_proportion(dominant: int | float, config: Any) -> int | float:
-    """Contextual tokens to go with another number of dominant ones, in the proportion they had."""
-    if isinstance(dominant, float) is not isinstance(config.dominant, float):
-        return max(1, round(dominant * 10 / 54)) if isinstance(dominant, int) else dominant * 10 / 54
-    scaled = dominant * config.contextual / config.dominant
-    return scaled if isinstance(dominant, float) else max(1, round(scaled))
+    return suitable_budget(getattr(vision, "image_size", None), getattr(vision, "patch_size", None))

@@ -20,7 +20,9 @@ from visionzip.commands import _model
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _model.add_arguments(parser)
-    parser.add_argument("--budgets", help="all, 64 or 54+10, separated by commas (default: all and the model's budget)")
+    parser.add_argument(
+        "--budgets", help="all, 64, 54+10 or 0.1, separated by commas (default: all and the model's own)"
+    )
     parser.add_argument("--batches", default="1", help="batch sizes, separated by commas (default: 1)")
     parser.add_argument("--turns", type=_model.count, default=1, help="of the conversation (default: 1)")
     parser.add_argument("--new-tokens", type=int, default=32, help="length of each answer (default: 32)")
@@ -37,10 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from visionzip import attached
     from visionzip import benchmark as bench
     from visionzip.analysis import pictures, plots
+    from visionzip.budgets import parse_budgets
 
-    budgets = bench.parse_budgets(arguments.budgets) if arguments.budgets else None
+    if arguments.budgets:
+        parse_budgets(
+            arguments.budgets
+        )  # a mistake is found before a model is loaded; the model may have a split of its own
     try:
         batches = [int(part) for part in arguments.batches.split(",")]
     except ValueError as error:
@@ -52,12 +59,10 @@ def run(arguments: argparse.Namespace) -> None:
     for file in filter(None, (arguments.json, arguments.plot)):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
     model, processor = _model.load(arguments, **quantized(arguments))
-    if budgets is None:
-        from visionzip import attached
-
-        attachment = attached(model)
-        assert attachment is not None
-        budgets = [None, attachment.config]
+    attachment = attached(model)
+    assert attachment is not None
+    own = attachment.config
+    budgets = parse_budgets(arguments.budgets, own) if arguments.budgets else [None, own]
     rows = bench.benchmark(
         model, processor, picture, budgets=budgets, batches=batches, turns=arguments.turns,
         new_tokens=arguments.new_tokens, repeats=arguments.repeats,

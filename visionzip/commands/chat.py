@@ -5,7 +5,7 @@
 
 In the chat:
   /image photo.jpg [more.png]   show pictures before the next question
-  /budget 64                    keep 64 tokens a picture from now on; also 54+10, 0.1 (a share), or full
+  /budget 64                    keep 64 tokens a picture from now on; also 54+10, 0.1 (a share), or all
   /reset                        forget the conversation and its pictures
   /help, /exit
 """
@@ -18,7 +18,6 @@ import shlex
 import sys
 from typing import Any
 
-from visionzip.cli import reason
 from visionzip.commands import _model
 
 
@@ -107,6 +106,8 @@ class Terminal:
 
     def command(self, line: str) -> None:
         """Raises ValueError for what it does not know."""
+        from visionzip.budgets import parse_budget
+
         try:
             word, *rest = shlex.split(line)
         except ValueError as error:
@@ -119,7 +120,7 @@ class Terminal:
                 self.note(f"{picture.width} × {picture.height} picture, shown with the next question.")
         elif word == "/budget":
             if len(rest) != 1:
-                raise ValueError(f"/budget takes one value such as 64, 54+10, 0.1 or full; now: {self.budget_words()}")
+                raise ValueError(f"/budget takes one value such as 64, 54+10, 0.1 or all; now: {self.budget_words()}")
             self.chat.budget(parse_budget(rest[0], self.chat.config))
             self.note(f"{self.budget_words()}; the pictures so far are read anew.")
         elif word == "/reset":
@@ -152,38 +153,6 @@ def summary(turn: Any) -> str:
     parts.append(f"first token after {1000 * turn.first:.0f} ms")
     parts.append(f"{turn.tokens} tokens" + (f", {rate:.0f}/s" if rate else ""))
     return " · ".join(parts)
-
-
-def parse_budget(text: str, config: Any) -> Any:
-    """``64`` in the proportion of `config`, ``54+10``, ``0.1`` or ``10%`` as shares; ``full`` is None.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    from visionzip.config import ZipConfig
-
-    if text == "full":
-        return None
-    try:
-        if "+" in text:
-            first, second = text.split("+")
-            dominant, contextual = _model.tokens(first), _model.tokens(second)
-        else:
-            total = float(text[:-1]) / 100 if text.endswith("%") else _model.tokens(text)
-            share = config.contextual / (config.dominant + config.contextual)
-            if isinstance(config.dominant, float) is not isinstance(config.contextual, float):
-                share = 10 / 64
-            contextual = total * share if isinstance(total, float) else round(total * share)
-            dominant = total - contextual
-    except (ValueError, argparse.ArgumentTypeError):
-        raise ValueError(
-            f"{text} is no budget; give a number of tokens (64), two (54+10), a share (0.1), or full"
-        ) from None
-    changes = {"dominant": dominant, "contextual": contextual}
-    try:
-        return ZipConfig.model_validate({**config.model_dump(), **changes})
-    except ValueError as error:
-        raise ValueError(f"{text} is no budget: {reason(error)}") from None
 
 
 def open_picture(path: str) -> Any:

@@ -1,0 +1,114 @@
+"""Budgets as people write them: the one parser and splitter, used by every command.
+
+``"64"`` is a number of tokens, ``"54+10"`` dominant + contextual, ``"0.1"`` or ``"10%"`` a share of the tokens the encoder makes,
+``"all"`` no compression.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from visionzip.config import ZipConfig
+
+ALL = "all"
+"""How a budget of all visual tokens (no compression, ``None``) is written; ``"full"`` is understood too."""
+CONTEXTUAL_SHARE = 10 / 64
+"""Contextual tokens in the paper's budgets: 54 + 10, 108 + 20, 162 + 30 (arXiv 2412.04467, section 4.1)."""
+DEFAULT = ZipConfig.model_validate({})
+"""The paper's smallest budget, for encoders that make at least `LARGE` tokens."""
+SMALL_IMAGE = ZipConfig.model_validate({"dominant": 0.16, "contextual": 0.04})
+"""A fifth of the tokens, for encoders that make fewer than `LARGE` of them."""
+LARGE = 5 * 64
+EXPECTED = "expected a number of tokens (64), dominant+contextual (54+10), a share (0.1 or 10%), or all"
+
+_NUMBER = r"(?:[0-9]+|[0-9]*\.[0-9]+%?|[0-9]+%)"
+_BUDGET = re.compile(rf"({_NUMBER})(?:\+({_NUMBER}))?")
+
+
+def split_total(total: int | float, own: ZipConfig | None = None) -> tuple[int | float, int | float]:
+    """Dominant and contextual tokens of a budget of `total` tokens, or shares of a total share.
+
+    The split that `own` has for this total, else the paper's proportion: 64 → 54 + 10, 32 → 27 + 5, 16 → 13 + 3, 8 → 7 + 1.
+    """
+    same_kind = own is not None and type(own.dominant) is type(own.contextual) is type(total)
+    if own is not None and same_kind and math.isclose(own.dominant + own.contextual, total):
+        return own.dominant, own.contextual
+    if isinstance(total, float):
+        return total * (1 - CONTEXTUAL_SHARE), total * CONTEXTUAL_SHARE
+    contextual = min(math.floor(total * CONTEXTUAL_SHARE + 0.5), total - 1)
+    return total - contextual, contextual
+
+
+def contextual_for(dominant: int | float, own: ZipConfig) -> int | float:
+    """Contextual tokens (or a share) to go with another number of dominant ones than `own` has, in the proportion of `own`."""
+    if not own.contextual:
+        return own.contextual
+    ratio = own.contextual / own.dominant
+    if not type(dominant) is type(own.dominant) is type(own.contextual):
+        ratio = CONTEXTUAL_SHARE / (1 - CONTEXTUAL_SHARE)
+    return dominant * ratio if isinstance(dominant, float) else max(1, math.floor(dominant * ratio + 0.5))
+
+
+def parse_budget(text: str, own: ZipConfig | None = None) -> ZipConfig | None:
+    """`text` → what to attach; None for all visual tokens.
+
+    Args:
+        own: the config of the model or projector that the budget is for. Its selector and all else are kept, and its split
+            where `text` is its total.
+
+    Raises:
+        ValueError: when `text` is not a budget.
+    """
+    written = text.replace(" ", "").lower()
+    if written in (ALL, "full"):
+        return None
+    found = _BUDGET.fullmatch(written)
+    if found is None:
+        raise ValueError(f"{text!r} is not a budget; {EXPECTED}")
+    first = parse_tokens(found[1])
+    dominant, contextual = (first, parse_tokens(found[2])) if found[2] else split_total(first, own)
+    if not first:
+        raise ValueError(f"{text!r} is not a budget: it keeps no token; {EXPECTED}")
+    if any(isinstance(value, float) and value > 1 for value in (first, dominant, contextual)):
+        raise ValueError(f"{text!r} is not a budget: a share is at most 1 (100%); {EXPECTED}")
+    return ZipConfig.model_validate({**(own or DEFAULT).model_dump(), "dominant": dominant, "contextual": contextual})
+
+
+def parse_budgets(text: str, own: ZipConfig | None = None) -> list[ZipConfig | None]:
+    """Budgets separated by commas.
+
+    Raises:
+        ValueError: when one of them is not a budget.
+    """
+    return [parse_budget(part, own) for part in text.split(",")]
+
+
+def parse_tokens(text: str) -> int | float:
+    """``"54"`` → 54 tokens, ``"0.1"`` and ``"10%"`` → a share of 0.1.
+
+    Raises:
+        ValueError: when `text` is neither.
+    """
+    if not re.fullmatch(_NUMBER, text):
+        raise ValueError(f"expected a number of tokens (54) or a share of them (0.1), got {text!r}")
+    if text.endswith("%"):
+        return float(text[:-1]) / 100
+    return float(text) if "." in text else int(text)
+
+
+def format_budget(budget: ZipConfig | None) -> str:
+    """``"54 + 10"``, or ``"all"``."""
+    return ALL if budget is None else f"{budget.dominant} + {budget.contextual}"
+
+
+def suitable_budget(image_size: int | Sequence[int] | None, patch_size: int | None) -> ZipConfig:
+    """A budget for a model that names none: the paper's 54 + 10, or a fifth of the tokens where an image has few.
+
+    Args:
+        image_size, patch_size: pixels, as in the vision config; what is not one number says nothing.
+    """
+    if isinstance(image_size, int) and isinstance(patch_size, int) and (image_size // patch_size) ** 2 >= LARGE:
+        return DEFAULT
+    return SMALL_IMAGE
