@@ -8,8 +8,8 @@
         manifest.json               size and SHA-256 of each of these, and of itself
 
 Only rank 0 writes and only rank 0 reads: no shared file system is needed, and a checkpoint does not depend on how many
-processes there are. A directory that is called `checkpoint-N` is complete unless somebody damaged it afterwards; whatever is
-being written or thrown away has a name that starts with a dot.
+processes there are. A directory that is called `checkpoint-N` is complete unless somebody changed it afterwards; while it is
+written or deleted its name starts with a dot. A checkpoint is exactly the files that its manifest lists.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class CheckpointError(ValueError):
 
 
 class Writer:
-    """Collects the files of one checkpoint in a hidden directory; `commit` makes it appear under its name, whole.
+    """Writes the files of one checkpoint into a hidden directory; `commit` renames it, so that it appears complete.
 
     Raises:
         OSError: when the disk is full or the directory can't be written; nothing is left behind then.
@@ -81,7 +81,7 @@ class Writer:
         manifest["sha256"] = digest_of(manifest)
         write_through(self.aside / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
         sync_directory(self.aside)
-        if self.final.exists():  # a damaged one, or one that an older checkpoint was resumed in spite of
+        if self.final.exists():  # damaged, or left over: this run started from an older checkpoint, or anew
             discard(self.final)
         os.rename(self.aside, self.final)
         sync_directory(self.final.parent)
@@ -121,21 +121,34 @@ def discard(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def listed(output_dir: str | os.PathLike[str]) -> list[Path]:
-    """Directories called `checkpoint-N`, oldest first. Nothing is said about their content."""
+def step_of(path: Path) -> int:
+    """The N of `checkpoint-N`."""
+    return int(path.name.rsplit("-", 1)[1])
+
+
+def list_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """Directories called `checkpoint-N`, oldest first. Their content is not looked at."""
     root = Path(output_dir)
     found = [p for p in root.iterdir() if NAME.match(p.name) and p.is_dir()] if root.is_dir() else []
-    return sorted(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))
+    return sorted(found, key=step_of)
 
 
-def rotate(output_dir: str | os.PathLike[str], keep: int | None) -> None:
-    """Delete the oldest until `keep` are left; None keeps all."""
+def rotate(output_dir: str | os.PathLike[str], newest: int, keep: int | None) -> None:
+    """Delete the oldest checkpoints until `keep` are left; None keeps all.
+
+    Args:
+        newest: the step that was just saved. Checkpoints of later steps are left over from before this run started from an
+            older one, or anew. They go too: as the newest ones they would push this run's own out, and be resumed from.
+    """
+    for path in list_checkpoints(output_dir):
+        if step_of(path) > newest:
+            discard(path)
     if keep is not None:
-        for path in listed(output_dir)[: -max(keep, 1)]:
+        for path in list_checkpoints(output_dir)[: -max(keep, 1)]:
             discard(path)
 
 
-def clean(output_dir: str | os.PathLike[str]) -> None:
+def remove_leftovers(output_dir: str | os.PathLike[str]) -> None:
     """Remove what a killed run was writing or deleting."""
     for path in Path(output_dir).glob(".writing-checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)
@@ -144,10 +157,13 @@ def clean(output_dir: str | os.PathLike[str]) -> None:
 
 
 def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the manifest and compare every file with it, byte for byte.
+    """Read the manifest and compare the directory with it: the names of its files, their sizes and their SHA-256.
+
+    Returns:
+        The manifest.
 
     Raises:
-        CheckpointError: anything missing, cut off, changed or added.
+        CheckpointError: a file is missing, cut short or changed, or there is one that the manifest does not list.
     """
     root = Path(path)
     try:
@@ -163,6 +179,10 @@ def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{root}: {MANIFEST} can't be read ({type(error).__name__})") from None
+    if added := sorted(path.name for path in root.iterdir() if path.name not in {MANIFEST, *files}):
+        raise CheckpointError(
+            f"{root}: {', '.join(added)} is not listed in {MANIFEST}; remove what does not belong to it"
+        )
     for name, expected in files.items():
         _verify_file(root / name, expected)
     return manifest
@@ -180,9 +200,9 @@ def _verify_file(path: Path, expected: dict[str, Any]) -> None:
             raise CheckpointError(f"{path.parent}: {path.name} was changed after it was written (checksum)")
 
 
-def newest_complete(output_dir: str | os.PathLike[str], warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that is whole; `warn` hears of every one that is skipped."""
-    for path in reversed(listed(output_dir)):
+def find_newest_complete(output_dir: str | os.PathLike[str], warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that is complete; `warn` is told of every one that is skipped."""
+    for path in reversed(list_checkpoints(output_dir)):
         try:
             verify(path)
             return path
@@ -192,22 +212,27 @@ def newest_complete(output_dir: str | os.PathLike[str], warn: Callable[[str], No
 
 
 class Reader:
-    """The content of a verified checkpoint."""
+    """The content of a checkpoint, of the files in its manifest alone.
+
+    Raises:
+        CheckpointError: as `verify`.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        files = verify(path)["files"]
         self.progress: dict[str, Any] = json.loads((self.path / "progress.json").read_text())
         self.trainer_state: str = (self.path / "trainer_state.json").read_text()
-        self._shards = [
-            safe_open(str(shard), framework="pt") for shard in sorted(self.path.glob("tensors-*.safetensors"))
+        shards = [
+            safe_open(str(self.path / name), framework="pt") for name in sorted(files) if name.startswith("tensors-")
         ]
-        self._where = {name: shard for shard in self._shards for name in shard.keys()}  # noqa: SIM118
+        self._shard_of = {name: shard for shard in shards for name in shard.keys()}  # noqa: SIM118
 
     def shapes(self) -> dict[str, list[int]]:
-        return {name: list(shard.get_slice(name).get_shape()) for name, shard in self._where.items()}
+        return {name: list(shard.get_slice(name).get_shape()) for name, shard in self._shard_of.items()}
 
     def tensor(self, name: str) -> Tensor:
-        return self._where[name].get_tensor(name)
+        return self._shard_of[name].get_tensor(name)
 
     def random_states(self) -> dict[str, Tensor]:
         with safe_open(str(self.path / "random.safetensors"), framework="pt") as file:

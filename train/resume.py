@@ -54,11 +54,10 @@ def _open(wanted: str | None, output_dir: str, warn: Callable[[str], None]) -> c
     if wanted is None:
         return None
     if wanted == "auto":
-        checkpoint.clean(output_dir)
-        path = checkpoint.newest_complete(output_dir, warn)
+        checkpoint.remove_leftovers(output_dir)
+        path = checkpoint.find_newest_complete(output_dir, warn)
     else:
         path = Path(wanted)
-        checkpoint.verify(path)
     return checkpoint.Reader(path) if path is not None else None
 
 

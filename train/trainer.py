@@ -335,7 +335,7 @@ class ProjectorTrainer(Trainer):
             if writer is not None:
                 self._write_rest(writer, states)
                 writer.commit()
-                checkpoint.rotate(self.folder, self.args.save_total_limit)
+                checkpoint.rotate(self.folder, self.state.global_step, self.args.save_total_limit)
         except RunEnded:
             if writer is not None:
                 writer.abandon()

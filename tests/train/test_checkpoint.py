@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -98,22 +99,44 @@ def test_the_newest_complete_one_is_taken_and_others_are_named(tmp_path: Path) -
     (tmp_path / "checkpoint-10" / "tensors-00000.safetensors").write_bytes(b"x")
     (tmp_path / "checkpoint-x").mkdir()
     said: list[str] = []
-    assert checkpoint.newest_complete(tmp_path, said.append) == tmp_path / "checkpoint-9"
+    assert checkpoint.find_newest_complete(tmp_path, said.append) == tmp_path / "checkpoint-9"
     assert len(said) == 2
     assert "checkpoint-11: there is no manifest.json" in said[0]
     assert "checkpoint-10: tensors-00000.safetensors has 1 bytes" in said[1]
-    assert checkpoint.newest_complete(tmp_path / "nowhere", said.append) is None
+    assert checkpoint.find_newest_complete(tmp_path / "nowhere", said.append) is None
 
 
 def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 10):
         written(tmp_path, step)
-    checkpoint.rotate(tmp_path, None)
-    assert len(checkpoint.listed(tmp_path)) == 3
-    checkpoint.rotate(tmp_path, 2)
-    assert [p.name for p in checkpoint.listed(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
-    checkpoint.rotate(tmp_path, 0)
-    assert [p.name for p in checkpoint.listed(tmp_path)] == ["checkpoint-10"], "the last one is never deleted"
+    checkpoint.rotate(tmp_path, 10, None)
+    assert len(checkpoint.list_checkpoints(tmp_path)) == 3
+    checkpoint.rotate(tmp_path, 10, 2)
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
+    checkpoint.rotate(tmp_path, 10, 0)
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-10"], "the last one is never deleted"
+
+
+def test_checkpoints_of_later_steps_do_not_push_out_the_one_just_written(tmp_path: Path) -> None:
+    """They are damaged, or left by a run that went on from a checkpoint that this one was resumed before."""
+    for step in (1, 2, 3, 9, 12):
+        written(tmp_path, step)
+    checkpoint.rotate(tmp_path, 3, 2)
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+
+
+@pytest.mark.parametrize("name", ["tensors-00001.safetensors", "notes.txt", ".hidden", "folder"])
+def test_a_file_that_the_manifest_does_not_list_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    """A shard copied into the directory took the place of the weights."""
+    path = written(tmp_path)
+    if name == "folder":
+        (path / name).mkdir()
+    else:
+        (path / name).write_bytes(checkpoint.as_bytes({"weight/a": torch.zeros(3, 4)}))
+    with pytest.raises(CheckpointError, match=rf"checkpoint-3: {re.escape(name)} is not listed in manifest\.json"):
+        checkpoint.verify(path)
+    with pytest.raises(CheckpointError, match="is not listed"):
+        checkpoint.Reader(path)
 
 
 def test_one_that_is_there_already_is_replaced(tmp_path: Path) -> None:
@@ -150,13 +173,13 @@ def test_a_kill_at_any_moment_leaves_the_older_one(
 
     def save_and_rotate() -> None:
         written(tmp_path, 2)
-        checkpoint.rotate(tmp_path, 1)
+        checkpoint.rotate(tmp_path, 2, 1)
 
     with pytest.raises(Killed):
         save_and_rotate()
     monkeypatch.undo()
-    checkpoint.clean(tmp_path)
-    found = checkpoint.newest_complete(tmp_path, print)
+    checkpoint.remove_leftovers(tmp_path)
+    found = checkpoint.find_newest_complete(tmp_path, print)
     assert found is not None
     assert found.name == ("checkpoint-1" if moment < 7 else "checkpoint-2")
     assert not any(p.name.startswith(".") for p in tmp_path.iterdir())

@@ -101,7 +101,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all(
     wait_for(lambda: steps_done(tmp_path / "run") >= 2)
     os.kill(pids[1], number)
     assert ranks.wait() == [75, 75]
-    (saved,) = checkpoint.listed(tmp_path / "run")
+    (saved,) = checkpoint.list_checkpoints(tmp_path / "run")
     checkpoint.verify(saved)
     assert "Start the same command again" in ranks.output()
     step = int(saved.name.split("-")[1])
@@ -131,7 +131,7 @@ def test_the_launcher_passes_the_exit_code_on(workspace: Path, tmp_path: Path) -
     )
     rank.send_signal(signal.SIGTERM)
     assert process.wait(WITHIN) == 75
-    assert checkpoint.listed(tmp_path / "run")
+    assert checkpoint.list_checkpoints(tmp_path / "run")
 
 
 @pytest.mark.launch
@@ -145,7 +145,7 @@ def test_a_rank_that_dies_ends_the_other(workspace: Path, ranks: Ranks, tmp_path
     assert time.monotonic() - start < WITHIN
     assert codes[1] == -signal.SIGKILL
     assert codes[0] in (1, 71), "by the broken connection, or by its own watchdog"
-    assert checkpoint.newest_complete(tmp_path / "run", print) is not None
+    assert checkpoint.find_newest_complete(tmp_path / "run", print) is not None
 
 
 @pytest.mark.launch
@@ -160,7 +160,7 @@ def test_a_rank_that_hangs_ends_both(workspace: Path, ranks: Ranks, tmp_path: Pa
     assert time.monotonic() - start < WITHIN
     assert codes == [71, -signal.SIGKILL]
     assert "no progress for 6 s while" in ranks.output()
-    assert checkpoint.newest_complete(tmp_path / "run", print) is not None
+    assert checkpoint.find_newest_complete(tmp_path / "run", print) is not None
 
 
 @pytest.mark.launch
@@ -173,7 +173,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(workspace: Path, ranks: Ranks, t
     said = ranks.output()
     assert "learning_rate" in said
     assert said.count("run ended with exit code 70") <= 2
-    for saved in checkpoint.listed(tmp_path / "run"):
+    for saved in checkpoint.list_checkpoints(tmp_path / "run"):
         reader = checkpoint.Reader(saved)
         assert all(bool(reader.tensor(name).isfinite().all()) for name in reader.shapes())
 
@@ -186,8 +186,8 @@ def test_a_gradient_that_is_not_finite_ends_the_run(workspace: Path, ranks: Rank
     ranks.start(config, bad_gradient=4)
     assert 70 in ranks.wait()
     assert "is not finite at step" in ranks.output() or "the gradient is" in ranks.output()
-    assert checkpoint.listed(tmp_path / "run")
-    for saved in checkpoint.listed(tmp_path / "run"):
+    assert checkpoint.list_checkpoints(tmp_path / "run")
+    for saved in checkpoint.list_checkpoints(tmp_path / "run"):
         reader = checkpoint.Reader(saved)
         assert all(bool(reader.tensor(name).isfinite().all()) for name in reader.shapes())
 
@@ -198,14 +198,14 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(workspace: Path
     output = tmp_path / "run"
     config = endless(workspace, output, trainer__max_steps=4)
     ranks.run({**config, "trainer": {**config["trainer"], "max_steps": 2}})
-    last = checkpoint.newest_complete(output, print)
+    last = checkpoint.find_newest_complete(output, print)
     assert last is not None
     ranks.start(config, file_limit=40_000, env={"WANDB_MODE": "disabled"})
     assert 74 in ranks.wait()
     said = ranks.output()
     assert "could not be written" in said
     assert "exit code 74" in said
-    assert checkpoint.newest_complete(output, print) == last
+    assert checkpoint.find_newest_complete(output, print) == last
     assert not any(output.glob(".writing*"))
     ranks.run(config)
     assert (output / "checkpoint-4").is_dir()
