@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import glob
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -21,12 +23,15 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
+from data.storage import HEADER_BYTES, DamagedFile, check_file, hash_rest, remove_leftovers, write_checked
+
 logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 22
 """Bytes scanned at once. The scan's masks and positions take some ten times that for a moment."""
-_MAGIC = b"VZIDX002"
-_HEADER = struct.Struct("<8sqq")  # magic, rows, columns
+_MAGIC = b"VZIDX003"
+_SHAPE = struct.Struct("<q32s")  # columns, digest of what the table was made from
+_FIRST_ROW = HEADER_BYTES + _SHAPE.size
 _LOCK_SECONDS = 900
 _COMMA = 2
 _STEPS = np.zeros(256, np.int8)  # what a byte outside of strings does to the depth, and commas
@@ -38,20 +43,26 @@ class IndexFileError(ValueError):
 
 
 class DiskTable:
-    """An int64 table (rows, columns) in a file, read a row at a time; holds no rows in memory and pickles as its path."""
+    """An int64 table (rows, columns) in a file, read a row at a time; holds no rows in memory and pickles as its path.
+
+    Attributes:
+        source_digest: SHA-256 of the file the table was made from; 32 zero bytes where it was made from none.
+
+    Raises:
+        DamagedFile: when opened by path, for a file that is not the one that was written. Whoever unpickles it (a worker) opens
+            what has just been checked.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
+        check_file(self.path, _MAGIC)
         self._open()
 
     def _open(self) -> None:
         self._fd = os.open(self.path, os.O_RDONLY)
-        magic, self.rows, self.columns = _HEADER.unpack(os.pread(self._fd, _HEADER.size, 0).ljust(_HEADER.size, b"\0"))
-        expected = _HEADER.size + 8 * self.rows * self.columns
-        if magic != _MAGIC or os.fstat(self._fd).st_size != expected:
-            os.close(self._fd)
-            raise IndexFileError(f"{self.path} is not an index of this version or is cut short; delete it")
+        self.columns, self.source_digest = _SHAPE.unpack(os.pread(self._fd, _SHAPE.size, HEADER_BYTES))
         self._row = struct.Struct(f"<{self.columns}q")
+        self.rows = (os.fstat(self._fd).st_size - _FIRST_ROW) // self._row.size
 
     def __len__(self) -> int:
         return self.rows
@@ -59,7 +70,7 @@ class DiskTable:
     def __getitem__(self, row: int) -> tuple[int, ...]:
         if not 0 <= row < self.rows:
             raise IndexError(row)
-        return self._row.unpack(os.pread(self._fd, self._row.size, _HEADER.size + row * self._row.size))
+        return self._row.unpack(os.pread(self._fd, self._row.size, _FIRST_ROW + row * self._row.size))
 
     def __getstate__(self) -> str:
         return self.path
@@ -73,37 +84,38 @@ class DiskTable:
             os.close(self._fd)
 
     @staticmethod
-    def write(path: Path, parts: Iterator[np.ndarray], columns: int) -> None:
-        """Write to a name of its own and rename, so that no reader ever sees half a table."""
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            with open(temporary, "wb") as file:
-                rows = 0
-                file.write(_HEADER.pack(_MAGIC, 0, columns))
-                for part in parts:
-                    file.write(np.ascontiguousarray(part, dtype="<i8").tobytes())
-                    rows += len(part)
-                file.seek(0)
-                file.write(_HEADER.pack(_MAGIC, rows, columns))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    def write(path: Path, parts: Iterator[np.ndarray], columns: int, source_digest: bytes = bytes(32)) -> None:
+        """Write it aside and rename it, so that no reader ever sees half a table."""
+        rows = (np.ascontiguousarray(part, dtype="<i8").tobytes() for part in parts)
+        write_checked(path, _MAGIC, itertools.chain([_SHAPE.pack(columns, source_digest)], rows))
 
 
-def cached_table(folder: Path, name: str, build: Callable[[], Iterator[np.ndarray]], columns: int) -> DiskTable:
-    """The table `name` of a cache folder, built by the first process that needs it while the others wait."""
+def cached_table(
+    folder: Path,
+    name: str,
+    build: Callable[[], Iterator[np.ndarray]],
+    columns: int,
+    source_digest: Callable[[], bytes] = lambda: bytes(32),
+) -> DiskTable:
+    """The table `name` of a cache folder, built by the first process that needs it while the others wait.
+
+    A damaged one is built again, which is logged in one line.
+    """
     path = folder / f"{name}.idx"
-    with contextlib.suppress(FileNotFoundError, IndexFileError):
+    with contextlib.suppress(FileNotFoundError, DamagedFile):
         return DiskTable(path)
     with contextlib.ExitStack() as stack:
         # Where the file system has no locks, building twice does no harm: the rename is atomic.
         with contextlib.suppress(Timeout, OSError, NotImplementedError):
             stack.enter_context(FileLock(folder / f"{name}.lock", timeout=_LOCK_SECONDS))
-        with contextlib.suppress(FileNotFoundError, IndexFileError):
+        try:
             return DiskTable(path)
-        DiskTable.write(path, build(), columns)
+        except FileNotFoundError:
+            pass
+        except DamagedFile as error:
+            logger.warning("%s; making it again", error)
+        remove_leftovers(folder, f".{glob.escape(path.name)}.*.part")
+        DiskTable.write(path, build(), columns, source_digest())
     return DiskTable(path)
 
 
@@ -136,7 +148,14 @@ def index_json(path: str, folder: Path) -> DiskTable:
     Raises `IndexFileError` where the file is neither, or an array is broken (cut short, unbalanced) so that the records behind
     can't be found.
     """
-    return cached_table(folder, f"{Path(path).stem[:40]}-{file_key(path)}", lambda: scan(path), 2)
+    name = f"{Path(path).stem[:40]}-{file_key(path)}"
+    return cached_table(folder, name, lambda: scan(path), 2, lambda: hash_file(path))
+
+
+def hash_file(path: str | os.PathLike[str]) -> bytes:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hash_rest(file)
 
 
 def file_key(path: str) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import index
+from data import index, storage
+from data.config import SourceConfig
 from data.index import DiskTable, IndexFileError, cache_folder, file_key, index_json
-from data.records import JsonRecords
+from data.records import JsonRecords, content_digest
 
 text = st.text(alphabet='ab"\\,[]{}\n é🐶', max_size=12)
 values = st.recursive(
@@ -139,6 +143,55 @@ def test_a_damaged_index_is_made_again(tmp_path):
         assert [table[0], table[1]] == [(0, 8), (9, 17)]
 
 
+def test_every_flipped_bit_of_an_index_is_noticed_and_the_index_made_again(tmp_path, caplog):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}\n')
+    stored = Path(index_json(str(path), tmp_path).path)
+    good = stored.read_bytes()
+    for byte in range(len(good)):
+        bad = bytearray(good)
+        bad[byte] ^= 4
+        stored.write_bytes(bad)
+        caplog.clear()
+        table = index_json(str(path), tmp_path)
+        assert [table[row] for row in range(len(table))] == [(0, 8), (9, 17)], byte
+        assert len(caplog.records) == 1, byte
+        assert stored.name in caplog.text
+        assert stored.read_bytes() == good
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
+    table = Path(index_json(str(tmp_path / "a.jsonl"), tmp_path).path)
+    script = (
+        "import os, sys; from pathlib import Path; from data.storage import open_part\n"
+        "open_part(Path(sys.argv[1])).write(b'half'); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(table)], check=False)
+    assert len(list(tmp_path.glob(".*.part"))) == 1
+    table.unlink()
+    index_json(str(tmp_path / "a.jsonl"), tmp_path)
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_live_writer_of_another_process_is_left_alone(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from data.storage import open_part\n"
+        "file = open_part(Path(sys.argv[1])); print('open', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "x")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        assert storage.remove_leftovers(tmp_path) == []
+        (part,) = tmp_path.glob(".*.part")
+        writer.kill()
+        writer.wait()
+        assert storage.remove_leftovers(tmp_path) == [part]
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_a_table_half_written_is_never_seen(tmp_path):
     def dies():
         yield np.array([[1, 2]])
@@ -159,3 +212,43 @@ def test_a_cache_folder_that_cant_be_written_is_replaced(tmp_path, caplog):
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n')
     assert JsonRecords(str(path), str(blocked))[0] == {"a": 1}
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "folder"])
+def test_a_digest_of_the_content_goes_by_content_alone(tmp_path, name):
+    """One letter changed in the middle of a megabyte, the same size, time and ends."""
+    rows = [{"id": str(n), "question": "what?", "answer": f"{n:08}"} for n in range(20_000)]
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+    file = path / "a.csv" if name == "folder" else path
+    lines = [json.dumps(row) for row in rows]
+    text = {".json": "[" + ",\n".join(lines) + "]", ".jsonl": "\n".join(lines)}
+    file.write_text(text.get(file.suffix, "\n".join(["id,answer", *(f"{row['id']},{row['answer']}" for row in rows)])))
+
+    def digest_of(path) -> str:
+        return content_digest([SourceConfig(path=str(path))], str(tmp_path / "cache"))
+
+    before = digest_of(path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    moved = shutil.move(path, elsewhere / f"b{path.suffix}")
+    assert digest_of(moved) == before
+    path = Path(shutil.move(moved, path))
+    status = os.stat(file)
+    file.write_text(file.read_text().replace("00010000", "00010001"))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1000))
+    assert os.stat(file).st_size == status.st_size
+    assert digest_of(path) != before
+    assert content_digest([SourceConfig(path=str(path), name="x", fraction=0.5)], str(tmp_path / "cache")) == digest_of(
+        path
+    )
+
+
+def test_a_digest_of_a_large_file_notices_its_size_and_its_ends(tmp_path):
+    file = tmp_path / "a.parquet"
+    digests = set()
+    for size, byte in ((5 << 20, 0), ((5 << 20) + 1, 0), (5 << 20, 1)):
+        file.write_bytes(bytes(size - 1) + bytes([byte]))
+        digests.add(content_digest([SourceConfig(path=str(file))]))
+    assert len(digests) == 3
