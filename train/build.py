@@ -86,7 +86,7 @@ def quantization(section: ModelSection) -> dict[str, Any]:
     return {"quantization_config": chosen, "device_map": {"": torch.cuda.current_device()}}
 
 
-def not_quantized(family: Family) -> list[str]:
+def not_quantized(family: type[Family]) -> list[str]:
     """Dotted names, from the model, of all but the LLM's trunk. transformers compares them with whole names, from the first letter:
     a bare ``vision_tower`` would name nothing, and encoder and projector would be quantised."""
     frozen = [name for part, name in family.frozen.items() if part != "llm"]

@@ -119,7 +119,7 @@ def visual_tokens(model: Any, config: RunConfig) -> int:
     """Of one picture (or tile, or frame), compressed."""
     from visionzip.families import family_for
 
-    return sum(family_for(model).budget(model, config.zip))
+    return sum(family_for(model).budget(config.zip))
 
 
 def model_without_weights(config: RunConfig, beside: Path) -> Any:

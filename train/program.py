@@ -119,7 +119,7 @@ class Program:
             return ShareOfBatches(order, self.rank, self.world_size, batch)
         attachment = attached(self.model)
         assert attachment is not None
-        budget = sum(attachment.family.budget(attachment.model, attachment.config))
+        budget = sum(attachment.family.budget(attachment.config))
         lengths, packed = Lengths(dataset, self.tokens or budget), self.packed() is not None
         return LikeLengths(order, self.rank, self.world_size, batch, args.gradient_accumulation_steps, lengths, packed)
 

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from visionzip.config import ZipConfig
-from visionzip.families import Family, Picture, family_for
+from visionzip.families import Family, VisualTokens, family_for
 from visionzip.selectors import SELECTORS
 from visionzip.shorten import FitPrompts, PromptCutter, ShortenPrompts
 
@@ -42,37 +42,37 @@ class Attachment:
         """Dotted names of the modules that map visual tokens into the LLM: what VisionZip-FT trains."""
         return list(self.family.projectors)
 
-    def compress(self, **image_inputs: Any) -> list[Picture]:
+    def compress(self, **image_inputs: Any) -> list[VisualTokens]:
         """Frozen part: image inputs of ``forward`` → for each picture its ``(L_i, D)`` tokens. No gradient.
 
         A pure function of the picture, so its result can be stored and used again for every epoch, run and rank.
         """
-        return self.family.compress(self.model, self.config, **image_inputs)
+        return self.family.compress(self.config, **image_inputs)
 
-    def project(self, pictures: list[Picture]) -> list[Tensor]:
+    def project(self, visual_tokens: list[VisualTokens]) -> list[Tensor]:
         """Trained part: `compress`'s result → ``(L_i, hidden)`` embeddings a picture, with gradient to the projector."""
-        return self.family.project(self.model, pictures)
+        return self.family.project(visual_tokens)
 
-    def encoder_outputs(self, pictures: list[Picture], kind: str = "image") -> dict[str, Any]:
+    def encoder_outputs(self, visual_tokens: list[VisualTokens], kind: str = "image") -> dict[str, Any]:
         """`compress`'s result → what ``forward`` and ``generate`` take as ``mm_encoder_outputs`` in place of pixels.
 
         Args:
             kind: ``"image"`` or ``"video"``; for a batch with both, join the two dicts.
         """
-        return {kind: self.family.outputs(self.model, pictures, kind)}
+        return {kind: self.family.outputs(visual_tokens, kind)}
 
     def token_counts(self, **image_inputs: Any) -> list[tuple[int, int]]:
         """For each picture (visual tokens of the untouched model, visual tokens now).
 
         With budgets of each picture's own the encoder has to look at it first.
         """
-        counts = self.family.token_counts(self.model, self.config, **image_inputs)
+        counts = self.family.token_counts(self.config, **image_inputs)
         if self.config.adaptive is None:
             return counts
         kept = [len(picture) for picture in self.compress(**image_inputs)]
         return [(stock, now) for (stock, _), now in zip(counts, kept, strict=True)]
 
-    def fit(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], list[Picture]]:
+    def fit(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], list[VisualTokens]]:
         """Inputs of ``forward`` with pixels, under `ZipConfig.adaptive` → (the same without pixels, as many placeholders as
         tokens; `compress`'s result).
 
@@ -81,12 +81,12 @@ class Attachment:
         assert isinstance(self.shortener, FitPrompts)
         return self.shortener.fit(inputs)
 
-    def placeholders(self, written: str, pictures: list[Picture]) -> str:
+    def placeholders(self, written: str, visual_tokens: list[VisualTokens]) -> str:
         """The text that stands for these pictures (one, or a video's frames), whose tokens are known, of that `written` for them."""
         if self.config.adaptive is None:
             return written
         token = self.processor.image_token
-        return token * sum(len(picture) for picture in pictures)
+        return token * sum(map(len, visual_tokens))
 
     def __getstate__(self) -> dict[str, Any]:
         # The processor is the caller's; copying or pickling a model must not copy a tokenizer along.
@@ -116,22 +116,22 @@ def attach(model: PreTrainedModel, processor: Any = None, config: ZipConfig | No
         raise ValueError(f"config is a {type(config).__name__}; expected a ZipConfig")
     family = family_for(model)
     SELECTORS[config.selector]
-    if config.adaptive is not None and not family.per_picture:
+    if config.adaptive is not None and not family.per_image_budgets:
         raise ValueError(
             f"{type(model).__name__} takes no budgets of each picture's own (adaptive); LLaVA-1.5 and LLaVA-NeXT do. "
             "Leave adaptive out"
         )
-    family.check(model, config)
+    family.check(config)
     if processor is not None:
-        family.check_processor(model, processor)
+        family.check_processor(processor)
         _free_processor(processor, model)
-    stock = family.stock_count(model)
+    stock = family.stock_count()
     if processor is None and stock is None and family.needs_placeholders:
         raise ValueError(
             f"{type(model).__name__} needs its processor: the number of placeholders depends on the picture"
         )
 
-    patches = family.patches(model, processor, config)
+    patches = family.patches(processor, config)
     _refuse_taken(patches, attached(model))
     detach(model)
     attachment = Attachment(model, config, family, processor, processor_fits=processor is not None)
@@ -142,11 +142,11 @@ def attach(model: PreTrainedModel, processor: Any = None, config: ZipConfig | No
         names = [name for owner, name, _ in patches if owner is processor]
         processor.__dict__[_ATTRIBUTE] = Owner(weakref.ref(model), names)
         attachment.changes.append((processor, _ATTRIBUTE))
-    attachment.handles = family.hooks(model, config)
+    attachment.handles = family.hooks(config)
     if config.adaptive is not None:
         attachment.shortener = FitPrompts(model, attachment).install()
     elif processor is None and stock is not None:
-        attachment.shortener = ShortenPrompts(model, stock, sum(family.budget(model, config))).install()
+        attachment.shortener = ShortenPrompts(model, stock, sum(family.budget(config))).install()
     setattr(model, _ATTRIBUTE, attachment)
     setattr(model.config, _CONFIG_KEY, config.model_dump())
     return model

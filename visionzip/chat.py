@@ -204,7 +204,7 @@ class Chat:
             attachment = self._adaptive()
             assert attachment is not None
             pixels = self._pixels([picture])
-            written = sum(most for _, most in attachment.family.token_counts(attachment.model, self.config, **pixels))
+            written = sum(most for _, most in attachment.family.token_counts(self.config, **pixels))
             self._encoded[id(picture)] = (written, attachment.compress(**pixels))
         return self._encoded[id(picture)]
 
@@ -225,7 +225,7 @@ class Chat:
         """(tokens now, tokens of the untouched model) of one picture, all its tiles together."""
         if id(picture) not in self._counted:
             model = unwrap(self.model)
-            counted = family_for(model).token_counts(model, self.config, **self._pixels([picture]))
+            counted = family_for(model).token_counts(self.config, **self._pixels([picture]))
             stock, now = (sum(each) for each in zip(*counted, strict=True))
             if self._adaptive() is not None:
                 now = sum(map(len, self._kept(picture)[1]))

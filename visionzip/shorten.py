@@ -197,7 +197,7 @@ class FitPrompts(PromptCutter):
         pixels = {name: kwargs[name] for name in IMAGE_INPUTS if kwargs.get(name) is not None}
         inputs = {name: value for name, value in kwargs.items() if name not in IMAGE_INPUTS}
         pictures = self.attachment.compress(**pixels)
-        counted = self.attachment.family.token_counts(self.model, self.attachment.config, **pixels)
+        counted = self.attachment.family.token_counts(self.attachment.config, **pixels)
         written = [most if self.attachment.processor_fits else stock for stock, most in counted]
         kept = [len(picture) for picture in pictures]
         keep = keep_of_each(inputs["input_ids"], self.model.config.image_token_id, written, kept)

@@ -48,10 +48,10 @@ def test_a_shuffled_token_is_made_of_the_patches_of_its_group(case: Case) -> Non
     """What scores are averaged over is what the model itself puts side by side."""
     model = case.model()
     family = family_for(model)
-    side = family.side(model)
+    side = family.side
     length = 6 * side
     patches = torch.arange(length**2, dtype=torch.float32).reshape(1, -1, 1).expand(-1, -1, 4)  # each says its number
-    tokens = family.join(model, patches.contiguous())[0]
+    tokens = family.join(patches.contiguous())[0]
     groups = members(length, side)
     assert [sorted(set(token.tolist())) for token in tokens] == [sorted(group) for group in groups]
     means = group_mean(patches[..., :1], side)[0, :, 0]
@@ -61,7 +61,7 @@ def test_a_shuffled_token_is_made_of_the_patches_of_its_group(case: Case) -> Non
 def test_pooled_tokens_are_means_of_their_groups() -> None:
     model = GEMMA.model()
     patches = torch.randn(2, 64**2, 3, generator=torch.Generator().manual_seed(0))
-    close(family_for(model).join(model, patches), group_mean(patches, 4))
+    close(family_for(model).join(patches), group_mean(patches, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -141,8 +141,8 @@ def test_frames_of_a_video_have_a_tiles_budget(case: Case, monkeypatch: pytest.M
     attach(model, processor, case.budget)
     now = processor.replace_video_token(frames, 0)
     token = processor.image_token
-    assert stock.count(token) == 3 * family_for(model).groups(model)
-    assert now.count(token) == 3 * sum(family_for(model).budget(model, case.budget))
+    assert stock.count(token) == 3 * family_for(model).groups
+    assert now.count(token) == 3 * sum(family_for(model).budget(case.budget))
     assert now.replace(token, "") == stock.replace(token, "")
 
 

@@ -342,7 +342,7 @@ class TestRefusals:
     def test_budget_of_no_picture_in_particular(self) -> None:
         model, _ = ready(QWEN2)
         with pytest.raises(ValueError, match="token_counts"):
-            attached(model).family.budget(model, QWEN2.budget)
+            attached(model).family.budget(QWEN2.budget)
 
 
 def test_expand_by_hand() -> None:

@@ -177,6 +177,7 @@ def test_copies_are_attached_to_themselves(model, processor, clone, with_process
             parameter.zero_()
     assert torch.equal(new_tokens(twin, inputs), expected)
     assert attached(twin).model is twin
+    assert attached(twin).family.model is twin
     detach(twin)
     assert attached(twin) is None
     assert not twin._forward_pre_hooks

@@ -116,7 +116,7 @@ def attention_by_layer(attachment: Attachment, inputs: dict[str, Any], every_lay
         every_layer: also those after the layer that is read, which the compressed model does not run.
     """
     tower = attachment.model.get_submodule(attachment.family.tower)
-    cls = int(getattr(attachment.family.encoder(attachment.model), "has_cls", False))
+    cls = int(getattr(attachment.family.encoder, "has_cls", False))
     rows: dict[nn.Module, list[Tensor]] = {}
 
     def watch(call: Call) -> None:
@@ -125,7 +125,7 @@ def attention_by_layer(attachment: Attachment, inputs: dict[str, Any], every_lay
 
     config = attachment.config.model_copy(update={"layer": -1}) if every_layer else attachment.config
     with torch.no_grad(), watching(tower, watch):
-        attachment.family.compress(attachment.model, config, **to_model(attachment.model, inputs))
+        attachment.family.compress(config, **to_model(attachment.model, inputs))
     return [_shares(calls, encoder_rows=cls == 1) for calls in rows.values()]
 
 

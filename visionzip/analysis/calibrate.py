@@ -44,15 +44,15 @@ def calibrated(
         ValueError: for a family without such budgets, no pictures, or a mean that can't be had.
     """
     model, config, family = attachment.model, attachment.config, attachment.family
-    if not family.per_picture:
+    if not family.per_image_budgets:
         raise ValueError(f"{type(model).__name__} takes no budgets of each picture's own; LLaVA-1.5 and LLaVA-NeXT do")
-    dominant, contextual = family.budget(model, config)
+    dominant, contextual = family.budget(config)
     plain = config.model_copy(update={"adaptive": None})
     found: list[Tensor] = []
     with listening(lambda features, _: found.append(held(features, adaptive.measure, dominant - features.cls).cpu())):
         for picture in pictures:
             inputs = to_model(model, image_inputs(processor, uncropped(processor, picture)))
-            family.compress(model, plain, **inputs)
+            family.compress(plain, **inputs)
     if not found:
         raise ValueError("there is no readable picture to calibrate on")
     shares = torch.cat(found)

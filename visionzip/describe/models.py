@@ -71,7 +71,7 @@ def _of(source: str) -> Description:
         f"{part} {number(n)}" for part, n in counts.items()
     )
     found.facts["Weights"] = str(config.dtype or "float32").removeprefix("torch.")
-    stock = family.stock_count(shell)
+    stock = family(shell).stock_count()
     found.facts["Tokens a picture"] = f"{stock:,}" if stock is not None else "depends on the picture's size"
     if stored:
         found.what += ", that was compressed with VisionZip"

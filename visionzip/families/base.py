@@ -19,54 +19,54 @@ from visionzip.encoders import Encoder, Layer, encoder_for
 from visionzip.registry import Registry
 from visionzip.selectors import SELECTORS, Features, rows
 
-#: One picture after its frozen part: ``(L, D)`` tokens, or several named tensors where a family's projector needs more.
-Picture = Tensor | dict[str, Tensor]
+#: What `Family.compress` makes of one image: ``(L, D)`` tokens, or several named tensors where a family's projector needs more.
+VisualTokens = Tensor | dict[str, Tensor]
 
 
 class Family(ABC):
-    """How one ``model_type`` of transformers is compressed. Stateless; model and config are passed in.
+    """How one model of a family (a ``model_type`` of transformers) is compressed: ``Llava(model)``.
 
-    The order of every family is the same: `compress` (frozen, a pure function of the picture, what a token cache stores),
-    then `project` (what trains). Subclasses say where things are and how compressed tokens become a sequence.
+    Where a model's parts are is known of the class, before there is a model. The order of every family is the same: `compress`
+    (frozen, a pure function of the image, what a token cache stores), then `project` (what trains). Subclasses say where things
+    are and how compressed tokens become a sequence. Nothing read from the model is stored here: its modules may be replaced at
+    any time (PEFT does), and a copy of the object belongs to the copy of the model.
+
+    Args:
+        model: the ``*ForConditionalGeneration`` instance, without wrappers.
     """
 
-    #: dotted name, from the model, of what maps visual tokens into the LLM: what VisionZip-FT trains
-    projector: ClassVar[str] = "model.multi_modal_projector"
-    #: dotted names of the two frozen halves, for the fingerprint
+    #: dotted names, from the model, of the modules that map visual tokens into the LLM: what VisionZip-FT trains
+    projectors: ClassVar[tuple[str, ...]] = ("model.multi_modal_projector",)
     tower: ClassVar[str] = "model.vision_tower"
     llm: ClassVar[str] = "model.language_model"
+    #: what a projector is trained against and its fingerprint is taken of: part → dotted name. Holds no projector
+    frozen: ClassVar[dict[str, str]] = {"encoder": tower, "llm": llm}
     #: a prompt holds one placeholder a visual token; False: one a picture, and the model itself makes room
     needs_placeholders: ClassVar[bool] = True
-    #: pictures may differ in how many tokens they keep (`ZipConfig.adaptive`)
-    per_picture: ClassVar[bool] = False
+    #: supports per-image budgets (`ZipConfig.adaptive`)
+    per_image_budgets: ClassVar[bool] = False
     #: a picture alone in its prompt and the same one beside others go through the encoder in two ways
     alone_differs: ClassVar[bool] = False
 
-    @property
-    def projectors(self) -> tuple[str, ...]:
-        """Dotted names of everything that maps visual tokens into the LLM, where that is more than one module."""
-        return (self.projector,)
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model: Any = model
 
     @property
-    def frozen(self) -> dict[str, str]:
-        """Dotted names of what a projector is trained against and its fingerprint is taken of; holds no projector."""
-        return {"encoder": self.tower, "llm": self.llm}
-
-    def encoder(self, model: PreTrainedModel) -> Encoder:
-        return encoder_for(model.get_submodule(self.tower))
+    def encoder(self) -> Encoder:
+        return encoder_for(self.model.get_submodule(self.tower))
 
     @abstractmethod
-    def check(self, model: PreTrainedModel, config: ZipConfig) -> None:
+    def check(self, config: ZipConfig) -> None:
         """Raise ``ValueError`` for a model or budget that can't work, before anything is changed."""
 
-    def check_processor(self, model: PreTrainedModel, processor: Any) -> None:
+    def check_processor(self, processor: Any) -> None:
         """Raise ``ValueError`` for a processor whose prompts are not for this model."""
         if not callable(getattr(processor, "replace_image_token", None)) or not hasattr(processor, "image_token_id"):
             raise ValueError(
-                f"{type(processor).__name__} is not a processor for {type(model).__name__}; expected what "
+                f"{type(processor).__name__} is not a processor for {type(self.model).__name__}; expected what "
                 f"AutoProcessor.from_pretrained gives for the same model"
             )
-        facts = self.processor_facts(model, processor)
+        facts = self.processor_facts(processor)
         wrong = [
             f"{key} {found} (the model: {expected})"
             for key, (found, expected) in facts.items()
@@ -78,18 +78,18 @@ class Family(ABC):
             )
 
     @abstractmethod
-    def processor_facts(self, model: PreTrainedModel, processor: Any) -> dict[str, tuple[Any, Any]]:
+    def processor_facts(self, processor: Any) -> dict[str, tuple[Any, Any]]:
         """What has to agree: name → (the processor's value, the model's)."""
 
     @abstractmethod
-    def compress(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[Picture]:
+    def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:
         """Image inputs of the model's ``forward`` → for each picture its ``(L_i, D)`` tokens. No gradient."""
 
-    def project(self, model: PreTrainedModel, pictures: list[Picture]) -> list[Tensor]:
+    def project(self, visual_tokens: list[VisualTokens]) -> list[Tensor]:
         """``(L_i, D)`` a picture → ``(L_i, hidden)`` a picture, through the projector, in one call."""
-        lengths = [len(picture) for picture in pictures]
-        projector = model.get_submodule(self.projector)
-        tokens = torch.cat(cast(list[Tensor], pictures))
+        lengths = [len(tokens) for tokens in visual_tokens]
+        projector = self.model.get_submodule(self.projectors[0])
+        tokens = torch.cat(cast(list[Tensor], visual_tokens))
         return list(projector(tokens.to(dtype_of(projector, tokens.dtype))).split(lengths))
 
     def encoder_output(self, embeddings: list[Tensor], kind: str = "image") -> BaseModelOutputWithPooling:
@@ -99,38 +99,36 @@ class Family(ABC):
         """
         return BaseModelOutputWithPooling(pooler_output=cast(Any, embeddings))
 
-    def outputs(
-        self, model: PreTrainedModel, pictures: list[Picture], kind: str = "image"
-    ) -> BaseModelOutputWithPooling:
+    def outputs(self, visual_tokens: list[VisualTokens], kind: str = "image") -> BaseModelOutputWithPooling:
         """`compress`'s result → ``mm_encoder_outputs[kind]``: `project`, and whatever else ``forward`` needs to know."""
-        return self.encoder_output(self.project(model, pictures), kind)
+        return self.encoder_output(self.project(visual_tokens), kind)
 
     @abstractmethod
-    def patches(self, model: PreTrainedModel, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
+    def patches(self, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
         """What attaching puts on the instances: ``(object, attribute, value)``; detaching takes exactly these off."""
 
-    def hooks(self, model: PreTrainedModel, config: ZipConfig) -> list[RemovableHandle]:
+    def hooks(self, config: ZipConfig) -> list[RemovableHandle]:
         """Hooks that attaching registers, for what no attribute can do (Qwen's positions). Removed by detaching."""
         return []
 
-    def stock_count(self, model: PreTrainedModel) -> int | None:
+    def stock_count(self) -> int | None:
         """Placeholders a stock processor writes a picture, if that is one number for all pictures."""
         return None
 
     @abstractmethod
-    def budget(self, model: PreTrainedModel, config: ZipConfig) -> tuple[int, int]:
+    def budget(self, config: ZipConfig) -> tuple[int, int]:
         """``(dominant, contextual)`` in tokens, of one picture, tile or frame of the encoder's own size."""
 
     @abstractmethod
-    def token_counts(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
+    def token_counts(self, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
         """For each picture (visual tokens of the untouched model, visual tokens now)."""
 
 
-FAMILIES: Registry[Family] = Registry("model family", "visionzip.families")
+FAMILIES: Registry[type[Family]] = Registry("model family", "visionzip.families")
 
 
 def family_for(model: PreTrainedModel) -> Family:
-    """The family of a transformers model, by its config's ``model_type``.
+    """The family of a transformers model, by its config's ``model_type``, made for this model.
 
     Raises:
         ValueError: for anything else; says what was found and what is supported.
@@ -147,7 +145,7 @@ def family_for(model: PreTrainedModel) -> Family:
         raise ValueError(
             f"{type(model).__name__} has no language-model head; pass the *ForConditionalGeneration model, not its inner part"
         )
-    return family
+    return family(model)
 
 
 def read(encoder: Encoder, tower: nn.Module, pixel_values: Tensor, layer: Layer, config: ZipConfig) -> Features:
@@ -195,8 +193,7 @@ class ImageFeatures:
     ``generate`` inspects.
     """
 
-    model: PreTrainedModel  # the outer model; deepcopy follows the reference, so a copied model calls its own copy
-    family: Family
+    family: Family  # deepcopy follows the reference to its model, so a copied model calls its own copy
     config: ZipConfig
 
     def __call__(
@@ -220,16 +217,15 @@ class ImageFeatures:
     def features(
         self, kind: str, vision_feature_layer: int | list[int] | None, inputs: dict[str, Any]
     ) -> BaseModelOutputWithPooling:
-        reads = self.config.layer if self.config.layer is not None else self.model.config.vision_feature_layer
-        stock = self.model.config.vision_feature_layer
+        stock = self.family.model.config.vision_feature_layer
+        reads = self.config.layer if self.config.layer is not None else stock
         if vision_feature_layer is not None and vision_feature_layer not in (reads, stock):
             raise ValueError(
                 f"vision_feature_layer={vision_feature_layer} was asked for, but this model is attached to layer {reads}; "
                 f"attach it with ZipConfig(layer={vision_feature_layer})"
             )
         given = {name: value for name, value in inputs.items() if value is not None}
-        pictures = self.family.compress(self.model, self.config, **given)
-        return self.family.outputs(self.model, pictures, kind)
+        return self.family.outputs(self.family.compress(self.config, **given), kind)
 
 
 @dataclass

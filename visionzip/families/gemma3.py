@@ -18,21 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from visionzip.config import ZipConfig
-from visionzip.families.base import FAMILIES, Picture, dtype_of
+from visionzip.families.base import FAMILIES, VisualTokens, dtype_of
 from visionzip.families.grouped import Grouped
 
 
 class Gemma3(Grouped):
     """``C = D``: the mean of a group."""
 
-    def side(self, model: PreTrainedModel) -> int:
-        return cast(Any, model).model.multi_modal_projector.kernel_size
+    @property
+    def side(self) -> int:
+        return self.model.model.multi_modal_projector.kernel_size
 
-    def join(self, model: PreTrainedModel, tokens: Tensor) -> Tensor:
-        length, side = round(tokens.shape[1] ** 0.5), self.side(model)
+    def join(self, tokens: Tensor) -> Tensor:
+        length, side = round(tokens.shape[1] ** 0.5), self.side
         square = tokens.transpose(1, 2).unflatten(2, (length, length)).contiguous()
         return F.avg_pool2d(square, kernel_size=side, stride=side).flatten(2).transpose(1, 2)
 
@@ -42,13 +42,13 @@ class Gemma3(Grouped):
             processor.tokenizer.image_token_id,
         )  # its own image_token begins a picture
 
-    def hooks(self, model: PreTrainedModel, config: ZipConfig) -> list[RemovableHandle]:
-        return [model.register_forward_pre_hook(token_types, with_kwargs=True)]
+    def hooks(self, config: ZipConfig) -> list[RemovableHandle]:
+        return [self.model.register_forward_pre_hook(token_types, with_kwargs=True)]
 
-    def project(self, model: PreTrainedModel, pictures: list[Picture]) -> list[Tensor]:
-        projector = cast(Any, model).model.multi_modal_projector
-        lengths = [len(picture) for picture in pictures]
-        tokens = torch.cat(cast(list[Tensor], pictures))
+    def project(self, visual_tokens: list[VisualTokens]) -> list[Tensor]:
+        projector = self.model.model.multi_modal_projector
+        lengths = [len(tokens) for tokens in visual_tokens]
+        tokens = torch.cat(cast(list[Tensor], visual_tokens))
         sheets = unpool(tokens.to(dtype_of(projector, tokens.dtype)), projector.tokens_per_side, projector.kernel_size)
         return list(projector(sheets).flatten(0, 1)[: len(tokens)].split(lengths))
 
@@ -75,4 +75,4 @@ def unpool(tokens: Tensor, length: int, side: int) -> Tensor:
     return spread.flatten(3, 4).flatten(1, 3)
 
 
-FAMILIES.register("gemma3")(Gemma3())
+FAMILIES.register("gemma3")(Gemma3)

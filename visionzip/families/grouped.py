@@ -20,14 +20,13 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import MultiModalData
 
 from visionzip.config import ZipConfig
 from visionzip.encoders import Layer
 from visionzip.encoders.base import in_own_precision
-from visionzip.families.base import Family, Picture, read, shrink
+from visionzip.families.base import Family, VisualTokens, read, shrink
 from visionzip.selectors import Features
 
 
@@ -37,38 +36,40 @@ class Grouped(Family):
     #: where the processor says how many placeholders it writes a tile
     count_name: ClassVar[str] = "image_seq_length"
 
+    @property
     @abstractmethod
-    def side(self, model: PreTrainedModel) -> int:
+    def side(self) -> int:
         """Side of a group, in patches."""
 
     @abstractmethod
-    def join(self, model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    def join(self, tokens: Tensor) -> Tensor:
         """``(T, N, D)`` → ``(T, n, C)``, groups in raster order, by the model's own way to make a group one vector."""
 
-    def layer(self, model: PreTrainedModel, config: ZipConfig) -> Layer:
+    def layer(self, config: ZipConfig) -> Layer:
         return config.layer if config.layer is not None else -1
 
-    def read(self, model: PreTrainedModel, tokens: Tensor, layer: Layer) -> Tensor:
+    def read(self, tokens: Tensor, layer: Layer) -> Tensor:
         """``(T, N, D)`` of a layer as the model reads it: SigLIP's last norm belongs to it. (Of other layers too: the projector
         was trained on normed tokens.)"""
-        return model.get_submodule(self.tower).post_layernorm(tokens)  # type: ignore[operator]
+        return self.model.get_submodule(self.tower).post_layernorm(tokens)
 
-    def groups(self, model: PreTrainedModel) -> int:
+    @property
+    def groups(self) -> int:
         """``n``."""
-        encoder = self.encoder(model)
-        return (encoder.tokens(model.get_submodule(self.tower)) - int(encoder.has_cls)) // self.side(model) ** 2
+        encoder = self.encoder
+        return (encoder.tokens(self.model.get_submodule(self.tower)) - int(encoder.has_cls)) // self.side**2
 
-    def budget(self, model: PreTrainedModel, config: ZipConfig) -> tuple[int, int]:
-        return config.resolve(self.groups(model))
+    def budget(self, config: ZipConfig) -> tuple[int, int]:
+        return config.resolve(self.groups)
 
-    def check(self, model: PreTrainedModel, config: ZipConfig) -> None:
-        self.encoder(model).layers_run(model.get_submodule(self.tower), self.layer(model, config))
-        self.budget(model, config)
+    def check(self, config: ZipConfig) -> None:
+        self.encoder.layers_run(self.model.get_submodule(self.tower), self.layer(config))
+        self.budget(config)
 
-    def processor_facts(self, model: PreTrainedModel, processor: Any) -> dict[str, tuple[Any, Any]]:
+    def processor_facts(self, processor: Any) -> dict[str, tuple[Any, Any]]:
         return {
-            "image token id": (self.token(processor)[1], model.config.image_token_id),
-            "placeholders a tile": (getattr(processor, self.count_name, None), self.groups(model)),
+            "image token id": (self.token(processor)[1], self.model.config.image_token_id),
+            "placeholders a tile": (getattr(processor, self.count_name, None), self.groups),
         }
 
     def token(self, processor: Any) -> tuple[str, int]:
@@ -76,14 +77,14 @@ class Grouped(Family):
         return processor.image_token, processor.image_token_id
 
     @torch.no_grad()
-    def tiles(self, model: PreTrainedModel, config: ZipConfig, pixel_values: Tensor) -> Tensor:
+    def tiles(self, config: ZipConfig, pixel_values: Tensor) -> Tensor:
         """``(T, 3, height, width)`` → ``(T, K, C)``."""
-        layer = self.layer(model, config)
-        tower = model.get_submodule(self.tower)
+        layer = self.layer(config)
+        tower = self.model.get_submodule(self.tower)
         with in_own_precision(tower, pixel_values.device):
-            found = read(self.encoder(model), tower, pixel_values, layer, config)
-            side, cls = self.side(model), found.cls
-            tokens = self.join(model, self.read(model, found.hidden_states, layer)[:, cls:])
+            found = read(self.encoder, tower, pixel_values, layer, config)
+            side, cls = self.side, found.cls
+            tokens = self.join(self.read(found.hidden_states, layer)[:, cls:])
             there = tokens.device  # under a device map the last norm may lie elsewhere than the layers
             metric = group_mean(found.metric[:, cls:].to(there), side)
             scores = found.scores
@@ -91,19 +92,19 @@ class Grouped(Family):
                 scores = group_mean(scores[:, cls:, None].to(there), side).squeeze(-1)
             return shrink(Features(tokens, metric, scores, has_cls=False), config).tokens
 
-    def compress(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[Picture]:
+    def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:
         """One entry a *tile*: nothing in ``pixel_values`` says which tiles are of one picture, and nothing needs to know."""
-        return list(self.tiles(model, config, image_inputs["pixel_values"]))
+        return list(self.tiles(config, image_inputs["pixel_values"]))
 
     def encoder_output(self, embeddings: list[Tensor], kind: str = "image") -> BaseModelOutputWithPooling:
         return BaseModelOutputWithPooling(pooler_output=cast(Any, torch.stack(embeddings)))  # they ask for a tensor
 
-    def patches(self, model: PreTrainedModel, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
+    def patches(self, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
         changes: list[tuple[object, str, object]] = [
-            (cast(Any, model).model, "get_image_features", TileFeatures(model, self, config))
+            (self.model.model, "get_image_features", TileFeatures(self, config))
         ]
         if processor is not None:
-            token, stock, count = self.token(processor)[0], self.groups(model), sum(self.budget(model, config))
+            token, stock, count = self.token(processor)[0], self.groups, sum(self.budget(config))
             for kind in ("image", "video"):
                 name = f"replace_{kind}_token"
                 if getattr(processor, f"{kind}_processor", None) is not None:
@@ -112,11 +113,11 @@ class Grouped(Family):
                 changes.append((processor, "_get_num_multimodal_tokens", TileCounts(processor, stock - count)))
         return changes
 
-    def stock_count(self, model: PreTrainedModel) -> int | None:
-        return self.groups(model)
+    def stock_count(self) -> int | None:
+        return self.groups
 
-    def token_counts(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
-        return [(self.groups(model), sum(self.budget(model, config)))] * len(image_inputs["pixel_values"])
+    def token_counts(self, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
+        return [(self.groups, sum(self.budget(config)))] * len(image_inputs["pixel_values"])
 
 
 def group_mean(values: Tensor, side: int) -> Tensor:
@@ -130,7 +131,6 @@ def group_mean(values: Tensor, side: int) -> Tensor:
 class TileFeatures:
     """Stands in for ``get_image_features`` in the instance of one inner model; the signature is what ``generate`` inspects."""
 
-    model: PreTrainedModel
     family: Family
     config: ZipConfig
 
@@ -148,7 +148,7 @@ class TileFeatures:
         Raises:
             ValueError: when another layer is asked for than the one the ZipConfig reads.
         """
-        stock = getattr(self.model.config, "vision_feature_layer", -1)
+        stock = getattr(self.family.model.config, "vision_feature_layer", -1)
         reads = self.config.layer if self.config.layer is not None else stock
         if vision_feature_layer is not None and vision_feature_layer not in (reads, stock):
             raise ValueError(
@@ -158,8 +158,7 @@ class TileFeatures:
         inputs = {"pixel_values": pixel_values}
         if pixel_attention_mask is not None:
             inputs["pixel_attention_mask"] = pixel_attention_mask
-        pictures = self.family.compress(self.model, self.config, **inputs)
-        return self.family.outputs(self.model, pictures)
+        return self.family.outputs(self.family.compress(self.config, **inputs))
 
 
 @dataclass

@@ -13,29 +13,30 @@ from __future__ import annotations
 from typing import Any, ClassVar, cast
 
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from visionzip.config import ZipConfig
-from visionzip.families.base import FAMILIES, Picture
+from visionzip.families.base import FAMILIES, VisualTokens
 from visionzip.families.grouped import Grouped
 
 
 class Idefics3(Grouped):
     """``C = side²·D``: the patches of a group side by side."""
 
-    projector: ClassVar[str] = "model.connector.modality_projection"
+    projectors: ClassVar[tuple[str, ...]] = ("model.connector.modality_projection",)
     tower: ClassVar[str] = "model.vision_model"
     llm: ClassVar[str] = "model.text_model"
+    frozen: ClassVar[dict[str, str]] = {"encoder": tower, "llm": llm}
     count_name: ClassVar[str] = "image_seq_len"
 
-    def side(self, model: PreTrainedModel) -> int:
-        return model.config.scale_factor
+    @property
+    def side(self) -> int:
+        return self.model.config.scale_factor
 
-    def join(self, model: PreTrainedModel, tokens: Tensor) -> Tensor:
-        return cast(Any, model).model.connector.pixel_shuffle(tokens, model.config.scale_factor)
+    def join(self, tokens: Tensor) -> Tensor:
+        return self.model.model.connector.pixel_shuffle(tokens, self.model.config.scale_factor)
 
-    def compress(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[Picture]:
+    def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:
         pixel_values = image_inputs["pixel_values"]
         real = real_tiles(pixel_values)
         mask = image_inputs.get("pixel_attention_mask")
@@ -43,14 +44,14 @@ class Idefics3(Grouped):
             raise ValueError(
                 "pixel_attention_mask masks a part of a tile; expected whole tiles, as the model's own image processor makes them"
             )
-        tokens = self.tiles(model, config, pixel_values[real])
+        tokens = self.tiles(config, pixel_values[real])
         return [tile.flatten(0, 1) for tile in tokens.split(real.sum(dim=1).tolist())]
 
     def encoder_output(self, embeddings: list[Tensor], kind: str = "image") -> BaseModelOutputWithPooling:
         return BaseModelOutputWithPooling(pooler_output=cast(Any, embeddings))
 
-    def token_counts(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
-        stock, count = self.groups(model), sum(self.budget(model, config))
+    def token_counts(self, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
+        stock, count = self.groups, sum(self.budget(config))
         return [
             (stock * tiles, count * tiles) for tiles in real_tiles(image_inputs["pixel_values"]).sum(dim=1).tolist()
         ]
@@ -61,4 +62,4 @@ def real_tiles(pixel_values: Tensor) -> Tensor:
     return (pixel_values != 0).flatten(2).any(dim=2)
 
 
-FAMILIES.register("idefics3", "smolvlm")(Idefics3())
+FAMILIES.register("idefics3", "smolvlm")(Idefics3)

@@ -7,10 +7,7 @@ says why it does not score either. A video is a number of tiles, one a frame, so
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from visionzip.config import ZipConfig
 from visionzip.encoders import Layer
@@ -21,26 +18,27 @@ from visionzip.families.grouped import Grouped
 class InternVL(Grouped):
     """``C = 4·D``: the patches of a group side by side."""
 
-    def side(self, model: PreTrainedModel) -> int:
-        return round(1 / model.config.downsample_ratio)
+    @property
+    def side(self) -> int:
+        return round(1 / self.model.config.downsample_ratio)
 
-    def layer(self, model: PreTrainedModel, config: ZipConfig) -> Layer:
-        return config.layer if config.layer is not None else model.config.vision_feature_layer
+    def layer(self, config: ZipConfig) -> Layer:
+        return config.layer if config.layer is not None else self.model.config.vision_feature_layer
 
-    def read(self, model: PreTrainedModel, tokens: Tensor, layer: Layer) -> Tensor:
+    def read(self, tokens: Tensor, layer: Layer) -> Tensor:
         """As the model does it: its last norm counts where -1 is asked for, and only there."""
-        return cast(Any, model).model.vision_tower.layernorm(tokens) if layer == -1 else tokens
+        return self.model.model.vision_tower.layernorm(tokens) if layer == -1 else tokens
 
-    def join(self, model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    def join(self, tokens: Tensor) -> Tensor:
         length = round(tokens.shape[1] ** 0.5)
         square = tokens.unflatten(1, (length, length))
-        return cast(Any, model).model.pixel_shuffle(square, scale_factor=model.config.downsample_ratio).flatten(1, 2)
+        return self.model.model.pixel_shuffle(square, scale_factor=self.model.config.downsample_ratio).flatten(1, 2)
 
-    def check(self, model: PreTrainedModel, config: ZipConfig) -> None:
-        layer = self.layer(model, config)
+    def check(self, config: ZipConfig) -> None:
+        layer = self.layer(config)
         if not isinstance(layer, int):
-            raise ValueError(f"layer={layer}: {type(model).__name__} reads one layer; choose one")
-        super().check(model, config)
+            raise ValueError(f"layer={layer}: {type(self.model).__name__} reads one layer; choose one")
+        super().check(config)
 
 
-FAMILIES.register("internvl")(InternVL())
+FAMILIES.register("internvl")(InternVL)

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from transformers.processing_utils import MultiModalData
 
 from visionzip.config import ZipConfig
 from visionzip.encoders import Layer
-from visionzip.families.base import FAMILIES, Family, ImageFeatures, Picture, read, shrink, shrink_each
+from visionzip.families.base import FAMILIES, Family, ImageFeatures, VisualTokens, read, shrink, shrink_each
 
 
 @dataclass
@@ -42,68 +41,68 @@ class FixedCount:
 class Llava(Family):
     """``(B, 3, height, width)`` → K tokens a picture: CLS, dominant patches in raster order, contextual tokens."""
 
-    per_picture = True
+    per_image_budgets = True
 
-    def layer(self, model: PreTrainedModel, config: ZipConfig) -> Layer:
-        return config.layer if config.layer is not None else model.config.vision_feature_layer
+    def layer(self, config: ZipConfig) -> Layer:
+        return config.layer if config.layer is not None else self.model.config.vision_feature_layer
 
-    def budget(self, model: PreTrainedModel, config: ZipConfig) -> tuple[int, int]:
+    def budget(self, config: ZipConfig) -> tuple[int, int]:
         """``(dominant, contextual)`` in tokens."""
-        encoder = self.encoder(model)
-        tokens = encoder.tokens(model.get_submodule(self.tower))
+        encoder = self.encoder
+        tokens = encoder.tokens(self.model.get_submodule(self.tower))
         return config.resolve(tokens, reserved=int(encoder.has_cls))
 
-    def check(self, model: PreTrainedModel, config: ZipConfig) -> None:
-        layer = self.layer(model, config)
-        self.encoder(model).layers_run(model.get_submodule(self.tower), layer)
-        width = model.config.vision_config.hidden_size * (1 if isinstance(layer, int) else len(layer))
-        stock = model.config.vision_feature_layer
-        expected = model.config.vision_config.hidden_size * (1 if isinstance(stock, int) else len(stock))
+    def check(self, config: ZipConfig) -> None:
+        layer = self.layer(config)
+        self.encoder.layers_run(self.model.get_submodule(self.tower), layer)
+        width = self.model.config.vision_config.hidden_size * (1 if isinstance(layer, int) else len(layer))
+        stock = self.model.config.vision_feature_layer
+        expected = self.model.config.vision_config.hidden_size * (1 if isinstance(stock, int) else len(stock))
         if width != expected:
             raise ValueError(
                 f"layer={layer} gives tokens {width} wide, but the projector takes {expected} (vision_feature_layer={stock})"
             )
-        self.budget(model, config)
+        self.budget(config)
 
-    def processor_facts(self, model: PreTrainedModel, processor: Any) -> dict[str, tuple[Any, Any]]:
-        vision = model.config.vision_config
+    def processor_facts(self, processor: Any) -> dict[str, tuple[Any, Any]]:
+        vision = self.model.config.vision_config
         return {
-            "image token id": (processor.image_token_id, model.config.image_token_id),
+            "image token id": (processor.image_token_id, self.model.config.image_token_id),
             "patch size": (getattr(processor, "patch_size", None), vision.patch_size),
             "picture size": (picture_size(processor.image_processor), vision.image_size),
         }
 
-    def compress(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[Picture]:
-        tower = model.get_submodule(self.tower)
+    def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:
+        tower = self.model.get_submodule(self.tower)
         with torch.no_grad():
             pixel_values = image_inputs["pixel_values"]
-            features = read(self.encoder(model), tower, pixel_values, self.layer(model, config), config)
+            features = read(self.encoder, tower, pixel_values, self.layer(config), config)
             if config.adaptive is not None:
                 return [each.tokens[0] for each in shrink_each(features, config)]
             return list(shrink(features, config).tokens)
 
-    def patches(self, model: PreTrainedModel, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
+    def patches(self, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
         changes: list[tuple[object, str, object]] = [
-            (model.model, "get_image_features", ImageFeatures(model, self, config))
+            (self.model.model, "get_image_features", ImageFeatures(self, config))
         ]
         if processor is not None:
-            count = sum(self.budget(model, config))
+            count = sum(self.budget(config))
             changes.append((processor, "replace_image_token", FixedPlaceholders(processor.image_token, count)))
             changes.append((processor, "_get_num_multimodal_tokens", FixedCount(count)))
         return changes
 
-    def stock_count(self, model: PreTrainedModel) -> int | None:
-        encoder = self.encoder(model)
-        without_cls = encoder.has_cls and model.config.vision_feature_select_strategy == "default"
-        return encoder.tokens(model.get_submodule(self.tower)) - int(without_cls)
+    def stock_count(self) -> int | None:
+        encoder = self.encoder
+        without_cls = encoder.has_cls and self.model.config.vision_feature_select_strategy == "default"
+        return encoder.tokens(self.model.get_submodule(self.tower)) - int(without_cls)
 
-    def token_counts(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
-        stock = self.stock_count(model)
+    def token_counts(self, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
+        stock = self.stock_count()
         assert stock is not None
-        return [(stock, sum(self.budget(model, config)))] * len(image_inputs["pixel_values"])
+        return [(stock, sum(self.budget(config)))] * len(image_inputs["pixel_values"])
 
 
-FAMILIES.register("llava")(Llava())
+FAMILIES.register("llava")(Llava)
 
 
 def picture_size(image_processor: Any) -> int | None:

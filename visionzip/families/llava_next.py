@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 from transformers.processing_utils import MultiModalData
 
 from visionzip.compress import part
 from visionzip.config import ZipConfig
-from visionzip.families.base import FAMILIES, ImageFeatures, Picture, read, shrink, shrink_each
+from visionzip.families.base import FAMILIES, ImageFeatures, VisualTokens, read, shrink, shrink_each
 from visionzip.families.llava import Llava
 from visionzip.families.tiles import pack_each, pack_picture, tile_grid
 
@@ -61,73 +60,74 @@ class CountBySize:
 class LlavaNext(Llava):
     """``(B, T_max, 3, side, side)`` and ``image_sizes`` → for each picture ``T * K`` tokens."""
 
-    def compress(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[Picture]:
-        grids = self.grids(model, image_inputs["image_sizes"])
+    def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:
+        grids = self.grids(image_inputs["image_sizes"])
         counts = [rows * columns + 1 for rows, columns in grids]
-        encoder, tower = self.encoder(model), model.get_submodule(self.tower)
+        encoder, tower = self.encoder, self.model.get_submodule(self.tower)
         with torch.no_grad():
             tiles = flat_tiles(image_inputs["pixel_values"], counts)
-            features = read(encoder, tower, tiles, self.layer(model, config), config)
+            features = read(encoder, tower, tiles, self.layer(config), config)
             starts = [sum(counts[:index]) for index in range(len(counts))]
             pictures = list(zip(starts, counts, grids, strict=True))
-            side, cls = self.side(model), encoder.has_cls
+            side, cls = self.side, encoder.has_cls
             if config.adaptive is not None:  # every tile stops on its own
                 each = shrink_each(features, config)
                 return [pack_each(each[start : start + count], grid, side, cls) for start, count, grid in pictures]
             kept = shrink(features, config)
             return [pack_picture(part(kept, start, start + count), grid, side, cls) for start, count, grid in pictures]
 
-    def side(self, model: PreTrainedModel) -> int:
+    @property
+    def side(self) -> int:
         """Patches along the side of a tile."""
-        vision = model.config.vision_config
+        vision = self.model.config.vision_config
         return vision.image_size // vision.patch_size
 
-    def grids(self, model: PreTrainedModel, image_sizes: Any) -> list[tuple[int, int]]:
+    def grids(self, image_sizes: Any) -> list[tuple[int, int]]:
         """``(rows, columns)`` for each of ``(B, 2)`` sizes."""
-        config = model.config
+        config = self.model.config
         sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes  # one wait for a GPU, not B
         return [tile_grid(size, config.image_grid_pinpoints, config.vision_config.image_size) for size in sizes]
 
-    def processor_facts(self, model: PreTrainedModel, processor: Any) -> dict[str, tuple[Any, Any]]:
+    def processor_facts(self, processor: Any) -> dict[str, tuple[Any, Any]]:
         pinpoints = getattr(processor.image_processor, "image_grid_pinpoints", None) or []
         return {
-            **super().processor_facts(model, processor),
-            "grid pinpoints": (as_lists(pinpoints), as_lists(model.config.image_grid_pinpoints)),
+            **super().processor_facts(processor),
+            "grid pinpoints": (as_lists(pinpoints), as_lists(self.model.config.image_grid_pinpoints)),
         }
 
-    def patches(self, model: PreTrainedModel, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
+    def patches(self, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
         changes: list[tuple[object, str, object]] = [
-            (model.model, "get_image_features", ImageFeatures(model, self, config))
+            (self.model.model, "get_image_features", ImageFeatures(self, config))
         ]
         if processor is not None:
-            placeholders = self.placeholders(model, processor, config)
+            placeholders = self.placeholders(processor, config)
             changes.append((processor, "replace_image_token", placeholders))
             changes.append((processor, "_get_num_multimodal_tokens", CountBySize(placeholders)))
         return changes
 
-    def placeholders(self, model: PreTrainedModel, processor: Any, config: ZipConfig) -> TilePlaceholders:
+    def placeholders(self, processor: Any, config: ZipConfig) -> TilePlaceholders:
         return TilePlaceholders(
             processor.image_token,
-            sum(self.budget(model, config)),
-            as_lists(model.config.image_grid_pinpoints),
-            model.config.vision_config.image_size,
+            sum(self.budget(config)),
+            as_lists(self.model.config.image_grid_pinpoints),
+            self.model.config.vision_config.image_size,
         )
 
-    def stock_count(self, model: PreTrainedModel) -> int | None:
+    def stock_count(self) -> int | None:
         return None  # it depends on the picture's size
 
-    def token_counts(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
-        side, budget = self.side(model), sum(self.budget(model, config))
-        base = side**2 + int(model.config.vision_feature_select_strategy == "full")
+    def token_counts(self, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
+        side, budget = self.side, sum(self.budget(config))
+        base = side**2 + int(self.model.config.vision_feature_select_strategy == "full")
         found = []
         sizes = torch.as_tensor(image_inputs["image_sizes"]).tolist()
-        for size, grid in zip(sizes, self.grids(model, sizes), strict=True):
+        for size, grid in zip(sizes, self.grids(sizes), strict=True):
             height, width = unpadded(size, grid, side)
             found.append((base + height * (width + 1), (grid[0] * grid[1] + 1) * budget))  # a newline ends each row
         return found
 
 
-FAMILIES.register("llava_next")(LlavaNext())
+FAMILIES.register("llava_next")(LlavaNext)
 
 
 def flat_tiles(pixel_values: Tensor, counts: list[int]) -> Tensor:

@@ -8,15 +8,14 @@ everywhere with CLIP (the untouched model drops it). A frame's budget is of 145 
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from visionzip.config import ZipConfig
-from visionzip.families.base import FAMILIES, Picture, VideoFeatures, read, shrink
+from visionzip.families.base import FAMILIES, VideoFeatures, VisualTokens, read, shrink
 from visionzip.families.llava_next import LlavaNext
 from visionzip.families.video import CountPicturesAndVideos, FramePlaceholders, frame_budget
 from visionzip.selectors import Features
@@ -25,62 +24,64 @@ from visionzip.selectors import Features
 class LlavaNextVideo(LlavaNext):
     """Pictures and videos: ``(L, D)``, a video's frames one after the other with ``K`` tokens each."""
 
-    per_picture = False
+    per_image_budgets = False
 
-    def compress(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[Picture]:
-        found: list[Picture] = []
+    def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:
+        found: list[VisualTokens] = []
         if image_inputs.get("pixel_values") is not None:
-            found += super().compress(model, config, **image_inputs)
+            found += super().compress(config, **image_inputs)
         if image_inputs.get("pixel_values_videos") is not None:
             with torch.no_grad():
-                found += [self._video(model, config, frames) for frames in image_inputs["pixel_values_videos"]]
+                found += [self._video(config, frames) for frames in image_inputs["pixel_values_videos"]]
         return found
 
-    def _video(self, model: PreTrainedModel, config: ZipConfig, frames: Tensor) -> Tensor:
-        tower = model.get_submodule(self.tower)
-        features = read(self.encoder(model), tower, frames, self.layer(model, config), config)
-        kept = shrink(pooled(features, cast(Any, model.model).vision_resampler, self.stride(model)), config)
+    def _video(self, config: ZipConfig, frames: Tensor) -> Tensor:
+        tower = self.model.get_submodule(self.tower)
+        features = read(self.encoder, tower, frames, self.layer(config), config)
+        kept = shrink(pooled(features, self.model.model.vision_resampler, self.stride), config)
         return kept.tokens.flatten(0, 1)
 
-    def stride(self, model: PreTrainedModel) -> int:
-        return model.config.spatial_pool_stride
+    @property
+    def stride(self) -> int:
+        return self.model.config.spatial_pool_stride
 
-    def frame_tokens(self, model: PreTrainedModel) -> int:
+    @property
+    def frame_tokens(self) -> int:
         """Tokens of a frame after pooling, without CLS."""
-        return (self.side(model) // self.stride(model)) ** 2
+        return (self.side // self.stride) ** 2
 
-    def frame_budget(self, model: PreTrainedModel, config: ZipConfig) -> tuple[int, int]:
+    def frame_budget(self, config: ZipConfig) -> tuple[int, int]:
         """``(dominant, contextual)`` of one frame."""
-        cls = int(self.encoder(model).has_cls)
-        return frame_budget(config, self.frame_tokens(model) + cls, cls)
+        cls = int(self.encoder.has_cls)
+        return frame_budget(config, self.frame_tokens + cls, cls)
 
-    def processor_facts(self, model: PreTrainedModel, processor: Any) -> dict[str, tuple[Any, Any]]:
+    def processor_facts(self, processor: Any) -> dict[str, tuple[Any, Any]]:
         return {
-            **super().processor_facts(model, processor),
-            "video token id": (getattr(processor, "video_token_id", None), model.config.video_token_id),
+            **super().processor_facts(processor),
+            "video token id": (getattr(processor, "video_token_id", None), self.model.config.video_token_id),
         }
 
-    def patches(self, model: PreTrainedModel, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
-        changes = super().patches(model, None, config)
-        changes.append((model.model, "get_video_features", VideoFeatures(model, self, config)))
+    def patches(self, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
+        changes = super().patches(None, config)
+        changes.append((self.model.model, "get_video_features", VideoFeatures(self, config)))
         if processor is not None:
-            images = self.placeholders(model, processor, config)
-            videos = FramePlaceholders(processor.video_token, sum(self.frame_budget(model, config)))
+            images = self.placeholders(processor, config)
+            videos = FramePlaceholders(processor.video_token, sum(self.frame_budget(config)))
             changes.append((processor, "replace_image_token", images))
             changes.append((processor, "replace_video_token", videos))
             changes.append((processor, "_get_num_multimodal_tokens", CountPicturesAndVideos(images, videos)))
         return changes
 
-    def token_counts(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
+    def token_counts(self, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
         found = []
         if image_inputs.get("pixel_values") is not None:
-            found += super().token_counts(model, config, **image_inputs)
+            found += super().token_counts(config, **image_inputs)
         for frames in image_inputs.get("pixel_values_videos", ()):
-            found.append((len(frames) * self.frame_tokens(model), len(frames) * sum(self.frame_budget(model, config))))
+            found.append((len(frames) * self.frame_tokens, len(frames) * sum(self.frame_budget(config))))
         return found
 
 
-FAMILIES.register("llava_next_video")(LlavaNextVideo())
+FAMILIES.register("llava_next_video")(LlavaNextVideo)
 
 
 def pooled(features: Features, resampler: Any, stride: int) -> Features:

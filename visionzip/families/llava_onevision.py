@@ -29,12 +29,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from visionzip.compress import part
 from visionzip.config import ZipConfig
-from visionzip.families.base import FAMILIES, Picture, VideoFeatures, read, shrink
+from visionzip.families.base import FAMILIES, VideoFeatures, VisualTokens, read, shrink
 from visionzip.families.llava_next import LlavaNext, TilePlaceholders, as_lists, flat_tiles, unpadded
 from visionzip.families.tiles import pack_tiles, tile_grid
 from visionzip.families.video import (
@@ -73,32 +72,32 @@ class LlavaOnevision(LlavaNext):
     ``newline`` is a flag: the embedding itself is the LLM's and is set by `project`.
     """
 
-    per_picture = False
+    per_image_budgets = False
     alone_differs = True
 
-    def check(self, model: PreTrainedModel, config: ZipConfig) -> None:
-        super().check(model, config)
-        if self.encoder(model).has_cls:
+    def check(self, config: ZipConfig) -> None:
+        super().check(config)
+        if self.encoder.has_cls:
             raise ValueError(
-                f"{type(model.get_submodule(self.tower)).__name__} has a CLS token; LLaVA-OneVision lays its patches out as a "
+                f"{type(self.model.get_submodule(self.tower)).__name__} has a CLS token; LLaVA-OneVision lays its patches out as a "
                 f"grid and is supported with an encoder without one (SigLIP)"
             )
 
-    def compress(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[Picture]:
+    def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:
         with torch.no_grad():
-            found: list[Picture] = []
+            found: list[VisualTokens] = []
             if image_inputs.get("pixel_values") is not None:
-                found += self._images(model, config, image_inputs)
+                found += self._images(config, image_inputs)
             if image_inputs.get("pixel_values_videos") is not None:
-                found += [self._video(model, config, frames) for frames in image_inputs["pixel_values_videos"]]
+                found += [self._video(config, frames) for frames in image_inputs["pixel_values_videos"]]
             return found
 
-    def _images(self, model: PreTrainedModel, config: ZipConfig, inputs: dict[str, Any]) -> list[Picture]:
-        grids = self.layout(model, inputs)
+    def _images(self, config: ZipConfig, inputs: dict[str, Any]) -> list[VisualTokens]:
+        grids = self.layout(inputs)
         counts = [high * wide + 1 for high, wide in grids]
         starts = [sum(counts[:index]) for index in range(len(counts))]
-        features = self._read(model, config, flat_tiles(inputs["pixel_values"], counts))
-        whole, most = self.budget(model, config), max_tiles(model)
+        features = self._read(config, flat_tiles(inputs["pixel_values"], counts))
+        whole, most = self.budget(config), self.max_tiles
         bases = shrink(rows(features, starts), config)
 
         others: dict[int, Tensor] = {}  # picture → its grid's tokens
@@ -111,15 +110,15 @@ class LlavaOnevision(LlavaNext):
             kept, place = shrink(rows(features, tiles), config, budget), 0
             for index in members:
                 mine, place = part(kept, place, place + counts[index] - 1), place + counts[index] - 1
-                others[index] = pack_tiles(mine.tokens, mine.kept, budget[1], grids[index], self.side(model), False)
+                others[index] = pack_tiles(mine.tokens, mine.kept, budget[1], grids[index], self.side, False)
         return [
             torch.cat((base, others[index])) if index in others else {"tokens": base, "newline": torch.tensor(True)}
             for index, base in enumerate(bases.tokens)
         ]
 
-    def _video(self, model: PreTrainedModel, config: ZipConfig, frames: Tensor) -> Picture:
-        side = self.side(model)
-        found = self._read(model, config, frames)
+    def _video(self, config: ZipConfig, frames: Tensor) -> VisualTokens:
+        side = self.side
+        found = self._read(config, frames)
         places, weights = bilinear_corners(side, pooled_side(side), found.hidden_states.device)
         features = pool(found, places, weights)
         kept = shrink(features, config)
@@ -130,19 +129,17 @@ class LlavaOnevision(LlavaNext):
             "newline": torch.tensor(True),
         }
 
-    def _read(self, model: PreTrainedModel, config: ZipConfig, pixel_values: Tensor) -> Features:
-        return read(
-            self.encoder(model), model.get_submodule(self.tower), pixel_values, self.layer(model, config), config
-        )
+    def _read(self, config: ZipConfig, pixel_values: Tensor) -> Features:
+        return read(self.encoder, self.model.get_submodule(self.tower), pixel_values, self.layer(config), config)
 
-    def project(self, model: PreTrainedModel, pictures: list[Picture]) -> list[Tensor]:
-        tokens = [one if isinstance(one, Tensor) else one["tokens"].flatten(0, -2) for one in pictures]
-        found = super().project(model, cast(list[Picture], tokens))
-        for index, (one, embeddings) in enumerate(zip(pictures, found, strict=True)):
+    def project(self, visual_tokens: list[VisualTokens]) -> list[Tensor]:
+        tokens = [one if isinstance(one, Tensor) else one["tokens"].flatten(0, -2) for one in visual_tokens]
+        found = super().project(cast(list[VisualTokens], tokens))
+        for index, (one, embeddings) in enumerate(zip(visual_tokens, found, strict=True)):
             if isinstance(one, dict) and "weights" in one:
                 embeddings = (embeddings.unflatten(0, (-1, 4)) * one["weights"].to(embeddings).unsqueeze(-1)).sum(1)
             if isinstance(one, dict) and "newline" in one:
-                newline = cast(Tensor, model.model.image_newline)
+                newline = self.model.model.image_newline
                 embeddings = torch.cat((embeddings, newline[None].to(embeddings)))
             found[index] = embeddings
         return found
@@ -150,52 +147,61 @@ class LlavaOnevision(LlavaNext):
     def encoder_output(self, embeddings: list[Tensor], kind: str = "image") -> BaseModelOutputWithPooling:
         return super().encoder_output(embeddings, kind) if kind == "image" else stacked(embeddings)
 
-    def layout(self, model: PreTrainedModel, inputs: dict[str, Any]) -> list[tuple[int, int]]:
+    @property
+    def max_tiles(self) -> int:
+        """The 9 of ``anyres_max_9``."""
+        ratio = self.model.config.vision_aspect_ratio
+        found = re.search(r"(\d+)$", ratio)
+        if found is None:
+            raise ValueError(f"vision_aspect_ratio={ratio!r}; expected 'anyres_max_<number>'")
+        return int(found.group(1))
+
+    def layout(self, inputs: dict[str, Any]) -> list[tuple[int, int]]:
         """The grid of each picture, ``(rows, columns)``; ``(0, 0)`` for one that shares its prompt with others."""
         sizes = inputs["image_sizes"]
         alone = are_alone(inputs.get("batch_num_images"), len(sizes))
-        return [grid if own else (0, 0) for grid, own in zip(self.grids(model, sizes), alone, strict=True)]
+        return [grid if own else (0, 0) for grid, own in zip(self.grids(sizes), alone, strict=True)]
 
-    def processor_facts(self, model: PreTrainedModel, processor: Any) -> dict[str, tuple[Any, Any]]:
-        facts = super().processor_facts(model, processor)
+    def processor_facts(self, processor: Any) -> dict[str, tuple[Any, Any]]:
+        facts = super().processor_facts(processor)
         del facts["patch size"]  # this processor is told the number of tokens instead
         return {
             **facts,
-            "video token id": (processor.video_token_id, model.config.video_token_id),
-            "tokens of a tile": (getattr(processor, "num_image_tokens", None), self.side(model) ** 2),
+            "video token id": (processor.video_token_id, self.model.config.video_token_id),
+            "tokens of a tile": (getattr(processor, "num_image_tokens", None), self.side**2),
         }
 
-    def patches(self, model: PreTrainedModel, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
-        changes = super().patches(model, None, config)
-        changes.append((model.model, "get_video_features", VideoFeatures(model, self, config)))
+    def patches(self, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
+        changes = super().patches(None, config)
+        changes.append((self.model.model, "get_video_features", VideoFeatures(self, config)))
         if processor is not None:
-            images = self.placeholders(model, processor, config)
-            videos = FramePlaceholders(processor.video_token, sum(self.frame_budget(model, config)), extra=1)
+            images = self.placeholders(processor, config)
+            videos = FramePlaceholders(processor.video_token, sum(self.frame_budget(config)), extra=1)
             changes.append((processor, "replace_image_token", images))
             changes.append((processor, "replace_video_token", videos))
             changes.append((processor, "_get_num_multimodal_tokens", CountPicturesAndVideos(images, videos)))
         return changes
 
-    def placeholders(self, model: PreTrainedModel, processor: Any, config: ZipConfig) -> OnevisionPlaceholders:
-        whole = self.budget(model, config)
+    def placeholders(self, processor: Any, config: ZipConfig) -> OnevisionPlaceholders:
+        whole = self.budget(config)
         return OnevisionPlaceholders(
             processor.image_token,
             sum(whole),
-            as_lists(model.config.image_grid_pinpoints),
-            model.config.vision_config.image_size,
+            as_lists(self.model.config.image_grid_pinpoints),
+            self.model.config.vision_config.image_size,
             whole,
-            max_tiles(model),
+            self.max_tiles,
         )
 
-    def frame_budget(self, model: PreTrainedModel, config: ZipConfig) -> Budget:
+    def frame_budget(self, config: ZipConfig) -> Budget:
         """``(dominant, contextual)`` of one frame's pooled positions."""
-        return frame_budget(config, pooled_side(self.side(model)) ** 2)
+        return frame_budget(config, pooled_side(self.side) ** 2)
 
-    def token_counts(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
+    def token_counts(self, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
         found = []
-        side, whole, most = self.side(model), self.budget(model, config), max_tiles(model)
+        side, whole, most = self.side, self.budget(config), self.max_tiles
         if image_inputs.get("pixel_values") is not None:
-            for size, (high, wide) in zip(image_inputs["image_sizes"], self.layout(model, image_inputs), strict=True):
+            for size, (high, wide) in zip(image_inputs["image_sizes"], self.layout(image_inputs), strict=True):
                 tiles = high * wide
                 if tiles == 0:
                     found.append((side**2 + 1, sum(whole) + 1))
@@ -203,12 +209,12 @@ class LlavaOnevision(LlavaNext):
                     stock = side**2 + with_newlines(unpadded(size, (high, wide), side), side, most)
                     found.append((stock, sum(whole) + tiles * sum(share(whole, tiles, most))))
         for frames in image_inputs.get("pixel_values_videos", ()):
-            budget = sum(self.frame_budget(model, config))
+            budget = sum(self.frame_budget(config))
             found.append((len(frames) * pooled_side(side) ** 2 + 1, len(frames) * budget + 1))
         return found
 
 
-FAMILIES.register("llava_onevision")(LlavaOnevision())
+FAMILIES.register("llava_onevision")(LlavaOnevision)
 
 
 def are_alone(batch_num_images: Any, pictures: int) -> list[bool]:
@@ -222,14 +228,6 @@ def are_alone(batch_num_images: Any, pictures: int) -> list[bool]:
     if isinstance(batch_num_images, Tensor):
         batch_num_images = batch_num_images.tolist()
     return [int(number) == 1 for number in batch_num_images for _ in range(int(number))][:pictures]
-
-
-def max_tiles(model: PreTrainedModel) -> int:
-    """The 9 of ``anyres_max_9``."""
-    found = re.search(r"(\d+)$", model.config.vision_aspect_ratio)
-    if found is None:
-        raise ValueError(f"vision_aspect_ratio={model.config.vision_aspect_ratio!r}; expected 'anyres_max_<number>'")
-    return int(found.group(1))
 
 
 def share(whole: Budget, tiles: int, most: int) -> Budget:

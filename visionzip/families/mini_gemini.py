@@ -16,15 +16,14 @@ Prompts need no change: the model's own code puts each picture where its one mar
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from visionzip.config import ZipConfig
 from visionzip.encoders import Encoder, encoder_for
-from visionzip.families.base import FAMILIES, Family, Picture, read, shrink
+from visionzip.families.base import FAMILIES, Family, VisualTokens, read, shrink
 
 MEMBERS = ("get_vision_tower", "get_vision_tower_aux", "unified_resampler", "encode_images")
 
@@ -32,45 +31,47 @@ MEMBERS = ("get_vision_tower", "get_vision_tower_aux", "unified_resampler", "enc
 class MiniGemini(Family):
     """``images`` ``(B, 3, h, w)`` and ``images_aux`` ``(B, 3, H, W)`` → ``(K, D)`` a picture."""
 
-    projector: ClassVar[str] = "model.mm_projector"
+    projectors: ClassVar[tuple[str, ...]] = ("model.mm_projector",)
     llm: ClassVar[str] = "model.layers"
+    frozen: ClassVar[dict[str, str]] = {"encoder": Family.tower, "llm": llm}
     needs_placeholders: ClassVar[bool] = False
 
-    def clip(self, model: PreTrainedModel) -> Any:
+    def clip(self) -> Any:
         """The `CLIPVisionModel` inside the authors' wrapper."""
-        return cast(Any, model).get_vision_tower().vision_tower
+        return self.model.get_vision_tower().vision_tower
 
-    def encoder(self, model: PreTrainedModel) -> Encoder:
-        return encoder_for(self.clip(model))
+    @property
+    def encoder(self) -> Encoder:
+        return encoder_for(self.clip())
 
-    def layer(self, model: PreTrainedModel, config: ZipConfig) -> int:
-        return config.layer if config.layer is not None else cast(Any, model).get_vision_tower().select_layer
+    def layer(self, config: ZipConfig) -> int:
+        return config.layer if config.layer is not None else self.model.get_vision_tower().select_layer
 
-    def budget(self, model: PreTrainedModel, config: ZipConfig) -> tuple[int, int]:
-        return config.resolve(self.encoder(model).tokens(self.clip(model)) - 1)
+    def budget(self, config: ZipConfig) -> tuple[int, int]:
+        return config.resolve(self.encoder.tokens(self.clip()) - 1)
 
-    def check(self, model: PreTrainedModel, config: ZipConfig) -> None:
-        missing = [name for name in MEMBERS if not callable(getattr(model, name, None))]
+    def check(self, config: ZipConfig) -> None:
+        missing = [name for name in MEMBERS if not callable(getattr(self.model, name, None))]
         if missing:
             raise ValueError(
-                f"{type(model).__name__} says it is {model.config.model_type!r} but has no {', '.join(missing)}; expected the "
+                f"{type(self.model).__name__} says it is {self.model.config.model_type!r} but has no {', '.join(missing)}; expected the "
                 f"members of the authors' MGMMetaForCausalLM"
             )
-        if getattr(model.config, "image_grid", 1) > 1:
+        if getattr(self.model.config, "image_grid", 1) > 1:
             raise ValueError(
-                f"image_grid={model.config.image_grid}: the HD models, which cut pictures into tiles, are not supported"
+                f"image_grid={self.model.config.image_grid}: the HD models, which cut pictures into tiles, are not supported"
             )
-        self.encoder(model).layers_run(self.clip(model), self.layer(model, config))
-        self.budget(model, config)
+        self.encoder.layers_run(self.clip(), self.layer(config))
+        self.budget(config)
 
-    def processor_facts(self, model: PreTrainedModel, processor: Any) -> dict[str, tuple[Any, Any]]:
-        raise ValueError(f"{type(model).__name__}'s prompts need no change; attach it without a processor")
+    def processor_facts(self, processor: Any) -> dict[str, tuple[Any, Any]]:
+        raise ValueError(f"{type(self.model).__name__}'s prompts need no change; attach it without a processor")
 
     @torch.no_grad()
-    def compress(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[Picture]:
-        outer, images, detailed = cast(Any, model), image_inputs["images"], image_inputs.get("images_aux")
-        clip = self.clip(model)
-        found = read(self.encoder(model), clip, images.to(clip.device, clip.dtype), self.layer(model, config), config)
+    def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:
+        outer, images, detailed = self.model, image_inputs["images"], image_inputs.get("images_aux")
+        clip = self.clip()
+        found = read(self.encoder, clip, images.to(clip.device, clip.dtype), self.layer(config), config)
         patches = found.hidden_states[:, 1:]
         if detailed is not None:
             squares = outer.get_vision_tower_aux()(detailed).to(patches.device, patches.dtype)
@@ -80,26 +81,25 @@ class MiniGemini(Family):
         features = replace(found, hidden_states=patches, metric=found.metric[:, 1:], scores=scores, has_cls=False)
         return list(shrink(features, config).tokens)
 
-    def patches(self, model: PreTrainedModel, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
-        return [(model, "encode_images", EncodeImages(model, self, config))]
+    def patches(self, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
+        return [(self.model, "encode_images", EncodeImages(self, config))]
 
-    def token_counts(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
-        stock = self.encoder(model).tokens(self.clip(model)) - 1
-        return [(stock, sum(self.budget(model, config)))] * len(image_inputs["images"])
+    def token_counts(self, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
+        stock = self.encoder.tokens(self.clip()) - 1
+        return [(stock, sum(self.budget(config)))] * len(image_inputs["images"])
 
 
-FAMILIES.register("mgm", "mgm_mistral", "mgm_mixtral", "mgm_gemma", "mini_gemini")(MiniGemini())
+FAMILIES.register("mgm", "mgm_mistral", "mgm_mixtral", "mgm_gemma", "mini_gemini")(MiniGemini)
 
 
 @dataclass
 class EncodeImages:
     """Stands in for ``encode_images`` in the instance of one model."""
 
-    model: PreTrainedModel
     family: Family
     config: ZipConfig
 
     def __call__(self, images: Tensor, images_aux: Tensor | None = None, is_video: bool = False) -> Tensor:
         """Pictures → ``(B, K, hidden)``."""
-        pictures = self.family.compress(self.model, self.config, images=images, images_aux=images_aux)
-        return torch.stack(self.family.project(self.model, pictures))
+        visual_tokens = self.family.compress(self.config, images=images, images_aux=images_aux)
+        return torch.stack(self.family.project(visual_tokens))

@@ -29,7 +29,7 @@ KINDS = {"image": (1, "pixel_values", "image_grid_thw"), "video": (2, "pixel_val
 
 
 @dataclass
-class VisualTokens(BaseModelOutputWithPooling):
+class GridOutput(BaseModelOutputWithPooling):
     """What ``mm_encoder_outputs`` holds for one kind of picture.
 
     Attributes:
@@ -113,7 +113,7 @@ class RopeIndex:
         input_ids: Tensor,
         mm_token_type_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        mm_encoder_outputs: dict[str, VisualTokens] | None = None,
+        mm_encoder_outputs: dict[str, GridOutput] | None = None,
         second_per_grid_ts: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
@@ -139,7 +139,7 @@ class RopeIndex:
             deltas[number] += max(1, len(row.kinds)) - max(1, len(row.kept))
         return positions, deltas
 
-    def _runs(self, outputs: dict[str, VisualTokens]) -> dict[int, Iterator[Run]]:
+    def _runs(self, outputs: dict[str, GridOutput]) -> dict[int, Iterator[Run]]:
         merge = self.inner.config.vision_config.spatial_merge_size
         runs: dict[int, Iterator[Run]] = {number: iter(()) for number, *_ in KINDS.values()}
         for kind, found in outputs.items():
@@ -155,7 +155,7 @@ class RopeIndex:
         self,
         rows: list[Row],
         shown: list[tuple[int, int]],
-        outputs: dict[str, VisualTokens],
+        outputs: dict[str, GridOutput],
         seconds: Any,
         device: torch.device,
     ) -> tuple[Tensor, Tensor]:

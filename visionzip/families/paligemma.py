@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from visionzip.config import ZipConfig
 from visionzip.families.base import FAMILIES
@@ -24,14 +23,15 @@ from visionzip.families.grouped import Grouped
 class PaliGemma(Grouped):
     """``C = D``."""
 
-    def side(self, model: PreTrainedModel) -> int:
+    @property
+    def side(self) -> int:
         return 1
 
-    def join(self, model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    def join(self, tokens: Tensor) -> Tensor:
         return tokens
 
-    def hooks(self, model: PreTrainedModel, config: ZipConfig) -> list[RemovableHandle]:
-        return [model.register_forward_pre_hook(token_types, with_kwargs=True)]
+    def hooks(self, config: ZipConfig) -> list[RemovableHandle]:
+        return [self.model.register_forward_pre_hook(token_types, with_kwargs=True)]
 
 
 def token_types(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -42,4 +42,4 @@ def token_types(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple,
     return args, {**kwargs, "token_type_ids": ((labels != -100).cumsum(dim=1) > 0).long()}
 
 
-FAMILIES.register("paligemma")(PaliGemma())
+FAMILIES.register("paligemma")(PaliGemma)

@@ -15,4 +15,4 @@ class Qwen25VL(Qwen2VL):
     """Nothing but the encoder differs."""
 
 
-FAMILIES.register("qwen2_5_vl")(Qwen25VL())
+FAMILIES.register("qwen2_5_vl")(Qwen25VL)

@@ -23,19 +23,18 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 from transformers.processing_utils import MultiModalData
 
 from visionzip.compress import Compressed, compress, listened, take
 from visionzip.config import Merge, ZipConfig
 from visionzip.encoders.qwen import Frames, QwenEncoder
-from visionzip.families.base import FAMILIES, Family, Picture
-from visionzip.families.mrope import KINDS, ForwardPositions, GenerationPositions, RopeIndex, VisualTokens
+from visionzip.families.base import FAMILIES, Family, VisualTokens
+from visionzip.families.mrope import KINDS, ForwardPositions, GenerationPositions, GridOutput, RopeIndex
 from visionzip.selectors import SELECTORS
 
 
 class Qwen2VL(Family):
-    """A `Picture` is a dict, for ``t`` frames of ``n`` groups of which ``K`` places are kept:
+    """A `VisualTokens` is a dict, for ``t`` frames of ``n`` groups of which ``K`` places are kept:
 
     * ``grid`` ``(3,)``, frames, rows and columns of patches;
     * ``groups`` ``(t, n, 4·D)``, the merger's input; ``(t, K, 4·D)`` where nothing is merged;
@@ -46,84 +45,83 @@ class Qwen2VL(Family):
     * ``deep`` ``(layers, t, K, 4·D)``, the DeepStack mergers' input, empty where there are none.
     """
 
-    projector: ClassVar[str] = "model.visual.merger"
+    projectors: ClassVar[tuple[str, ...]] = ("model.visual.merger",)
     tower: ClassVar[str] = "model.visual"
+    #: the tower itself holds the merger, which trains
+    frozen: ClassVar[dict[str, str]] = {"encoder": f"{tower}.blocks", "llm": Family.llm}
     #: a prompt holds a video's frames apart, with text between them
     frames_apart: ClassVar[bool] = False
 
     @property
-    def frozen(self) -> dict[str, str]:
-        return {"encoder": f"{self.tower}.blocks", "llm": self.llm}  # the tower itself holds the merger, which trains
-
-    def encoder(self, model: PreTrainedModel) -> QwenEncoder:  # type: ignore[override]
+    def encoder(self) -> QwenEncoder:  # type: ignore[override]
         return QwenEncoder()
 
-    def check(self, model: PreTrainedModel, config: ZipConfig) -> None:
-        depth = len(cast(Any, model).model.visual.blocks)
+    def check(self, config: ZipConfig) -> None:
+        depth = len(self.model.model.visual.blocks)
         if config.layer not in (None, -1, depth):
             raise ValueError(
-                f"layer={config.layer} can't be read: {type(model).__name__} reads its last layer (-1 or {depth}), whose "
+                f"layer={config.layer} can't be read: {type(self.model).__name__} reads its last layer (-1 or {depth}), whose "
                 f"output the merger was trained on; leave layer out"
             )
-        full = getattr(model.config.vision_config, "fullatt_block_indexes", None)
+        full = getattr(self.model.config.vision_config, "fullatt_block_indexes", None)
         if full is not None and depth - 1 not in full:
             raise ValueError(
                 f"the last of {depth} vision blocks has no full attention (only {sorted(full)} have), so its scores "
                 f"would compare patches within a window, not within the picture"
             )
 
-    def processor_facts(self, model: PreTrainedModel, processor: Any) -> dict[str, tuple[Any, Any]]:
-        vision, pictures = model.config.vision_config, processor.image_processor
+    def processor_facts(self, processor: Any) -> dict[str, tuple[Any, Any]]:
+        vision, pictures = self.model.config.vision_config, processor.image_processor
         return {
-            "image token id": (processor.image_token_id, model.config.image_token_id),
+            "image token id": (processor.image_token_id, self.model.config.image_token_id),
             "patch size": (getattr(pictures, "patch_size", None), vision.patch_size),
             "merge size": (getattr(pictures, "merge_size", None), vision.spatial_merge_size),
         }
 
-    def compress(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[Picture]:
+    def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:
         """``pixel_values`` and ``image_grid_thw``, ``pixel_values_videos`` and ``video_grid_thw`` → images, then videos."""
-        tower = model.get_submodule(self.tower)
+        tower = self.model.get_submodule(self.tower)
         scores = SELECTORS[config.selector].needs_scores or listened()
-        pictures: list[Picture] = []
+        visual_tokens: list[VisualTokens] = []
         for kind, (_, pixels, grid) in KINDS.items():
             if image_inputs.get(pixels) is None:
                 continue
             if image_inputs.get(grid) is None:
                 raise ValueError(f"{pixels} without {grid}: the size of each {kind} has to be known")
-            found = self.encoder(model).encode(tower, image_inputs[pixels], image_inputs[grid], scores=scores)
-            pictures += [_picture(frames, config) for frames in found]
-        return pictures
+            found = self.encoder.encode(tower, image_inputs[pixels], image_inputs[grid], scores=scores)
+            visual_tokens += [_choose(frames, config) for frames in found]
+        return visual_tokens
 
-    def project(self, model: PreTrainedModel, pictures: list[Picture]) -> list[Tensor]:
-        given = cast(list[dict[str, Tensor]], pictures)
-        merged = self._merge(model, self.projector, [picture["groups"] for picture in given])
+    def project(self, visual_tokens: list[VisualTokens]) -> list[Tensor]:
+        given = cast(list[dict[str, Tensor]], visual_tokens)
+        merged = self._merge(self.projectors[0], [picture["groups"] for picture in given])
         return [combine(picture, embeddings) for picture, embeddings in zip(given, merged, strict=True)]
 
-    def outputs(self, model: PreTrainedModel, pictures: list[Picture], kind: str = "image") -> VisualTokens:
-        given = cast(list[dict[str, Tensor]], pictures)
-        return VisualTokens(
-            pooler_output=cast(Any, self.project(model, pictures)),
+    def outputs(self, visual_tokens: list[VisualTokens], kind: str = "image") -> GridOutput:
+        given = cast(list[dict[str, Tensor]], visual_tokens)
+        return GridOutput(
+            pooler_output=cast(Any, self.project(visual_tokens)),
             kept=[picture["kept"] for picture in given],
             grids=torch.stack([picture["grid"] for picture in given]),
         )
 
-    def _merge(self, model: PreTrainedModel, name: str, groups: list[Tensor]) -> list[Tensor]:
+    def _merge(self, name: str, groups: list[Tensor]) -> list[Tensor]:
         """``(t, n, 4·D)`` a picture through the merger `name` in one call → ``(t, n, hidden)`` a picture."""
-        merger = model.get_submodule(name)
+        merger = self.model.get_submodule(name)
         dtype = next(p.dtype for p in merger.parameters() if p.is_floating_point())
-        width = groups[0].shape[-1] // model.config.vision_config.spatial_merge_size**2
+        width = groups[0].shape[-1] // self.model.config.vision_config.spatial_merge_size**2
         sizes = [group.shape[:2] for group in groups]
         merged = merger(torch.cat([group.reshape(-1, width) for group in groups]).to(dtype))
         parts = merged.split([frames * count for frames, count in sizes])
         return [part.unflatten(0, tuple(size)) for part, size in zip(parts, sizes, strict=True)]
 
-    def patches(self, model: PreTrainedModel, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
-        inner = cast(Any, model).model
+    def patches(self, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
+        inner = self.model.model
         changes: list[tuple[object, str, object]] = [
-            (inner, "get_image_features", GridImages(model, self, config)),
-            (inner, "get_video_features", GridVideos(model, self, config)),
+            (inner, "get_image_features", GridImages(self, config)),
+            (inner, "get_video_features", GridVideos(self, config)),
             (inner, "get_rope_index", RopeIndex(inner, self.frames_apart)),
-            (model, "_prepare_position_ids_for_generation", GenerationPositions(model)),
+            (self.model, "_prepare_position_ids_for_generation", GenerationPositions(self.model)),
         ]
         if processor is not None:
             for kind in KINDS:
@@ -131,26 +129,28 @@ class Qwen2VL(Family):
             changes.append((processor, "_get_num_multimodal_tokens", GridCounts(processor, config)))
         return changes
 
-    def hooks(self, model: PreTrainedModel, config: ZipConfig) -> list[RemovableHandle]:
-        return [cast(Any, model).model.register_forward_pre_hook(ForwardPositions(), with_kwargs=True)]
+    def hooks(self, config: ZipConfig) -> list[RemovableHandle]:
+        return [self.model.model.register_forward_pre_hook(ForwardPositions(), with_kwargs=True)]
 
-    def budget(self, model: PreTrainedModel, config: ZipConfig) -> tuple[int, int]:
-        raise ValueError(f"{type(model).__name__} takes pictures of any size; ask token_counts for the budget of one")
+    def budget(self, config: ZipConfig) -> tuple[int, int]:
+        raise ValueError(
+            f"{type(self.model).__name__} takes pictures of any size; ask token_counts for the budget of one"
+        )
 
-    def token_counts(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
+    def token_counts(self, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
         counts = []
         for _, _, grid in KINDS.values():
             for frames, rows, columns in image_inputs[grid].tolist() if image_inputs.get(grid) is not None else ():
-                tokens = rows * columns // model.config.vision_config.spatial_merge_size**2
+                tokens = rows * columns // self.model.config.vision_config.spatial_merge_size**2
                 counts.append((frames * tokens, frames * sum(config.resolve(tokens, cap=True))))
         return counts
 
 
-FAMILIES.register("qwen2_vl")(Qwen2VL())
+FAMILIES.register("qwen2_vl")(Qwen2VL)
 
 
 @torch.no_grad()
-def _picture(frames: Frames, config: ZipConfig) -> Picture:
+def _choose(frames: Frames, config: ZipConfig) -> VisualTokens:
     features = frames.features
     dominant, contextual = config.resolve(features.hidden_states.shape[1], cap=True)
     chosen = compress(features, dominant, contextual, selector=config.selector, merge=config.merge)
@@ -206,19 +206,17 @@ def combine(picture: dict[str, Tensor], embeddings: Tensor) -> Tensor:
 class GridImages:
     """Stands in for ``get_image_features`` in the instance of one inner model."""
 
-    model: PreTrainedModel
     family: Family
     config: ZipConfig
 
     def __call__(
         self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, return_dict: bool = True, **kwargs: Any
     ) -> Any:
-        """Patches of all pictures and their grids → `VisualTokens`."""
+        """Patches of all pictures and their grids → `GridOutput`."""
         return self.features("image", {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw})
 
     def features(self, kind: str, inputs: dict[str, Any]) -> Any:
-        pictures = self.family.compress(self.model, self.config, **inputs)
-        return self.family.outputs(self.model, pictures, kind)
+        return self.family.outputs(self.family.compress(self.config, **inputs), kind)
 
 
 @dataclass

@@ -13,10 +13,9 @@ from __future__ import annotations
 from typing import Any, ClassVar, cast
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from visionzip.families.base import FAMILIES, Picture
-from visionzip.families.mrope import VisualTokens
+from visionzip.families.base import FAMILIES, VisualTokens
+from visionzip.families.mrope import GridOutput
 from visionzip.families.qwen2_vl import Qwen2VL
 
 
@@ -24,21 +23,18 @@ class Qwen3VL(Qwen2VL):
     """Its `outputs` also hold ``deepstack_features``."""
 
     deep_mergers: ClassVar[str] = "model.visual.deepstack_merger_list"
+    projectors: ClassVar[tuple[str, ...]] = (*Qwen2VL.projectors, deep_mergers)
     frames_apart: ClassVar[bool] = True
 
-    @property
-    def projectors(self) -> tuple[str, ...]:
-        return (self.projector, self.deep_mergers)
-
-    def outputs(self, model: PreTrainedModel, pictures: list[Picture], kind: str = "image") -> VisualTokens:
-        found = super().outputs(model, pictures, kind)
-        given = cast(list[dict[str, Tensor]], pictures)
+    def outputs(self, visual_tokens: list[VisualTokens], kind: str = "image") -> GridOutput:
+        found = super().outputs(visual_tokens, kind)
+        given = cast(list[dict[str, Tensor]], visual_tokens)
         features: list[Any] = []
-        for layer in range(len(cast(Any, model).model.visual.deepstack_merger_list)):
-            merged = self._merge(model, f"{self.deep_mergers}.{layer}", [picture["deep"][layer] for picture in given])
+        for layer in range(len(self.model.model.visual.deepstack_merger_list)):
+            merged = self._merge(f"{self.deep_mergers}.{layer}", [picture["deep"][layer] for picture in given])
             features.append([tokens.flatten(0, 1) for tokens in merged])
         found.deepstack_features = features
         return found
 
 
-FAMILIES.register("qwen3_vl")(Qwen3VL())
+FAMILIES.register("qwen3_vl")(Qwen3VL)

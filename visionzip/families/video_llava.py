@@ -8,16 +8,15 @@ class keeps the CLS token of every frame (257 × 8 = 2056 placeholders) and drop
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from visionzip.config import ZipConfig
 from visionzip.encoders import encoder_for
-from visionzip.families.base import FAMILIES, ImageFeatures, Picture, VideoFeatures, select
+from visionzip.families.base import FAMILIES, ImageFeatures, VideoFeatures, VisualTokens, select
 from visionzip.families.llava import FixedPlaceholders, Llava
 from visionzip.families.video import CountPicturesAndVideos, FramePlaceholders, stacked
 
@@ -42,29 +41,26 @@ class VideoLlavaImages(ImageFeatures):
 class VideoLlava(Llava):
     """Pictures: ``(K, D)``; videos: ``(F * K, D)``, frame after frame."""
 
-    per_picture = False
+    per_image_budgets = False
 
-    tower = "model.image_tower"
-    video_tower = "model.video_tower"
+    tower: ClassVar[str] = "model.image_tower"
+    video_tower: ClassVar[str] = "model.video_tower"
+    frozen: ClassVar[dict[str, str]] = {"encoder": tower, "llm": Llava.llm, "video encoder": video_tower}
 
-    @property
-    def frozen(self) -> dict[str, str]:
-        return {**super().frozen, "video encoder": self.video_tower}
+    def check(self, config: ZipConfig) -> None:
+        super().check(config)
+        encoder_for(self.model.get_submodule(self.video_tower))
 
-    def check(self, model: PreTrainedModel, config: ZipConfig) -> None:
-        super().check(model, config)
-        encoder_for(model.get_submodule(self.video_tower))
-
-    def compress(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[Picture]:
-        found: list[Picture] = []
-        layer = self.layer(model, config)
+    def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:
+        found: list[VisualTokens] = []
+        layer = self.layer(config)
         with torch.no_grad():
             pictures = pictures_of(image_inputs)
             if pictures is not None:
-                tower = model.get_submodule(self.tower)
+                tower = self.model.get_submodule(self.tower)
                 found += list(select(encoder_for(tower), tower, pictures, layer, config).tokens)
             if image_inputs.get("pixel_values_videos") is not None:
-                tower = model.get_submodule(self.video_tower)
+                tower = self.model.get_submodule(self.video_tower)
                 for frames in image_inputs["pixel_values_videos"]:
                     found.append(select(encoder_for(tower), tower, frames, layer, config).tokens.flatten(0, 1))
         return found
@@ -72,39 +68,39 @@ class VideoLlava(Llava):
     def encoder_output(self, embeddings: list[Tensor], kind: str = "image") -> BaseModelOutputWithPooling:
         return stacked(embeddings)
 
-    def processor_facts(self, model: PreTrainedModel, processor: Any) -> dict[str, tuple[Any, Any]]:
+    def processor_facts(self, processor: Any) -> dict[str, tuple[Any, Any]]:
         return {
-            **super().processor_facts(model, processor),
-            "video token id": (getattr(processor, "video_token_id", None), model.config.video_token_id),
+            **super().processor_facts(processor),
+            "video token id": (getattr(processor, "video_token_id", None), self.model.config.video_token_id),
         }
 
-    def patches(self, model: PreTrainedModel, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
+    def patches(self, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
         changes: list[tuple[object, str, object]] = [
-            (model.model, "get_image_features", VideoLlavaImages(model, self, config)),
-            (model.model, "get_video_features", VideoFeatures(model, self, config)),
+            (self.model.model, "get_image_features", VideoLlavaImages(self, config)),
+            (self.model.model, "get_video_features", VideoFeatures(self, config)),
         ]
         if processor is not None:
-            budget = sum(self.budget(model, config))
+            budget = sum(self.budget(config))
             videos = FramePlaceholders(processor.video_token, budget)
             changes.append((processor, "replace_image_token", FixedPlaceholders(processor.image_token, budget)))
             changes.append((processor, "replace_video_token", videos))
             changes.append((processor, "_get_num_multimodal_tokens", CountPicturesAndVideos(budget, videos)))
         return changes
 
-    def token_counts(self, model: PreTrainedModel, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
+    def token_counts(self, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
         pictures = pictures_of(image_inputs)
-        stock, budget = super().stock_count(model), sum(self.budget(model, config))
+        stock, budget = super().stock_count(), sum(self.budget(config))
         assert stock is not None
         found = [(stock, budget)] * (0 if pictures is None else len(pictures))
-        whole = self.encoder(model).tokens(model.get_submodule(self.video_tower))
+        whole = self.encoder.tokens(self.model.get_submodule(self.video_tower))
         videos = image_inputs.get("pixel_values_videos", ())
         return found + [(len(frames) * whole, len(frames) * budget) for frames in videos]
 
-    def stock_count(self, model: PreTrainedModel) -> int | None:
+    def stock_count(self) -> int | None:
         return None  # a picture's and a video's differ, and prompts may hold both
 
 
-FAMILIES.register("video_llava")(VideoLlava())
+FAMILIES.register("video_llava")(VideoLlava)
 
 
 def pictures_of(image_inputs: dict[str, Any]) -> Tensor | None:
