@@ -25,14 +25,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.cached_pictures import BLANK, beside, content_key, name_of, one_of_several, pack, stat_of
 from data.collate import merge_pictures
-from data.config import DataConfig
+from data.config import DataConfig, load_config
 from data.dataset import build_dataset
 from data.partial import load_without
 from data.pictures import Pictures, PixelPictures
 from data.processes import own_device, rank_and_world
 from data.sample import Media, Reject, Rejection, Sample
 from data.token_store import SHARD_BYTES, Damaged, Key, Store, Writer, key_of
-from data.yaml_config import read_yaml
 from visionzip import Attachment, ZipConfig, attach, attached
 from visionzip.families import family_for
 from visionzip.fingerprint import differences, fingerprint
@@ -348,18 +347,16 @@ def main(argv: list[str] | None = None) -> int:
 def run(path: str, overrides: list[str], batch: int, workers: int) -> int:
     from transformers import AutoProcessor
 
-    read = read_yaml(path, overrides)
-    data, zip_config, section = DataConfig(**read["data"]), ZipConfig(**(read.get("zip") or {})), read["model"]
+    config = load_config(path, overrides)
+    data, zip_config, section = config.data, config.zip, config.model
     if not data.cache:
         raise CacheError(f"{path} does not say where the cache is to be; add data.cache=FOLDER")
     process, processes = rank_and_world()
     device = own_device()
-    dtype = section.get("dtype", "bfloat16")
+    dtype = section.dtype
     start = time.perf_counter()
-    model = load_without(
-        section["path"], ["llm"], revision=section.get("revision") or "main", dtype=getattr(torch, dtype)
-    )
-    processor = AutoProcessor.from_pretrained(section["path"], revision=section.get("revision") or "main")
+    model = load_without(section.path, ["llm"], dtype=getattr(torch, dtype), **section.source_options)
+    processor = AutoProcessor.from_pretrained(section.path, **section.source_options)
     attachment = attached(attach(model.to(device).eval(), processor, zip_config))
     folder = Path(data.cache)
     claim(folder, identity(model, processor, zip_config, data, dtype))

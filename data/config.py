@@ -1,13 +1,46 @@
-"""The `data:` section of a config file."""
+"""The sections of a run's config that say what is read, by which model and with which budget: `model`, `zip`, `data`, `eval`.
+
+Every command reads them through `load_config` here, or, where it also needs the sections on training, through
+`train.config.load_config`, whose `RunConfig` adds those. So they have the same defaults and the same validation everywhere.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from data import templates
+from data import formats, templates
+from data.config_file import ConfigError, Section, parse, read_config_file
+from data.formats.common import Columns
+from visionzip.config import ZipConfig
+
+__all__ = ["Columns", "ConfigError", "DataConfig", "EvalSection", "ModelSection", "PipelineConfig", "Section", "SourceConfig",
+           "load_config"]  # fmt: skip
+
+TRAINING_SECTIONS = ("output_dir", "seed", "train", "trainer", "wandb", "report")
+"""Of the same file, not looked at here: `train.config` checks them."""
+
+
+class ModelSection(Section):
+    path: str = Field(description="a model directory or a hub id (LLaVA-1.5: llava-hf/llava-1.5-7b-hf)")
+    revision: str | None = Field(None, description="of the hub repository")
+    trust_remote_code: bool = Field(
+        False, description="run Python code that lies in the model's directory; without it such code is never run"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="of the frozen weights")
+    attn_implementation: str | None = Field(None, description="sdpa, flash_attention_2 …; null: transformers' choice")
+    quantization: Literal["8bit", "4bit"] | None = Field(None, description="of the frozen LLM, bitsandbytes, GPU only")
+    projector: str | None = Field(None, description="start from this fine-tuned projector in place of the model's own")
+    force_projector: bool = Field(False, description="… although it was trained with something else")
+
+    @property
+    def source_options(self) -> dict[str, Any]:
+        """Arguments that every `from_pretrained` of this model gets. `trust_remote_code` is among them even where it is False:
+        left out, transformers asks on the terminal."""
+        return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
 
 
 def _one_of(value: str, names: list[str], what: str) -> str:
@@ -16,25 +49,8 @@ def _one_of(value: str, names: list[str], what: str) -> str:
     return value
 
 
-class Columns(BaseModel):
-    """Which column of a record holds what, where the names are not the usual ones. Dots reach into nested records (`meta.id`)."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    id: str | None = None
-    image: str | None = Field(default=None, description="a picture or a list of pictures")
-    video: str | None = None
-    conversations: str | None = Field(default=None, description="the list of turns")
-    question: str | None = None
-    answer: str | None = Field(default=None, description="an answer, or a list of which the first is taken")
-    caption: str | None = None
-    types: str | None = Field(default=None, description="one question type a round")
-
-
-class SourceConfig(BaseModel):
+class SourceConfig(Section):
     """One place records come from."""
-
-    model_config = ConfigDict(extra="forbid")
 
     path: str = Field(
         description="a .json or .jsonl file, a Parquet/Arrow file or folder, or the name of a hub data set"
@@ -60,19 +76,15 @@ class SourceConfig(BaseModel):
     @field_validator("format")
     @classmethod
     def _format_exists(cls, value: str) -> str:
-        from data.formats import names  # here: the layouts import this module
-
-        return _one_of(value, ["auto", *names()], "format")
+        return _one_of(value, ["auto", *formats.names()], "format")
 
     @property
     def label(self) -> str:
         return self.name or Path(self.path).stem or self.path
 
 
-class DataConfig(BaseModel):
+class DataConfig(Section):
     """What is read and how it becomes token ids."""
-
-    model_config = ConfigDict(extra="forbid")
 
     sources: list[SourceConfig] = Field(min_length=1)
     template: str = Field(default="chat", description="chat (the processor's own), llava_v1, plain")
@@ -119,3 +131,40 @@ class DataConfig(BaseModel):
                 )
             seen[source.label] = position
         return self
+
+
+class EvalSection(Section):
+    sources: list[SourceConfig] = Field(min_length=1, description="held-out files, laid out like data.sources")
+    cache: str | None = Field(
+        None,
+        description="folder of the held-out pictures' visual tokens (python -m data.cache); full tokens still read pixels",
+    )
+    max_questions: int | None = Field(None, ge=1, description="at most this many, the first ones")
+    batch_size: int = Field(8, ge=1, description="questions answered at once by a process")
+    max_new_tokens: int = Field(32, ge=1)
+    compare: list[Literal["full", "training_free"]] = Field(
+        ["full", "training_free"], description="what is measured beside the fine-tuned model"
+    )
+
+
+class PipelineConfig(Section):
+    """The sections that are not about training alone."""
+
+    model: ModelSection
+    zip: ZipConfig = Field(
+        default_factory=lambda: ZipConfig.model_validate({}), description="what is kept of a picture"
+    )
+    data: DataConfig
+    eval: EvalSection | None = Field(None, description="held-out questions; null: no evaluation")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
+    """Read a run's YAML file, put `key=value` overrides over it, and validate all but its `TRAINING_SECTIONS`.
+
+    Raises:
+        ConfigError: unreadable file, bad override, or any number of bad keys and values, all in one message.
+    """
+    plain = read_config_file(path, overrides)
+    return parse(
+        PipelineConfig, {key: value for key, value in plain.items() if key not in TRAINING_SECTIONS}, str(path)
+    )

@@ -18,12 +18,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data.config import DataConfig
+from data.config import DataConfig, PipelineConfig, load_config
 from data.dataset import InstructionDataset, build_dataset
 from data.measure import Survey, survey
 from data.sample import Rejection, Sample
 from data.stream import StreamedDataset, build_stream, is_streamed
-from data.yaml_config import read_yaml
 
 LIMIT = 2000
 
@@ -32,9 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     try:
-        sections = read_sections(options.config, options.overrides)
-        config = DataConfig.model_validate(sections.get("data") or {})
-        data = open_data(config, load_processor(sections, compress=not options.uncompressed))
+        whole = load_config(options.config, options.overrides)
+        config = whole.data
+        data = open_data(config, load_processor(whole, compress=not options.uncompressed))
         result = measure(data, None if options.all else options.limit, options.workers)
     except (ValueError, OSError) as error:
         print(f"config error: {error}", file=sys.stderr)
@@ -69,24 +68,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def read_sections(path: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The config as plain dicts. Only what is looked at here is checked: training checks the rest."""
-    import yaml
-    from omegaconf.errors import OmegaConfBaseException
-
-    wrong = [item for item in overrides if "=" not in item]
-    if wrong:
-        raise ValueError(f"{', '.join(wrong)}: expected key=value, for example data.max_length=1024")
-    try:
-        sections = read_yaml(path, overrides)
-    except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(sections, dict):
-        raise ValueError(f"{path} holds no sections")
-    return {str(name): section for name, section in sections.items()}
-
-
-def load_processor(sections: dict[str, Any], compress: bool = True) -> Any:
+def load_processor(config: PipelineConfig, compress: bool = True) -> Any:
     """The processor of `model.path`, which asks for as many placeholders as the compressed model takes.
 
     The model is built without memory for its weights: only its shapes are needed.
@@ -94,17 +76,16 @@ def load_processor(sections: dict[str, Any], compress: bool = True) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    from visionzip import ZipConfig, attach
+    from visionzip import attach
 
-    model_section = sections.get("model") or {}
-    if "path" not in model_section:
-        raise ValueError("model.path is missing: the processor and the template come from there")
-    path, revision = model_section["path"], model_section.get("revision") or "main"
-    processor = AutoProcessor.from_pretrained(path, revision=revision)
-    if compress and sections.get("zip"):
+    path, options = config.model.path, config.model.source_options
+    processor = AutoProcessor.from_pretrained(path, **options)
+    if compress:
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path, revision=revision))
-        attach(model, processor, ZipConfig(**sections["zip"]))
+            model = AutoModelForImageTextToText.from_config(
+                AutoConfig.from_pretrained(path, **options), trust_remote_code=config.model.trust_remote_code
+            )
+        attach(model, processor, config.zip)
         processor.visionzip_model = model  # the processor lives as long as its model
     return processor
 

@@ -26,7 +26,9 @@ def load_without(path: str, without: Sequence[str], **kwargs: Any) -> Any:
 
     from visionzip.families import FAMILIES
 
-    config = AutoConfig.from_pretrained(path, **{key: kwargs[key] for key in ("revision",) if key in kwargs})
+    kwargs.setdefault("trust_remote_code", False)  # left out, transformers asks on the terminal
+    source = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
+    config = AutoConfig.from_pretrained(path, **source)
     family = FAMILIES.get(str(config.model_type))
     kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
     if family is None or kind is None:

@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from data.config import DataConfig, SourceConfig
-from data.yaml_config import read_yaml
+from data.config import EvalSection, ModelSection, PipelineConfig, Section
+from data.config_file import ConfigError, parse, read_config_file, section_of
 from train.arguments import TrainerSection, trainer_mistakes
-from visionzip import ZipConfig
 
-
-class ConfigError(ValueError):
-    """The config can't be used. The message lists every mistake with its dotted path."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=False)
-
-
-class ModelSection(Section):
-    path: str = Field(description="a model directory or a hub id (LLaVA-1.5: llava-hf/llava-1.5-7b-hf)")
-    revision: str | None = Field(None, description="of the hub repository")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="of the frozen weights")
-    attn_implementation: str | None = Field(None, description="sdpa, flash_attention_2 …; null: transformers' choice")
-    quantization: Literal["8bit", "4bit"] | None = Field(None, description="of the frozen LLM, bitsandbytes, GPU only")
-    projector: str | None = Field(None, description="start from this fine-tuned projector in place of the model's own")
-    force_projector: bool = Field(False, description="… although it was trained with something else")
+__all__ = ["ConfigError", "DistillSection", "EvalSection", "LoraSection", "ModelSection", "ReportSection", "RunConfig",
+           "TrainSection", "WandbSection", "describe", "load_config", "parse_config", "to_yaml"]  # fmt: skip
 
 
 class LoraSection(Section):
@@ -87,26 +69,12 @@ class TrainSection(Section):
         return self
 
 
-class EvalSection(Section):
-    sources: list[SourceConfig] = Field(min_length=1, description="held-out files, laid out like data.sources")
-    cache: str | None = Field(
-        None,
-        description="folder of the held-out pictures' visual tokens (python -m data.cache); full tokens still read pixels",
-    )
-    max_questions: int | None = Field(None, ge=1, description="at most this many, the first ones")
-    batch_size: int = Field(8, ge=1, description="questions answered at once by a process")
-    max_new_tokens: int = Field(32, ge=1)
-    compare: list[Literal["full", "training_free"]] = Field(
-        ["full", "training_free"], description="what is measured beside the fine-tuned model"
-    )
-
-
 class WandbSection(Section):
     enabled: bool = True
     project: str = "visionzip-ft"
     name: str | None = Field(None, description="of the run; null: output_dir's last part")
     group: str | None = None
-    tags: list[str] = []
+    tags: list[str] = Field([])
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
         "auto", description="auto: online with a key, else offline. WANDB_MODE in the environment goes first"
     )
@@ -121,18 +89,12 @@ class ReportSection(Section):
     )  # fmt: skip
 
 
-class RunConfig(Section):
+class RunConfig(PipelineConfig):
     """One run. The YAML file has these sections; any key can be overridden as `section.key=value`."""
 
     output_dir: str = Field(description="checkpoints, logs, projector and report go here")
     seed: int = Field(0, ge=0, description="of the data order and every random generator")
-    model: ModelSection
-    zip: ZipConfig = Field(
-        default_factory=lambda: ZipConfig.model_validate({}), description="what is kept of a picture"
-    )
     train: TrainSection = Field(default_factory=lambda: TrainSection.model_validate({}))
-    data: DataConfig
-    eval: EvalSection | None = Field(None, description="held-out questions; null: no evaluation")
     trainer: TrainerSection = Field(default_factory=lambda: TrainerSection.model_validate({}))
     wandb: WandbSection = Field(default_factory=lambda: WandbSection.model_validate({}))
     report: ReportSection = Field(default_factory=lambda: ReportSection.model_validate({}))
@@ -156,90 +118,17 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         ConfigError: unreadable file, bad override, or any number of bad keys and values, all in one message.
     """
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        plain = read_yaml(path)
-    except FileNotFoundError:
-        raise ConfigError(f"there is no config file {path}; see configs/ for the ready ones") from None
-    except (YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path} can't be read as YAML: {error}") from None
-    wrong = [item for item in overrides if "=" not in item.lstrip("=")]
-    if wrong:
-        raise ConfigError(f"{', '.join(map(repr, wrong))}: expected key=value, for example trainer.learning_rate=1e-4")
-    try:
-        plain = read_yaml(path, overrides) if overrides else plain
-    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
-        raise ConfigError(f"the overrides {list(overrides)} do not fit {path}: {error}") from None
-    if not isinstance(plain, dict):
-        raise ConfigError(f"{path} holds a {type(plain).__name__}; expected sections such as model:, data:, trainer:")
-    return parse_config({str(key): value for key, value in plain.items()}, source=str(path))
+    return parse_config(read_config_file(path, overrides), source=str(path))
 
 
 def parse_config(plain: dict[str, Any], source: str = "config") -> RunConfig:
-    """A plain dict → RunConfig. Types are strict: `"4"` is no number, and nothing is guessed.
+    """A plain dict → RunConfig.
 
     Raises:
         ConfigError: every mistake with its dotted path.
     """
-    try:
-        text = json.dumps(plain)  # strict JSON mode takes lists for tuples and dicts for models, but no "4" for 4
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{source}: {error}") from None
-    try:
-        return RunConfig.model_validate_json(text, strict=True)
-    except ValidationError as error:
-        found = {line for item in error.errors() for line in _line(item).split("\n")}
-        # A section's own cross-checks only run once its fields are right; the user wants both lists at once.
-        lines = sorted(found | set(trainer_mistakes(plain.get("trainer"))))
-        count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
-        raise ConfigError(f"{source}: {count}\n" + "\n".join(f"  {line}" for line in lines)) from None
-
-
-def _line(error: Any) -> str:
-    """`path: what was found and expected`, with a guess where a key is not known."""
-    parts = [str(part) for part in error["loc"]]
-    if parts[-1:] and parts[-1] in {"int", "float", "str", "bool"}:  # pydantic names the branch of a union there
-        parts = parts[:-1]
-    path = ".".join(parts) or "config"
-    if error["type"] == "extra_forbidden":
-        return f"{path}: no such key{did_you_mean(parts[-1], known_keys(parts[:-1]))}"
-    if error["type"] == "missing":
-        return f"{path}: is needed and not set"
-    if path == "trainer" and error["type"] == "value_error":
-        return str(error["ctx"]["error"])  # names its own paths, one a line
-    found = error.get("input")
-    shown = "" if isinstance(found, dict | list) or error["type"] == "value_error" else f" (found {found!r})"
-    return f"{path}: {error['msg'].removeprefix('Value error, ')}{shown}"
-
-
-def did_you_mean(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(known)}"
-
-
-def known_keys(path: list[str]) -> list[str]:
-    """The keys of the section that a dotted path leads to."""
-    model: Any = RunConfig
-    for part in path:
-        if part.isdigit():
-            continue
-        model = section_of(model.model_fields[part].annotation) if part in getattr(model, "model_fields", {}) else None
-        if model is None:
-            return []
-    return list(model.model_fields)
-
-
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The BaseModel inside `X`, `X | None` or `list[X]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        found = section_of(inner)
-        if found is not None:
-            return found
-    return None
+    # A section's own cross-checks only run once its fields are right; the user wants both lists at once.
+    return parse(RunConfig, plain, source, trainer_mistakes(plain.get("trainer")))
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from data.config import Columns
-from data.formats.common import Draft, Marker, RecordSource, column, record_media
+from data.formats.common import Columns, Draft, Marker, RecordSource, column, record_media
 from data.sample import Reject
 
 PRIORITY = 30

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from data.config import Columns
+from pydantic import BaseModel, ConfigDict, Field
+
 from data.sample import Media, Message, Reject, Role, Sample, Slot, sayable
 
 ROLES: dict[str, Role] = {
@@ -23,6 +24,21 @@ ROLES: dict[str, Role] = {
 }
 _MARKER = re.compile("<(image|video)>")
 _URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
+
+
+class Columns(BaseModel):
+    """Which column of a record holds what, where the names are not the usual ones. Dots reach into nested records (`meta.id`)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str | None = None
+    image: str | None = Field(default=None, description="a picture or a list of pictures")
+    video: str | None = None
+    conversations: str | None = Field(default=None, description="the list of turns")
+    question: str | None = None
+    answer: str | None = Field(default=None, description="an answer, or a list of which the first is taken")
+    caption: str | None = None
+    types: str | None = Field(default=None, description="one question type a round")
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from data.config import Columns
-from data.formats.common import ROLES, Draft, RecordSource, column, record_media, split_markers
+from data.formats.common import ROLES, Columns, Draft, RecordSource, column, record_media, split_markers
 from data.sample import Reject
 
 PRIORITY = 10

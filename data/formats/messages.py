@@ -9,8 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from data.config import Columns
-from data.formats.common import ROLES, Draft, Marker, RecordSource, column, record_media, split_markers, to_media
+from data.formats.common import (
+    ROLES,
+    Columns,
+    Draft,
+    Marker,
+    RecordSource,
+    column,
+    record_media,
+    split_markers,
+    to_media,
+)
 from data.sample import Reject
 
 PRIORITY = 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,16 @@ import pytest
 import yaml
 from PIL import Image
 
-from data import inspect
+from data import cache, inspect
+from data.config import TRAINING_SECTIONS, PipelineConfig, load_config
 from data.inspect_report import histogram
 from data.inspect_samples import coloured
 from data.measure import Facts, Survey, survey
 from data.sample import Rejection
 from tests.data import kit
 from tests.tiny import tiny_llava, tiny_processor
+from train.config import RunConfig
+from train.config import load_config as run_config
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +91,8 @@ def test_overrides_and_a_limit(folder, capsys):
 
 def test_the_numbers_are_those_of_the_items(folder):
     """The survey counts what training gets, token for token."""
-    sections = inspect.read_sections(str(folder / "c.yaml"), [])
-    data = kit.build_dataset(inspect.DataConfig(**sections["data"]), inspect.load_processor(sections), 0)
+    config = load_config(folder / "c.yaml")
+    data = kit.build_dataset(config.data, inspect.load_processor(config), 0)
     image = data.encoder.processor.tokenizer.convert_tokens_to_ids("<image>")
     result = [survey_ for survey_, _ in survey(data, None, 0)][-1]
     data.make = data.encoder
@@ -100,6 +104,54 @@ def test_the_numbers_are_those_of_the_items(folder):
         assert facts.picture == int((item["input_ids"] == image).sum())
         assert facts.supervised == int((item["labels"] != -100).sum())
         assert facts.pictures == len(item.get("pixel_values", ()))
+
+
+@pytest.mark.parametrize("zip_section", ["zip: {}", ""])
+def test_a_config_without_a_budget_has_the_default_one_as_in_training(folder, capsys, zip_section):
+    """54 + 10 would be more than this model's 16 patches: what training refuses is refused here, too, and not counted without."""
+    plain = yaml.safe_load((folder / "c.yaml").read_text())
+    del plain["zip"]
+    (folder / "no-budget.yaml").write_text(yaml.safe_dump(plain) + zip_section)
+    assert load_config(folder / "no-budget.yaml").zip == run_config(folder / "no-budget.yaml").zip
+    code, _, err = run(folder, capsys, "--config", str(folder / "no-budget.yaml"))
+    assert code == 2
+    assert "54" in err
+
+
+def test_the_sections_on_training_are_left_to_training_and_no_others(folder, capsys):
+    assert set(RunConfig.model_fields) == {*PipelineConfig.model_fields, *TRAINING_SECTIONS}
+    code, _, err = run(folder, capsys, "trianer.seed=1")
+    assert code == 2
+    assert "trianer: no such key" in err
+
+
+def test_code_of_the_model_directory_is_never_run_unasked(folder, tmp_path, capsys, monkeypatch):
+    """Nor is it asked about on the terminal, where a piped `y` would do."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    ran = tmp_path / "ran"
+    (tmp_path / "model" / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass Config: pass\n")
+    for name, kind in (("config.json", "AutoConfig"), ("processor_config.json", "AutoProcessor")):
+        file = tmp_path / "model" / name
+        content = json.loads(file.read_text()) | {"auto_map": {kind: "code.Config"}, "model_type": "unheard-of"}
+        file.write_text(json.dumps(content))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    with open(tmp_path / "yes", "w+") as yes:
+        yes.write("y\n")
+        yes.seek(0)
+        monkeypatch.setattr("sys.stdin", yes)
+        code, _, err = run(folder, capsys, f"model.path={tmp_path / 'model'}")
+        assert code == 2
+        assert "trust_remote_code" in err
+        (folder / "cache.yaml").write_text((folder / "c.yaml").read_text())
+        given = [
+            "--config",
+            str(folder / "cache.yaml"),
+            f"data.cache={tmp_path / 'tokens'}",
+            f"model.path={tmp_path / 'model'}",
+        ]
+        assert cache.main(given) == 2
+        assert "trust_remote_code" in capsys.readouterr().err
+    assert not ran.exists()
 
 
 def facts(number: int, before: int = 0, name: str | None = None) -> Facts:

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from data import shapes
-from data.yaml_config import read_yaml
+from data.config_file import read_config_file
 from tests.train.workspace import ROOT, Ranks
 
 
 @pytest.mark.launch
 def test_fine_tuning_wins_back_what_compression_lost(ranks: Ranks, tmp_path: Path) -> None:
     shapes.write(tmp_path / "data", train=1000, held_out=80, seed=0)
-    config = read_yaml(ROOT / "configs" / "tiny-llava" / "demo.yaml", [])
+    config = read_config_file(ROOT / "configs" / "tiny-llava" / "demo.yaml")
     config["output_dir"] = str(tmp_path / "run")
     config["model"]["path"] = str(ROOT / "data" / "tiny-llava")
     for section, name in (("data", "train"), ("eval", "eval")):
