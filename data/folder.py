@@ -25,8 +25,11 @@ def write_once(out: str | Path, manifest: str, wanted: dict[str, Any], fill: Cal
     out = Path(out).resolve()
     if _found(out, manifest) == wanted:
         return False
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:  # named by what was asked for, not by the folder aside
+        raise OSError(error.errno, error.strerror, str(out)) from error
     try:
         fill(aside)
         (aside / manifest).write_text(json.dumps(wanted) + "\n", encoding="utf-8")
