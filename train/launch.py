@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import random
 import socket
 import warnings
+from collections.abc import Iterator
 
 import torch
 
@@ -50,9 +52,18 @@ def join_deepspeed() -> None:
     import deepspeed
 
     if torch.distributed.is_initialized() and not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False
-        )
+        with without_deepspeed_output():
+            deepspeed.init_distributed(
+                dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False
+            )
+
+
+@contextlib.contextmanager
+def without_deepspeed_output() -> Iterator[None]:
+    """Drop what Python code prints in this block: on every rank DeepSpeed (0.19.8) announces the extensions that it has built,
+    with `print`, before a mistake in the config can be reported. Errors are raised, and warnings go to stderr, as always."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
 
 
 def quiet(rank: int) -> None:

@@ -149,7 +149,7 @@ def plans(config: RunConfig) -> list[Plan]:
     checkpointing = bool(extra.get("gradient_checkpointing") or extra.get("activation_checkpointing"))
     number = int(stage[4]) if stage.startswith("zero") else 0
     here = Plan(
-        "as configured", number, int(extra.get("per_device_train_batch_size", 8)), bytes_, "offload" in stage or "nvme" in stage,
+        "as configured", number, int(extra.get("per_device_train_batch_size", 8)), bytes_, "offload" in stage,
         stage.startswith("zero3_"), checkpointing,
     )  # fmt: skip
     sizes = [here.device]

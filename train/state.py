@@ -10,7 +10,6 @@ Layouts: `plain` (no ZeRO, weights are their own masters), `unfused` (ZeRO-0 in 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -110,11 +109,10 @@ class MasterState:
             flat = [p for group in self.inner.param_groups for p in group["params"]]
         counts_in_python = type(self.inner).__module__.startswith("deepspeed")  # its Adams count with an int
         fused = bool(self.inner.defaults.get("fused"))
-        for group, master in enumerate(flat):
+        for master in flat:
             # A tensor for each: torch's AdamW counts in place, and a shared one would count several times a step.
             count = step if counts_in_python else torch.tensor(float(step), device=master.device if fused else None)
-            with self._in_memory(group):
-                self.inner.state[master] = {"step": count, **{kind: torch.zeros_like(master.data) for kind in MOMENTS}}
+            self.inner.state[master] = {"step": count, **{kind: torch.zeros_like(master.data) for kind in MOMENTS}}
         if hasattr(self.inner, "ds_opt_adam"):
             replay(self.inner, step)
         self._link_moments()
@@ -127,19 +125,6 @@ class MasterState:
         if self.layout == "flat":
             self.zero._hp_optimizer_states_linked = False  # type: ignore[union-attr]
             self.zero._lazy_init_hp_params_optimizer_state()  # type: ignore[union-attr]
-
-    @contextmanager
-    def _in_memory(self, group: int) -> Iterator[None]:
-        """Masters and moments of a ZeRO-3 sub-group, read from the disk if they live there, and written back at the end.
-
-        On a disk they are empty tensors in between; sub-groups of less than a megabyte stay in memory.
-        """
-        swapped = self.layout == "sharded" and self.zero._swappable_optimizer_subgroup(group)  # type: ignore[union-attr]
-        if swapped:
-            self.zero._optimizer_states_and_gradient_swap_in(group)  # type: ignore[union-attr]
-        yield
-        if swapped:
-            self.zero._optimizer_states_and_gradient_swap_out(group)  # type: ignore[union-attr]
 
     @torch.no_grad()
     def _write(self, parameter: Any, kind: str, value: Tensor) -> None:
@@ -158,20 +143,17 @@ class MasterState:
             target.data.copy_(value.view_as(target))
 
     def _write_part(self, parameter: Any, kind: str, part: Tensor) -> None:
-        """This rank's partition, wherever it lies.
+        """This rank's partition.
 
-        Not through DeepSpeed's setters (0.19.8): the "full" ones can't handle a parameter whose size the ranks do not divide,
-        and the "local" ones take the size of what is in memory, which is one element while the rest is on a disk.
+        Not through DeepSpeed's setters (0.19.8): the "full" ones can't handle a parameter whose size the ranks do not divide.
         """
         zero: Any = self.zero
-        state, group = zero._get_fp32_opt_state_partition(
+        state, _ = zero._get_fp32_opt_state_partition(
             parameter, release_swap_buffers=False, optim_state_key=None if kind == WEIGHT else kind
         )
         if state.numel() != part.numel():
             raise RuntimeError(f"a partition of {kind} has {state.numel()} elements; expected {part.numel()}")
         state.data.copy_(part.view_as(state))
-        if zero._swappable_optimizer_subgroup(group):
-            zero._optimizer_states_and_gradient_swap_out(group)
 
     @torch.no_grad()
     def _refresh_weights(self) -> None:
@@ -184,8 +166,7 @@ class MasterState:
                     low.data.copy_(high.data)
         elif self.layout == "sharded":
             for group in range(len(self.zero.fp16_groups)):  # type: ignore[union-attr]
-                with self._in_memory(group):
-                    self.zero._reassign_or_swap_out_partitioned_parameters(group)  # type: ignore[union-attr]
+                self.zero._reassign_or_swap_out_partitioned_parameters(group)  # type: ignore[union-attr]
             if self.zero.persistent_parameters:  # type: ignore[union-attr]
                 self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)  # type: ignore[union-attr]
 

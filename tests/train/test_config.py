@@ -74,6 +74,27 @@ def test_every_mistake_is_named_at_once() -> None:
         ({"trainer": {"fsdp": "full_shard"}}, "use trainer.deepspeed"),
         ({"trainer": {"optim": "adafactor"}}, "trainer.optim"),
         ({"zip": {"dominant": 0}}, "dominant"),
+        ({"trainer": {"max_steps": 0}}, "trainer.max_steps: must be at least 1, or -1"),
+        ({"trainer": {"max_steps": -2}}, "trainer.max_steps"),
+        ({"trainer": {"num_train_epochs": 0}}, "trainer.num_train_epochs: must be greater than 0"),
+        ({"trainer": {"save_steps": 0}}, "trainer.save_steps: must be greater than 0; save_strategy=no saves nothing"),
+        ({"trainer": {"logging_steps": 0}}, "trainer.logging_steps"),
+        ({"trainer": {"save_total_limit": 0}}, "trainer.save_total_limit"),
+        ({"trainer": {"learning_rate": -1}}, "trainer.learning_rate: must be greater than 0 (found -1)"),
+        ({"trainer": {"learning_rate": float("nan")}}, "trainer.learning_rate: must be a finite number"),
+        ({"trainer": {"weight_decay": -0.1}}, "trainer.weight_decay"),
+        ({"trainer": {"adam_beta2": 1.0}}, "trainer.adam_beta2: must be at least 0 and less than 1"),
+        ({"trainer": {"warmup_steps": -1}}, "trainer.warmup_steps"),
+        ({"trainer": {"per_device_train_batch_size": 0}}, "trainer.per_device_train_batch_size: must be at least 1"),
+        ({"trainer": {"gradient_accumulation_steps": 0}}, "trainer.gradient_accumulation_steps"),
+        ({"trainer": {"dataloader_num_workers": -1}}, "trainer.dataloader_num_workers"),
+        (
+            {"trainer": {"lr_scheduler_type": "cosin"}},
+            "trainer.lr_scheduler_type: 'cosin' is not one of linear, cosine",
+        ),
+        ({"trainer": {"lr_scheduler_type": "reduce_lr_on_plateau"}}, "trainer.lr_scheduler_type"),
+        ({"trainer": {"save_strategy": "best"}}, "trainer.save_strategy: 'best' is not one of no, steps, epoch"),
+        ({"trainer": {"per_device_eval_batch_size": 4}}, "trainer.per_device_eval_batch_size: set eval.batch_size"),
     ],
 )
 def test_what_does_not_fit_together(changes: dict[str, Any], says: str) -> None:
@@ -200,6 +221,40 @@ def test_zero3_is_known_by_what_a_deepspeed_config_says(tmp_path: Path) -> None:
     own.write_text("{}")
     named = {stage: TrainerSection(deepspeed=stage).sharded for stage in (*STAGES, str(own))}
     assert {stage for stage, sharded in named.items() if sharded} == {s for s in STAGES if s.startswith("zero3")}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"optimizer": {"type": "Lamb"}}, "remove the optimizer section"),
+        ({"scheduler": {"type": "WarmupLR"}}, "remove the scheduler section"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            "NVMe (offload_param), which is not",
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "NVMe (offload_optimizer)"),
+        ([], "contains a list; expected a JSON object"),
+    ],
+)
+def test_what_a_deepspeed_config_may_not_say(tmp_path: Path, content: Any, says: str) -> None:
+    """The optimizer of such a section was used instead of the trainer section's, whatever that said."""
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    assert says in mistakes(trainer={"deepspeed": str(tmp_path / "own.json")})
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options"),
+    [("cosine", {"num_cicles": 1}), ("cosine_with_min_lr", {}), ("polynomial", {"lr_end": 1.0})],
+)
+def test_scheduler_options_that_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheduler: str, options: dict[str, Any]
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    given = {"deepspeed": "off", "lr_scheduler_type": scheduler, "lr_scheduler_kwargs": options}
+    config = parse_config({**GOOD, "trainer": given})
+    with pytest.raises(ValueError, match="lr_scheduler_kwargs: "):
+        training_arguments(config.trainer, output_dir=str(tmp_path), seed=3, dtype="float32", world_size=1)
 
 
 def test_liger_that_is_not_installed_is_said_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

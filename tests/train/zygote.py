@@ -69,10 +69,6 @@ def rank(request: dict[str, Any], number: int, port: int) -> None:
             return loss if next(calls) < request["bad_gradient"] else loss + (loss * 0).sqrt()
 
         trainer.summed_loss = bad
-    if request.get("aio_stand_in"):
-        from tests.train.aio_stand_in import install
-
-        install()
     from train import callbacks
     from train.cli import run, run_guarded
     from train.config import load_config
