@@ -6,11 +6,14 @@ function of the picture. Shapes as in `visionzip.compress`: ``B`` pictures, ``P`
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from visionzip.config import Adaptive, Measure
-from visionzip.selectors import Features
+from visionzip.compress import Compressed, compress_to_budget, listened, part
+from visionzip.config import Adaptive, Measure, ZipConfig
+from visionzip.selectors import Features, rows
 from visionzip.selectors.coverage import cover, likeness
 
 
@@ -40,6 +43,24 @@ def needed(shares: Tensor, adaptive: Adaptive, cls: int) -> Tensor:
 def dominant_of_each(features: Features, adaptive: Adaptive, most: int) -> list[int]:
     """Dominant tokens of each of ``B`` pictures, CLS included; `most`: what the budget allows."""
     return needed(held(features, adaptive.measure, most - features.cls), adaptive, features.cls).tolist()
+
+
+def compress_each(features: Features, config: ZipConfig) -> list[Compressed]:
+    """Compress each of ``B`` images to its own budget (`ZipConfig.adaptive`): batches of one.
+
+    Images that keep equally many are compressed together. Somebody who listens gets them one by one, in their order.
+    """
+    assert config.adaptive is not None
+    most, contextual = config.resolve(features.hidden_states.shape[1], reserved=features.cls)
+    wanted = dominant_of_each(features, config.adaptive, most)
+    groups: dict[Any, list[int]] = {}
+    for place, count in enumerate(wanted):
+        groups.setdefault((count, place) if listened() else count, []).append(place)
+    found: dict[int, Compressed] = {}
+    for places in groups.values():
+        together = compress_to_budget(rows(features, places), config, (wanted[places[0]], contextual))
+        found |= {place: part(together, number, number + 1) for number, place in enumerate(places)}
+    return [found[place] for place in range(len(wanted))]
 
 
 def calibrate(shares: Tensor, mean: float, adaptive: Adaptive, cls: int, contextual: int) -> tuple[float, float]:

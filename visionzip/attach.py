@@ -146,7 +146,7 @@ def attach(model: PreTrainedModel, processor: Any = None, config: ZipConfig | No
     if config.adaptive is not None:
         attachment.shortener = FitPrompts(model, attachment).install()
     elif processor is None and stock is not None:
-        attachment.shortener = ShortenPrompts(model, stock, sum(family.budget(config))).install()
+        attachment.shortener = ShortenPrompts(model, family.image_token_id, stock, sum(family.budget(config))).install()
     setattr(model, _ATTRIBUTE, attachment)
     setattr(model.config, _CONFIG_KEY, config.model_dump())
     return model

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionzip.config import Merge
+from visionzip.config import Merge, ZipConfig
 from visionzip.selectors import SELECTORS, Features
 
 DROPPED = -1
@@ -94,6 +94,13 @@ def compress(
     if listener is not None:
         listener(features, result)
     return result
+
+
+def compress_to_budget(features: Features, config: ZipConfig, budget: tuple[int, int] | None = None) -> Compressed:
+    """`compress` with `config`'s selector and merge, and with its budget unless another ``(dominant, contextual)`` is given."""
+    if budget is None:
+        budget = config.resolve(features.hidden_states.shape[1], reserved=features.cls)
+    return compress(features, *budget, selector=config.selector, merge=config.merge)
 
 
 def _compress(features: Features, dominant: int, contextual: int, selector: str, merge: Merge) -> Compressed:

@@ -16,9 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-#: what ``forward`` takes of pictures, in the families whose pictures can have budgets of their own
-IMAGE_INPUTS = ("pixel_values", "image_sizes")
-
 
 def keep_mask(input_ids: Tensor, token: int, stock: int, budget: int) -> Tensor:
     """Which places of ``(B, L)`` stay: of every `stock` placeholders in a row of them the first `budget`.
@@ -163,8 +160,9 @@ class PromptCutter(ABC):
 
 @dataclass
 class ShortenPrompts(PromptCutter):
-    """Of a stock processor's `stock` placeholders a picture to `budget`."""
+    """Of a stock processor's `stock` placeholders an image, each `token`, to `budget`."""
 
+    token: int
     stock: int
     budget: int
 
@@ -172,7 +170,7 @@ class ShortenPrompts(PromptCutter):
         input_ids = kwargs.get("input_ids")
         if input_ids is None or input_ids.shape[1] < self.stock:
             return kwargs
-        keep = keep_mask(input_ids, self.model.config.image_token_id, self.stock, self.budget)
+        keep = keep_mask(input_ids, self.token, self.stock, self.budget)
         return kwargs if bool(keep.all()) else cut_text(self.model, kwargs, keep)
 
 
@@ -194,13 +192,14 @@ class FitPrompts(PromptCutter):
 
     def fit(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
         """(the inputs without pixels, their text cut to what the pictures kept; `Attachment.compress`'s result)."""
-        pixels = {name: kwargs[name] for name in IMAGE_INPUTS if kwargs.get(name) is not None}
-        inputs = {name: value for name, value in kwargs.items() if name not in IMAGE_INPUTS}
+        family = self.attachment.family
+        pixels = family.image_inputs(kwargs)
+        inputs = {name: value for name, value in kwargs.items() if name not in pixels}
         pictures = self.attachment.compress(**pixels)
-        counted = self.attachment.family.token_counts(self.attachment.config, **pixels)
+        counted = family.token_counts(self.attachment.config, **pixels)
         written = [most if self.attachment.processor_fits else stock for stock, most in counted]
         kept = [len(picture) for picture in pictures]
-        keep = keep_of_each(inputs["input_ids"], self.model.config.image_token_id, written, kept)
+        keep = keep_of_each(inputs["input_ids"], family.image_token_id, written, kept)
         if kept == written:
             return inputs, pictures
         if inputs.get("attention_mask") is not None:

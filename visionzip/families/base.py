@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
@@ -12,24 +11,26 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from visionzip.adaptive import dominant_of_each
-from visionzip.compress import Compressed, compress, listened, part
+from visionzip.compress import listened
 from visionzip.config import ZipConfig
 from visionzip.encoders import Encoder, Layer, encoder_for
+from visionzip.families.stand_ins import MediaFeatures, Placeholders, TokenCount, TokenCounts
 from visionzip.registry import Registry
-from visionzip.selectors import SELECTORS, Features, rows
+from visionzip.selectors import SELECTORS, Features
 
 #: What `Family.compress` makes of one image: ``(L, D)`` tokens, or several named tensors where a family's projector needs more.
 VisualTokens = Tensor | dict[str, Tensor]
+#: What attaching puts on an instance: ``(object, attribute, value)``
+Patch = tuple[object, str, object]
 
 
 class Family(ABC):
     """How one model of a family (a ``model_type`` of transformers) is compressed: ``Llava(model)``.
 
-    Where a model's parts are is known of the class, before there is a model. The order of every family is the same: `compress`
-    (frozen, a pure function of the image, what a token cache stores), then `project` (what trains). Subclasses say where things
-    are and how compressed tokens become a sequence. Nothing read from the model is stored here: its modules may be replaced at
-    any time (PEFT does), and a copy of the object belongs to the copy of the model.
+    Where a model's parts are and what its inputs are called is known of the class, before there is a model. The order of every
+    family is the same: `compress` (frozen, a pure function of the image, what a token cache stores), then `project` (what
+    trains). Nothing read from the model is stored here: its modules may be replaced at any time (PEFT does), and a copy of the
+    object belongs to the copy of the model.
 
     Args:
         model: the ``*ForConditionalGeneration`` instance, without wrappers.
@@ -41,19 +42,77 @@ class Family(ABC):
     llm: ClassVar[str] = "model.language_model"
     #: what a projector is trained against and its fingerprint is taken of: part → dotted name. Holds no projector
     frozen: ClassVar[dict[str, str]] = {"encoder": tower, "llm": llm}
-    #: a prompt holds one placeholder a visual token; False: one a picture, and the model itself makes room
+
+    #: kind (``image``, ``video``) → names of the inputs of ``forward``, the pixels first
+    inputs: ClassVar[dict[str, tuple[str, ...]]] = {"image": ("pixel_values",)}
+    #: kind → the one of them with a row per image or video, where that is not the pixels
+    counted: ClassVar[dict[str, str]] = {}
+    #: a prompt holds one placeholder a visual token; False: one an image, and the model itself makes room
     needs_placeholders: ClassVar[bool] = True
     #: supports per-image budgets (`ZipConfig.adaptive`)
     per_image_budgets: ClassVar[bool] = False
-    #: a picture alone in its prompt and the same one beside others go through the encoder in two ways
+    #: an image alone in its prompt and the same one beside others go through the encoder in two ways
     alone_differs: ClassVar[bool] = False
+    #: positions are 0, 1, 2 … and attention is causal: leaving out the mask of right padding, or the tokens of a prefix whose keys
+    #: and values are cached, changes nothing
+    plain_positions: ClassVar[bool] = False
+    #: the untouched model can take a new image on the cache of an earlier turn
+    images_on_cache: ClassVar[bool] = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: Any = model
 
+    # What the model is
+
+    @property
+    def encoder_module(self) -> nn.Module:
+        """The vision encoder itself, which an adapter of `visionzip.encoders` reads."""
+        return self.model.get_submodule(self.tower)
+
     @property
     def encoder(self) -> Encoder:
-        return encoder_for(self.model.get_submodule(self.tower))
+        return encoder_for(self.encoder_module)
+
+    @property
+    def stock_layer(self) -> Layer:
+        """The hidden state of the encoder that the untouched model reads."""
+        return self.model.config.vision_feature_layer
+
+    def layer(self, config: ZipConfig) -> Layer:
+        """The hidden state of the encoder that is read."""
+        return config.layer if config.layer is not None else self.stock_layer
+
+    @property
+    def image_token_id(self) -> int:
+        """Of the placeholder of a visual token of an image in ``input_ids``. (A processor's may be another: Gemma 3.)"""
+        return self.model.config.image_token_id
+
+    @property
+    def placeholder_ids(self) -> list[int]:
+        """Of images and, where there is one, of videos."""
+        ids = (getattr(self.model.config, f"{kind}_token_id", None) for kind in ("image", "video"))
+        return [token for token in ids if token is not None]
+
+    @classmethod
+    def image_inputs(cls, inputs: Any) -> dict[str, Any]:
+        """Those of `inputs`, a mapping, that are of images and videos: what `compress` takes."""
+        names = [name for kind in cls.inputs.values() for name in kind]
+        return {name: inputs[name] for name in names if name in inputs and inputs[name] is not None}
+
+    @classmethod
+    def count_images(cls, inputs: Any) -> int:
+        """Images and videos in the inputs of ``forward``."""
+        total = 0
+        for kind, names in cls.inputs.items():
+            names = (cls.counted[kind],) if kind in cls.counted else names
+            total += next((len(inputs[name]) for name in names if inputs.get(name) is not None), 0)
+        return total
+
+    def token_types(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor | None:
+        """``(B, L)`` token types of a prompt that comes without, where the model reads any: see the hooks of `attach`."""
+        return None
+
+    # What fits
 
     @abstractmethod
     def check(self, config: ZipConfig) -> None:
@@ -61,10 +120,11 @@ class Family(ABC):
 
     def check_processor(self, processor: Any) -> None:
         """Raise ``ValueError`` for a processor whose prompts are not for this model."""
+        name = type(self.model).__name__
         if not callable(getattr(processor, "replace_image_token", None)) or not hasattr(processor, "image_token_id"):
             raise ValueError(
-                f"{type(processor).__name__} is not a processor for {type(self.model).__name__}; expected what "
-                f"AutoProcessor.from_pretrained gives for the same model"
+                f"{type(processor).__name__} is not a processor for {name}; expected what AutoProcessor.from_pretrained gives "
+                f"for the same model"
             )
         facts = self.processor_facts(processor)
         wrong = [
@@ -81,12 +141,25 @@ class Family(ABC):
     def processor_facts(self, processor: Any) -> dict[str, tuple[Any, Any]]:
         """What has to agree: name → (the processor's value, the model's)."""
 
+    # The way of an image
+
+    def encode(self, config: ZipConfig, pixel_values: Tensor, module: nn.Module | None = None) -> Features:
+        """``(B, C, height, width)`` → features, with scores where the selector (or somebody who looks on) needs them.
+
+        Args:
+            module: the encoder, for families that have several; default: `encoder_module`.
+        """
+        adaptive = config.adaptive is not None and config.adaptive.needs_scores
+        scores = SELECTORS[config.selector].needs_scores or adaptive or listened()
+        module = self.encoder_module if module is None else module
+        return encoder_for(module).encode(module, pixel_values, self.layer(config), scores=scores)
+
     @abstractmethod
     def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:
-        """Image inputs of the model's ``forward`` → for each picture its ``(L_i, D)`` tokens. No gradient."""
+        """Image inputs of the model's ``forward`` → for each image its ``(L_i, D)`` tokens. No gradient."""
 
     def project(self, visual_tokens: list[VisualTokens]) -> list[Tensor]:
-        """``(L_i, D)`` a picture → ``(L_i, hidden)`` a picture, through the projector, in one call."""
+        """``(L_i, D)`` an image → ``(L_i, hidden)`` an image, through the projector, in one call."""
         lengths = [len(tokens) for tokens in visual_tokens]
         projector = self.model.get_submodule(self.projectors[0])
         tokens = torch.cat(cast(list[Tensor], visual_tokens))
@@ -99,29 +172,61 @@ class Family(ABC):
         """
         return BaseModelOutputWithPooling(pooler_output=cast(Any, embeddings))
 
-    def outputs(self, visual_tokens: list[VisualTokens], kind: str = "image") -> BaseModelOutputWithPooling:
+    def outputs(self, visual_tokens: list[VisualTokens], kind: str = "image") -> Any:
         """`compress`'s result → ``mm_encoder_outputs[kind]``: `project`, and whatever else ``forward`` needs to know."""
         return self.encoder_output(self.project(visual_tokens), kind)
 
-    @abstractmethod
-    def patches(self, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
-        """What attaching puts on the instances: ``(object, attribute, value)``; detaching takes exactly these off."""
+    # What attaching puts on the instances
+
+    def patches(self, processor: Any, config: ZipConfig) -> list[Patch]:
+        """``(object, attribute, value)``, each a stand-in of `visionzip.families.stand_ins`; detaching takes exactly these off."""
+        found: list[Patch] = [
+            (self.model.model, f"get_{kind}_features", MediaFeatures(self, config, kind)) for kind in self.inputs
+        ]
+        return found if processor is None else found + self.processor_patches(processor, config)
+
+    def processor_patches(self, processor: Any, config: ZipConfig) -> list[Patch]:
+        counts = self.placeholder_counts(config)
+        found: list[Patch] = [
+            (processor, f"replace_{kind}_token", Placeholders(getattr(processor, f"{kind}_token"), count))
+            for kind, count in counts.items()
+        ]
+        return [*found, (processor, "_get_num_multimodal_tokens", TokenCounts(**counts))]
+
+    def placeholder_counts(self, config: ZipConfig) -> dict[str, TokenCount]:
+        """Kind → how many placeholders a processor writes, for families whose images are placeholders and nothing else."""
+        raise NotImplementedError
 
     def hooks(self, config: ZipConfig) -> list[RemovableHandle]:
         """Hooks that attaching registers, for what no attribute can do (Qwen's positions). Removed by detaching."""
         return []
 
+    # Numbers
+
     def stock_count(self) -> int | None:
-        """Placeholders a stock processor writes a picture, if that is one number for all pictures."""
+        """Placeholders a stock processor writes an image, if that is one number for all images."""
         return None
 
     @abstractmethod
     def budget(self, config: ZipConfig) -> tuple[int, int]:
-        """``(dominant, contextual)`` in tokens, of one picture, tile or frame of the encoder's own size."""
+        """``(dominant, contextual)`` in tokens, of one image, tile or frame of the encoder's own size."""
 
     @abstractmethod
     def token_counts(self, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
-        """For each picture (visual tokens of the untouched model, visual tokens now)."""
+        """For each image (visual tokens of the untouched model, visual tokens now)."""
+
+    # What the encoder saw, for those who draw it
+
+    def pixels(self, inputs: dict[str, Any]) -> list[Tensor]:
+        """``(3, height, width)`` of each image, tile or frame as the encoder takes it, from image inputs; normalised."""
+        found = [inputs[names[0]] for names in self.inputs.values() if inputs.get(names[0]) is not None]
+        return [tile for pixels in found for tile in pixels.reshape(-1, *pixels.shape[-3:])]
+
+    def grid(self, patches: int, inputs: dict[str, Any]) -> tuple[int, int]:
+        """Rows and columns of an image of so many patches, after pooling or merging where the family selects after it."""
+        side = int(patches**0.5)
+        rows = next(rows for rows in range(side, 0, -1) if patches % rows == 0)
+        return rows, patches // rows
 
 
 FAMILIES: Registry[type[Family]] = Registry("model family", "visionzip.families")
@@ -146,102 +251,6 @@ def family_for(model: PreTrainedModel) -> Family:
             f"{type(model).__name__} has no language-model head; pass the *ForConditionalGeneration model, not its inner part"
         )
     return family(model)
-
-
-def read(encoder: Encoder, tower: nn.Module, pixel_values: Tensor, layer: Layer, config: ZipConfig) -> Features:
-    """Encode ``(B, C, height, width)``, with scores where the selector (or somebody who looks on) needs them."""
-    adaptive = config.adaptive is not None and config.adaptive.needs_scores
-    needs_scores = SELECTORS[config.selector].needs_scores or adaptive or listened()
-    return encoder.encode(tower, pixel_values, layer, scores=needs_scores)
-
-
-def shrink(features: Features, config: ZipConfig, budget: tuple[int, int] | None = None) -> Compressed:
-    """Compress features with `config`'s selector and merge; with its budget too, unless another is given."""
-    if budget is None:
-        budget = config.resolve(features.hidden_states.shape[1], reserved=features.cls)
-    return compress(features, *budget, selector=config.selector, merge=config.merge)
-
-
-def shrink_each(features: Features, config: ZipConfig) -> list[Compressed]:
-    """Compress each of ``B`` pictures to a budget of its own (`ZipConfig.adaptive`): batches of one.
-
-    Pictures that keep equally many are compressed together. Somebody who listens gets them one by one, in their order.
-    """
-    assert config.adaptive is not None
-    most, contextual = config.resolve(features.hidden_states.shape[1], reserved=features.cls)
-    wanted = dominant_of_each(features, config.adaptive, most)
-    groups: dict[Any, list[int]] = {}
-    for place, count in enumerate(wanted):
-        groups.setdefault((count, place) if listened() else count, []).append(place)
-    found: dict[int, Compressed] = {}
-    for places in groups.values():
-        together = shrink(rows(features, places), config, (wanted[places[0]], contextual))
-        found |= {place: part(together, number, number + 1) for number, place in enumerate(places)}
-    return [found[place] for place in range(len(wanted))]
-
-
-def select(encoder: Encoder, tower: nn.Module, pixel_values: Tensor, layer: Layer, config: ZipConfig) -> Compressed:
-    """Encode ``(B, C, height, width)`` and compress each of the ``B`` on its own."""
-    return shrink(read(encoder, tower, pixel_values, layer, config), config)
-
-
-@dataclass
-class ImageFeatures:
-    """Stands in for ``get_image_features`` in the instance of one inner model.
-
-    A picklable object rather than a bound method, which pickle would lose in silence; the explicit signature is what
-    ``generate`` inspects.
-    """
-
-    family: Family  # deepcopy follows the reference to its model, so a copied model calls its own copy
-    config: ZipConfig
-
-    def __call__(
-        self,
-        pixel_values: Tensor,
-        image_sizes: Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        batch_num_images: Tensor | None = None,
-        return_dict: bool = True,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """Pictures → ``pooler_output``, a list of ``(L_i, hidden)``. The strategy is moot: CLS is kept and counted.
-
-        Raises:
-            ValueError: when another layer is asked for than the one the ZipConfig reads.
-        """
-        inputs = {"pixel_values": pixel_values, "image_sizes": image_sizes, "batch_num_images": batch_num_images}
-        return self.features("image", vision_feature_layer, inputs)
-
-    def features(
-        self, kind: str, vision_feature_layer: int | list[int] | None, inputs: dict[str, Any]
-    ) -> BaseModelOutputWithPooling:
-        stock = self.family.model.config.vision_feature_layer
-        reads = self.config.layer if self.config.layer is not None else stock
-        if vision_feature_layer is not None and vision_feature_layer not in (reads, stock):
-            raise ValueError(
-                f"vision_feature_layer={vision_feature_layer} was asked for, but this model is attached to layer {reads}; "
-                f"attach it with ZipConfig(layer={vision_feature_layer})"
-            )
-        given = {name: value for name, value in inputs.items() if value is not None}
-        return self.family.outputs(self.family.compress(self.config, **given), kind)
-
-
-@dataclass
-class VideoFeatures(ImageFeatures):
-    """Stands in for ``get_video_features``: each video is a picture of its own, made of its frames."""
-
-    def __call__(  # type: ignore[override]
-        self,
-        pixel_values_videos: Tensor,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        return_dict: bool = True,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """``(videos, frames, C, height, width)`` → ``pooler_output``, one entry a video."""
-        return self.features("video", vision_feature_layer, {"pixel_values_videos": pixel_values_videos})
 
 
 def dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:

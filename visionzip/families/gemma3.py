@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from visionzip.config import ZipConfig
 from visionzip.families.base import FAMILIES, VisualTokens, dtype_of
 from visionzip.families.grouped import Grouped
+from visionzip.families.stand_ins import TokenTypes
 
 
 class Gemma3(Grouped):
@@ -42,8 +43,12 @@ class Gemma3(Grouped):
             processor.tokenizer.image_token_id,
         )  # its own image_token begins a picture
 
+    def token_types(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor | None:
+        """1 for visual tokens, 0 for text."""
+        return (input_ids == self.image_token_id).long()
+
     def hooks(self, config: ZipConfig) -> list[RemovableHandle]:
-        return [self.model.register_forward_pre_hook(token_types, with_kwargs=True)]
+        return [self.model.register_forward_pre_hook(TokenTypes(self), with_kwargs=True)]
 
     def project(self, visual_tokens: list[VisualTokens]) -> list[Tensor]:
         projector = self.model.model.multi_modal_projector
@@ -51,15 +56,6 @@ class Gemma3(Grouped):
         tokens = torch.cat(cast(list[Tensor], visual_tokens))
         sheets = unpool(tokens.to(dtype_of(projector, tokens.dtype)), projector.tokens_per_side, projector.kernel_size)
         return list(projector(sheets).flatten(0, 1)[: len(tokens)].split(lengths))
-
-
-def token_types(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Pre-hook of ``forward``: 1 for visual tokens, 0 for text, where nothing is said and nothing is cached."""
-    ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
-    begins = cache is None or cache.get_seq_length() == 0
-    if args or ids is None or kwargs.get("token_type_ids") is not None or not begins:
-        return None
-    return args, {**kwargs, "token_type_ids": (ids == model.config.image_token_id).long()}
 
 
 def unpool(tokens: Tensor, length: int, side: int) -> Tensor:

@@ -27,6 +27,7 @@ class Idefics3(Grouped):
     tower: ClassVar[str] = "model.vision_model"
     llm: ClassVar[str] = "model.text_model"
     frozen: ClassVar[dict[str, str]] = {"encoder": tower, "llm": llm}
+    inputs: ClassVar[dict[str, tuple[str, ...]]] = {"image": ("pixel_values", "pixel_attention_mask")}
     count_name: ClassVar[str] = "image_seq_len"
 
     @property

@@ -22,10 +22,11 @@ class InternVL(Grouped):
     def side(self) -> int:
         return round(1 / self.model.config.downsample_ratio)
 
-    def layer(self, config: ZipConfig) -> Layer:
-        return config.layer if config.layer is not None else self.model.config.vision_feature_layer
+    @property
+    def stock_layer(self) -> Layer:
+        return self.model.config.vision_feature_layer
 
-    def read(self, tokens: Tensor, layer: Layer) -> Tensor:
+    def normed(self, tokens: Tensor, layer: Layer) -> Tensor:
         """As the model does it: its last norm counts where -1 is asked for, and only there."""
         return self.model.model.vision_tower.layernorm(tokens) if layer == -1 else tokens
 

@@ -11,69 +11,56 @@ base always comes with a grid).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import unpad_image
-from transformers.processing_utils import MultiModalData
 
-from visionzip.compress import part
+from visionzip.adaptive import compress_each
+from visionzip.compress import compress_to_budget, part
 from visionzip.config import ZipConfig
-from visionzip.families.base import FAMILIES, ImageFeatures, VisualTokens, read, shrink, shrink_each
+from visionzip.families.base import FAMILIES, VisualTokens
 from visionzip.families.llava import Llava
+from visionzip.families.stand_ins import TokenCount
 from visionzip.families.tiles import pack_each, pack_picture, tile_grid
 
 
 @dataclass
-class TilePlaceholders:
-    """Stands in for a processor's ``replace_image_token``: one budget for the base and one for each tile of the grid."""
+class TileCount:
+    """One budget for the base and one for each tile of the grid."""
 
-    image_token: str
     budget: int
     pinpoints: list[list[int]]
     tile: int
 
-    def __call__(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        return self.image_token * self.count(image_inputs["image_sizes"][image_idx])
+    def of_input(self, inputs: Any, index: int) -> int:
+        return self.of_size(inputs["image_sizes"][index])
 
-    def count(self, size: Any) -> int:
+    def of_size(self, size: Any) -> int:
         rows, columns = tile_grid(size, self.pinpoints, self.tile)
         return (rows * columns + 1) * self.budget
 
 
-@dataclass
-class CountBySize:
-    """Stands in for a processor's ``_get_num_multimodal_tokens``; sizes are ``(height, width)``."""
-
-    placeholders: TilePlaceholders
-
-    def __call__(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
-        if image_sizes is None:
-            return MultiModalData()
-        return MultiModalData(
-            num_image_tokens=[self.placeholders.count(size) for size in image_sizes],
-            num_image_patches=[1] * len(image_sizes),
-        )
-
-
 class LlavaNext(Llava):
-    """``(B, T_max, 3, side, side)`` and ``image_sizes`` → for each picture ``T * K`` tokens."""
+    """``(B, T_max, 3, side, side)`` and ``image_sizes`` → for each image ``T * K`` tokens."""
+
+    inputs: ClassVar[dict[str, tuple[str, ...]]] = {"image": ("pixel_values", "image_sizes")}
+    counted: ClassVar[dict[str, str]] = {"image": "image_sizes"}
 
     def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:
         grids = self.grids(image_inputs["image_sizes"])
         counts = [rows * columns + 1 for rows, columns in grids]
-        encoder, tower = self.encoder, self.model.get_submodule(self.tower)
         with torch.no_grad():
             tiles = flat_tiles(image_inputs["pixel_values"], counts)
-            features = read(encoder, tower, tiles, self.layer(config), config)
+            features = self.encode(config, tiles)
             starts = [sum(counts[:index]) for index in range(len(counts))]
             pictures = list(zip(starts, counts, grids, strict=True))
-            side, cls = self.side, encoder.has_cls
+            side, cls = self.side, self.encoder.has_cls
             if config.adaptive is not None:  # every tile stops on its own
-                each = shrink_each(features, config)
+                each = compress_each(features, config)
                 return [pack_each(each[start : start + count], grid, side, cls) for start, count, grid in pictures]
-            kept = shrink(features, config)
+            kept = compress_to_budget(features, config)
             return [pack_picture(part(kept, start, start + count), grid, side, cls) for start, count, grid in pictures]
 
     @property
@@ -95,23 +82,10 @@ class LlavaNext(Llava):
             "grid pinpoints": (as_lists(pinpoints), as_lists(self.model.config.image_grid_pinpoints)),
         }
 
-    def patches(self, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
-        changes: list[tuple[object, str, object]] = [
-            (self.model.model, "get_image_features", ImageFeatures(self, config))
-        ]
-        if processor is not None:
-            placeholders = self.placeholders(processor, config)
-            changes.append((processor, "replace_image_token", placeholders))
-            changes.append((processor, "_get_num_multimodal_tokens", CountBySize(placeholders)))
-        return changes
-
-    def placeholders(self, processor: Any, config: ZipConfig) -> TilePlaceholders:
-        return TilePlaceholders(
-            processor.image_token,
-            sum(self.budget(config)),
-            as_lists(self.model.config.image_grid_pinpoints),
-            self.model.config.vision_config.image_size,
-        )
+    def placeholder_counts(self, config: ZipConfig) -> dict[str, TokenCount]:
+        stock = self.model.config
+        pinpoints = as_lists(stock.image_grid_pinpoints)
+        return {"image": TileCount(sum(self.budget(config)), pinpoints, stock.vision_config.image_size)}
 
     def stock_count(self) -> int | None:
         return None  # it depends on the picture's size

@@ -8,16 +8,18 @@ everywhere with CLIP (the untouched model drops it). A frame's budget is of 145 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionzip.compress import compress_to_budget
 from visionzip.config import ZipConfig
-from visionzip.families.base import FAMILIES, VideoFeatures, VisualTokens, read, shrink
+from visionzip.families.base import FAMILIES, VisualTokens
 from visionzip.families.llava_next import LlavaNext
-from visionzip.families.video import CountPicturesAndVideos, FramePlaceholders, frame_budget
+from visionzip.families.stand_ins import TokenCount
+from visionzip.families.video import FrameCount, frame_budget
 from visionzip.selectors import Features
 
 
@@ -25,6 +27,7 @@ class LlavaNextVideo(LlavaNext):
     """Pictures and videos: ``(L, D)``, a video's frames one after the other with ``K`` tokens each."""
 
     per_image_budgets = False
+    inputs: ClassVar[dict[str, tuple[str, ...]]] = {**LlavaNext.inputs, "video": ("pixel_values_videos",)}
 
     def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:
         found: list[VisualTokens] = []
@@ -36,9 +39,8 @@ class LlavaNextVideo(LlavaNext):
         return found
 
     def _video(self, config: ZipConfig, frames: Tensor) -> Tensor:
-        tower = self.model.get_submodule(self.tower)
-        features = read(self.encoder, tower, frames, self.layer(config), config)
-        kept = shrink(pooled(features, self.model.model.vision_resampler, self.stride), config)
+        features = self.encode(config, frames)
+        kept = compress_to_budget(pooled(features, self.model.model.vision_resampler, self.stride), config)
         return kept.tokens.flatten(0, 1)
 
     @property
@@ -61,16 +63,8 @@ class LlavaNextVideo(LlavaNext):
             "video token id": (getattr(processor, "video_token_id", None), self.model.config.video_token_id),
         }
 
-    def patches(self, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
-        changes = super().patches(None, config)
-        changes.append((self.model.model, "get_video_features", VideoFeatures(self, config)))
-        if processor is not None:
-            images = self.placeholders(processor, config)
-            videos = FramePlaceholders(processor.video_token, sum(self.frame_budget(config)))
-            changes.append((processor, "replace_image_token", images))
-            changes.append((processor, "replace_video_token", videos))
-            changes.append((processor, "_get_num_multimodal_tokens", CountPicturesAndVideos(images, videos)))
-        return changes
+    def placeholder_counts(self, config: ZipConfig) -> dict[str, TokenCount]:
+        return {**super().placeholder_counts(config), "video": FrameCount(sum(self.frame_budget(config)))}
 
     def token_counts(self, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
         found = []

@@ -25,43 +25,43 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from visionzip.compress import part
+from visionzip.compress import compress_to_budget, part
 from visionzip.config import ZipConfig
-from visionzip.families.base import FAMILIES, VideoFeatures, VisualTokens, read, shrink
-from visionzip.families.llava_next import LlavaNext, TilePlaceholders, as_lists, flat_tiles, unpadded
+from visionzip.families.base import FAMILIES, VisualTokens
+from visionzip.families.llava_next import LlavaNext, TileCount, as_lists, flat_tiles, unpadded
+from visionzip.families.stand_ins import TokenCount
 from visionzip.families.tiles import pack_tiles, tile_grid
 from visionzip.families.video import (
-    CountPicturesAndVideos,
-    FramePlaceholders,
+    FrameCount,
     bilinear_corners,
     frame_budget,
     pool,
     stacked,
 )
-from visionzip.selectors import Features, rows
+from visionzip.selectors import rows
 
 Budget = tuple[int, int]
 
 
 @dataclass
-class OnevisionPlaceholders(TilePlaceholders):
-    """One picture in a prompt: its tiles; several: one budget and a newline each."""
+class OnevisionCount(TileCount):
+    """One image in a prompt: its tiles; several: one budget and a newline each."""
 
     whole: Budget = (0, 0)
     most: int = 0
 
-    def __call__(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        if are_alone(image_inputs.get("batch_num_images"), image_idx + 1)[image_idx]:
-            return super().__call__(image_inputs, image_idx)
-        return self.image_token * (self.budget + 1)
+    def of_input(self, inputs: Any, index: int) -> int:
+        if are_alone(inputs.get("batch_num_images"), index + 1)[index]:
+            return super().of_input(inputs, index)
+        return self.budget + 1
 
-    def count(self, size: Any) -> int:
+    def of_size(self, size: Any) -> int:
         high, wide = tile_grid(size, self.pinpoints, self.tile)
         return self.budget + high * wide * sum(share(self.whole, high * wide, self.most))
 
@@ -74,6 +74,10 @@ class LlavaOnevision(LlavaNext):
 
     per_image_budgets = False
     alone_differs = True
+    inputs: ClassVar[dict[str, tuple[str, ...]]] = {
+        "image": (*LlavaNext.inputs["image"], "batch_num_images"),
+        "video": ("pixel_values_videos",),
+    }
 
     def check(self, config: ZipConfig) -> None:
         super().check(config)
@@ -96,9 +100,9 @@ class LlavaOnevision(LlavaNext):
         grids = self.layout(inputs)
         counts = [high * wide + 1 for high, wide in grids]
         starts = [sum(counts[:index]) for index in range(len(counts))]
-        features = self._read(config, flat_tiles(inputs["pixel_values"], counts))
+        features = self.encode(config, flat_tiles(inputs["pixel_values"], counts))
         whole, most = self.budget(config), self.max_tiles
-        bases = shrink(rows(features, starts), config)
+        bases = compress_to_budget(rows(features, starts), config)
 
         others: dict[int, Tensor] = {}  # picture → its grid's tokens
         same: dict[Budget, list[int]] = {}  # pictures whose tiles have the same budget are compressed at once
@@ -107,7 +111,7 @@ class LlavaOnevision(LlavaNext):
                 same.setdefault(share(whole, count - 1, most), []).append(index)
         for budget, members in same.items():
             tiles = [starts[index] + tile for index in members for tile in range(1, counts[index])]
-            kept, place = shrink(rows(features, tiles), config, budget), 0
+            kept, place = compress_to_budget(rows(features, tiles), config, budget), 0
             for index in members:
                 mine, place = part(kept, place, place + counts[index] - 1), place + counts[index] - 1
                 others[index] = pack_tiles(mine.tokens, mine.kept, budget[1], grids[index], self.side, False)
@@ -118,19 +122,16 @@ class LlavaOnevision(LlavaNext):
 
     def _video(self, config: ZipConfig, frames: Tensor) -> VisualTokens:
         side = self.side
-        found = self._read(config, frames)
+        found = self.encode(config, frames)
         places, weights = bilinear_corners(side, pooled_side(side), found.hidden_states.device)
         features = pool(found, places, weights)
-        kept = shrink(features, config)
+        kept = compress_to_budget(features, config)
         chosen = torch.cat((kept.kept, kept.targets), dim=1)  # (F, K)
         return {
             "tokens": kept.tokens.flatten(0, 1).unflatten(-1, (4, -1)),  # (F·K, 4, D)
             "weights": weights[chosen].flatten(0, 1),  # (F·K, 4)
             "newline": torch.tensor(True),
         }
-
-    def _read(self, config: ZipConfig, pixel_values: Tensor) -> Features:
-        return read(self.encoder, self.model.get_submodule(self.tower), pixel_values, self.layer(config), config)
 
     def project(self, visual_tokens: list[VisualTokens]) -> list[Tensor]:
         tokens = [one if isinstance(one, Tensor) else one["tokens"].flatten(0, -2) for one in visual_tokens]
@@ -171,27 +172,11 @@ class LlavaOnevision(LlavaNext):
             "tokens of a tile": (getattr(processor, "num_image_tokens", None), self.side**2),
         }
 
-    def patches(self, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
-        changes = super().patches(None, config)
-        changes.append((self.model.model, "get_video_features", VideoFeatures(self, config)))
-        if processor is not None:
-            images = self.placeholders(processor, config)
-            videos = FramePlaceholders(processor.video_token, sum(self.frame_budget(config)), extra=1)
-            changes.append((processor, "replace_image_token", images))
-            changes.append((processor, "replace_video_token", videos))
-            changes.append((processor, "_get_num_multimodal_tokens", CountPicturesAndVideos(images, videos)))
-        return changes
-
-    def placeholders(self, processor: Any, config: ZipConfig) -> OnevisionPlaceholders:
-        whole = self.budget(config)
-        return OnevisionPlaceholders(
-            processor.image_token,
-            sum(whole),
-            as_lists(self.model.config.image_grid_pinpoints),
-            self.model.config.vision_config.image_size,
-            whole,
-            self.max_tiles,
-        )
+    def placeholder_counts(self, config: ZipConfig) -> dict[str, TokenCount]:
+        stock, whole = self.model.config, self.budget(config)
+        pinpoints, side = as_lists(stock.image_grid_pinpoints), stock.vision_config.image_size
+        images = OnevisionCount(sum(whole), pinpoints, side, whole, self.max_tiles)
+        return {"image": images, "video": FrameCount(sum(self.frame_budget(config)), extra=1)}
 
     def frame_budget(self, config: ZipConfig) -> Budget:
         """``(dominant, contextual)`` of one frame's pooled positions."""

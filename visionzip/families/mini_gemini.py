@@ -15,15 +15,17 @@ Prompts need no change: the model's own code puts each picture where its one mar
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from visionzip.compress import compress_to_budget
 from visionzip.config import ZipConfig
-from visionzip.encoders import Encoder, encoder_for
-from visionzip.families.base import FAMILIES, Family, VisualTokens, read, shrink
+from visionzip.encoders import Layer
+from visionzip.families.base import FAMILIES, Family, Patch, VisualTokens
+from visionzip.families.stand_ins import MediaFeatures
 
 MEMBERS = ("get_vision_tower", "get_vision_tower_aux", "unified_resampler", "encode_images")
 
@@ -34,21 +36,20 @@ class MiniGemini(Family):
     projectors: ClassVar[tuple[str, ...]] = ("model.mm_projector",)
     llm: ClassVar[str] = "model.layers"
     frozen: ClassVar[dict[str, str]] = {"encoder": Family.tower, "llm": llm}
+    inputs: ClassVar[dict[str, tuple[str, ...]]] = {"image": ("images", "images_aux", "is_video")}
     needs_placeholders: ClassVar[bool] = False
 
-    def clip(self) -> Any:
+    @property
+    def encoder_module(self) -> Any:
         """The `CLIPVisionModel` inside the authors' wrapper."""
         return self.model.get_vision_tower().vision_tower
 
     @property
-    def encoder(self) -> Encoder:
-        return encoder_for(self.clip())
-
-    def layer(self, config: ZipConfig) -> int:
-        return config.layer if config.layer is not None else self.model.get_vision_tower().select_layer
+    def stock_layer(self) -> Layer:
+        return self.model.get_vision_tower().select_layer
 
     def budget(self, config: ZipConfig) -> tuple[int, int]:
-        return config.resolve(self.encoder.tokens(self.clip()) - 1)
+        return config.resolve(self.encoder.tokens(self.encoder_module) - 1)
 
     def check(self, config: ZipConfig) -> None:
         missing = [name for name in MEMBERS if not callable(getattr(self.model, name, None))]
@@ -61,7 +62,7 @@ class MiniGemini(Family):
             raise ValueError(
                 f"image_grid={self.model.config.image_grid}: the HD models, which cut pictures into tiles, are not supported"
             )
-        self.encoder.layers_run(self.clip(), self.layer(config))
+        self.encoder.layers_run(self.encoder_module, self.layer(config))
         self.budget(config)
 
     def processor_facts(self, processor: Any) -> dict[str, tuple[Any, Any]]:
@@ -70,8 +71,8 @@ class MiniGemini(Family):
     @torch.no_grad()
     def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:
         outer, images, detailed = self.model, image_inputs["images"], image_inputs.get("images_aux")
-        clip = self.clip()
-        found = read(self.encoder, clip, images.to(clip.device, clip.dtype), self.layer(config), config)
+        clip = self.encoder_module
+        found = self.encode(config, images.to(clip.device, clip.dtype))
         patches = found.hidden_states[:, 1:]
         if detailed is not None:
             squares = outer.get_vision_tower_aux()(detailed).to(patches.device, patches.dtype)
@@ -79,27 +80,18 @@ class MiniGemini(Family):
             patches = patches + mined
         scores = None if found.scores is None else found.scores[:, 1:]
         features = replace(found, hidden_states=patches, metric=found.metric[:, 1:], scores=scores, has_cls=False)
-        return list(shrink(features, config).tokens)
+        return list(compress_to_budget(features, config).tokens)
 
-    def patches(self, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
-        return [(self.model, "encode_images", EncodeImages(self, config))]
+    def outputs(self, visual_tokens: list[VisualTokens], kind: str = "image") -> Tensor:
+        """``(B, K, hidden)``, as the model's own ``encode_images`` gives."""
+        return torch.stack(self.project(visual_tokens))
+
+    def patches(self, processor: Any, config: ZipConfig) -> list[Patch]:
+        return [(self.model, "encode_images", MediaFeatures(self, config))]
 
     def token_counts(self, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
-        stock = self.encoder.tokens(self.clip()) - 1
+        stock = self.encoder.tokens(self.encoder_module) - 1
         return [(stock, sum(self.budget(config)))] * len(image_inputs["images"])
 
 
 FAMILIES.register("mgm", "mgm_mistral", "mgm_mixtral", "mgm_gemma", "mini_gemini")(MiniGemini)
-
-
-@dataclass
-class EncodeImages:
-    """Stands in for ``encode_images`` in the instance of one model."""
-
-    family: Family
-    config: ZipConfig
-
-    def __call__(self, images: Tensor, images_aux: Tensor | None = None, is_video: bool = False) -> Tensor:
-        """Pictures → ``(B, K, hidden)``."""
-        visual_tokens = self.family.compress(self.config, images=images, images_aux=images_aux)
-        return torch.stack(self.family.project(visual_tokens))

@@ -10,14 +10,13 @@ conversation are suffix with the answers: as prefix they would see an earlier an
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from visionzip.config import ZipConfig
 from visionzip.families.base import FAMILIES
 from visionzip.families.grouped import Grouped
+from visionzip.families.stand_ins import TokenTypes
 
 
 class PaliGemma(Grouped):
@@ -30,16 +29,12 @@ class PaliGemma(Grouped):
     def join(self, tokens: Tensor) -> Tensor:
         return tokens
 
+    def token_types(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor | None:
+        """0 for the prefix, 1 from the first supervised token on."""
+        return None if labels is None else ((labels != -100).cumsum(dim=1) > 0).long()
+
     def hooks(self, config: ZipConfig) -> list[RemovableHandle]:
-        return [self.model.register_forward_pre_hook(token_types, with_kwargs=True)]
-
-
-def token_types(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Pre-hook of ``forward``: 0 for the prefix, 1 from the first supervised token on, where nothing is said."""
-    labels = kwargs.get("labels")
-    if args or labels is None or kwargs.get("token_type_ids") is not None:
-        return None
-    return args, {**kwargs, "token_type_ids": ((labels != -100).cumsum(dim=1) > 0).long()}
+        return [self.model.register_forward_pre_hook(TokenTypes(self), with_kwargs=True)]
 
 
 FAMILIES.register("paligemma")(PaliGemma)

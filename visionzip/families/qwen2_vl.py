@@ -23,13 +23,13 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from transformers.processing_utils import MultiModalData
 
 from visionzip.compress import Compressed, compress, listened, take
 from visionzip.config import Merge, ZipConfig
 from visionzip.encoders.qwen import Frames, QwenEncoder
-from visionzip.families.base import FAMILIES, Family, VisualTokens
+from visionzip.families.base import FAMILIES, Family, Patch, VisualTokens
 from visionzip.families.mrope import KINDS, ForwardPositions, GenerationPositions, GridOutput, RopeIndex
+from visionzip.families.stand_ins import FewerPlaceholders, FewerTokenCounts
 from visionzip.selectors import SELECTORS
 
 
@@ -49,12 +49,19 @@ class Qwen2VL(Family):
     tower: ClassVar[str] = "model.visual"
     #: the tower itself holds the merger, which trains
     frozen: ClassVar[dict[str, str]] = {"encoder": f"{tower}.blocks", "llm": Family.llm}
+    inputs: ClassVar[dict[str, tuple[str, ...]]] = {kind: tuple(names) for kind, (_, *names) in KINDS.items()}
+    counted: ClassVar[dict[str, str]] = {kind: grid for kind, (_, _, grid) in KINDS.items()}
+    images_on_cache: ClassVar[bool] = False
     #: a prompt holds a video's frames apart, with text between them
     frames_apart: ClassVar[bool] = False
 
     @property
     def encoder(self) -> QwenEncoder:  # type: ignore[override]
         return QwenEncoder()
+
+    @property
+    def stock_layer(self) -> int:
+        return -1
 
     def check(self, config: ZipConfig) -> None:
         depth = len(self.model.model.visual.blocks)
@@ -115,19 +122,24 @@ class Qwen2VL(Family):
         parts = merged.split([frames * count for frames, count in sizes])
         return [part.unflatten(0, tuple(size)) for part, size in zip(parts, sizes, strict=True)]
 
-    def patches(self, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
-        inner = self.model.model
-        changes: list[tuple[object, str, object]] = [
-            (inner, "get_image_features", GridImages(self, config)),
-            (inner, "get_video_features", GridVideos(self, config)),
-            (inner, "get_rope_index", RopeIndex(inner, self.frames_apart)),
+    def patches(self, processor: Any, config: ZipConfig) -> list[Patch]:
+        return [
+            *super().patches(processor, config),
+            (self.model.model, "get_rope_index", RopeIndex(self.model.model, self.frames_apart)),
             (self.model, "_prepare_position_ids_for_generation", GenerationPositions(self.model)),
         ]
-        if processor is not None:
-            for kind in KINDS:
-                changes.append((processor, f"replace_{kind}_token", GridPlaceholders(processor, config, kind)))
-            changes.append((processor, "_get_num_multimodal_tokens", GridCounts(processor, config)))
-        return changes
+
+    def processor_patches(self, processor: Any, config: ZipConfig) -> list[Patch]:
+        cut = GridCut(config)
+        found: list[Patch] = [
+            (
+                processor,
+                f"replace_{kind}_token",
+                FewerPlaceholders(processor, kind, getattr(processor, f"{kind}_token"), cut),
+            )
+            for kind in self.inputs
+        ]
+        return [*found, (processor, "_get_num_multimodal_tokens", FewerTokenCounts(processor, cut))]
 
     def hooks(self, config: ZipConfig) -> list[RemovableHandle]:
         return [self.model.model.register_forward_pre_hook(ForwardPositions(), with_kwargs=True)]
@@ -144,6 +156,31 @@ class Qwen2VL(Family):
                 tokens = rows * columns // self.model.config.vision_config.spatial_merge_size**2
                 counts.append((frames * tokens, frames * sum(config.resolve(tokens, cap=True))))
         return counts
+
+    def pixels(self, inputs: dict[str, Any]) -> list[Tensor]:
+        """The first of the images that are joined in time of each row of a grid, from flat patches
+        ``(sum of t·h·w, 3 · temporal_patch · patch²)``. Their order is that of transformers' ``Qwen2VLImageProcessor``: patches
+        that will be merged stand together."""
+        vision = self.model.config.vision_config
+        merge, patch = vision.spatial_merge_size, vision.patch_size
+        found: list[Tensor] = []
+        for pixels, grid in (self.inputs[kind] for kind in self.inputs if inputs.get(self.inputs[kind][0]) is not None):
+            grids = inputs[grid]
+            for flat, (frames, high, wide) in zip(
+                inputs[pixels].split(grids.prod(-1).tolist()), grids.tolist(), strict=True
+            ):
+                shape = (frames, high // merge, wide // merge, merge, merge, 3, -1, patch, patch)
+                first = flat.reshape(shape)[:, ..., 0, :, :]  # (t, rows, columns, merge, merge, 3, patch, patch)
+                found += list(first.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(frames, 3, high * patch, wide * patch))
+        return found
+
+    def grid(self, patches: int, inputs: dict[str, Any]) -> tuple[int, int]:
+        merge = self.model.config.vision_config.spatial_merge_size
+        for name in self.counted.values():
+            for _, high, wide in inputs[name].tolist() if inputs.get(name) is not None else ():
+                if (high // merge) * (wide // merge) == patches:
+                    return high // merge, wide // merge
+        return super().grid(patches, inputs)
 
 
 FAMILIES.register("qwen2_vl")(Qwen2VL)
@@ -203,70 +240,26 @@ def combine(picture: dict[str, Tensor], embeddings: Tensor) -> Tensor:
 
 
 @dataclass
-class GridImages:
-    """Stands in for ``get_image_features`` in the instance of one inner model."""
+class GridCut:
+    """Every run of placeholders is an image's or a frame's, as many as its grid has groups; `config` says how many stay."""
 
-    family: Family
     config: ZipConfig
 
-    def __call__(
-        self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, return_dict: bool = True, **kwargs: Any
-    ) -> Any:
-        """Patches of all pictures and their grids → `GridOutput`."""
-        return self.features("image", {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw})
+    def kept(self, groups: int) -> int:
+        return sum(self.config.resolve(groups, cap=True))
 
-    def features(self, kind: str, inputs: dict[str, Any]) -> Any:
-        return self.family.outputs(self.family.compress(self.config, **inputs), kind)
+    def run(self, processor: Any, kind: str, inputs: Any, index: int) -> tuple[int, int]:
+        merge = getattr(processor, f"{kind}_processor").merge_size
+        _, rows, columns = (int(side) for side in inputs[f"{kind}_grid_thw"][index])
+        groups = rows * columns // merge**2
+        return groups, self.kept(groups)
 
-
-@dataclass
-class GridVideos(GridImages):
-    """Stands in for ``get_video_features``."""
-
-    def __call__(  # type: ignore[override]
-        self, pixel_values_videos: Tensor, video_grid_thw: Tensor | None = None, return_dict: bool = True, **kwargs: Any
-    ) -> Any:
-        return self.features("video", {"pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw})
-
-
-@dataclass
-class GridPlaceholders:
-    """Stands in for a processor's ``replace_image_token`` or ``replace_video_token``: its own text with fewer placeholders."""
-
-    processor: Any
-    config: ZipConfig
-    kind: str
-
-    def __call__(self, inputs: dict, *args: int, **kwargs: Any) -> str:
-        index = args[0] if args else kwargs.pop(f"{self.kind}_idx")
-        stock = getattr(type(self.processor), f"replace_{self.kind}_token")
-        text = stock(self.processor, inputs, index, **kwargs)
-        token = getattr(self.processor, f"{self.kind}_token")
-        merge = getattr(self.processor, f"{self.kind}_processor").merge_size
-        _, rows, columns = (int(side) for side in inputs[f"{self.kind}_grid_thw"][index])
-        frame = rows * columns // merge**2
-        return text.replace(token * frame, token * sum(self.config.resolve(frame, cap=True)))
-
-
-@dataclass
-class GridCounts:
-    """Stands in for a processor's ``_get_num_multimodal_tokens``, which serving engines ask for lengths."""
-
-    processor: Any
-    config: ZipConfig
-
-    def __call__(
-        self, image_sizes: list | None = None, video_sizes: list | None = None, **kwargs: Any
-    ) -> MultiModalData:
-        stock = type(self.processor)._get_num_multimodal_tokens
-        data = stock(self.processor, image_sizes=image_sizes, video_sizes=video_sizes, **kwargs)
+    def apply(self, processor: Any, data: Any, image_sizes: list | None, video_sizes: list | None) -> None:
         if image_sizes is not None:
-            data.num_image_tokens = [sum(self.config.resolve(count, cap=True)) for count in data.num_image_tokens]
+            data.num_image_tokens = [self.kept(count) for count in data.num_image_tokens]
         if video_sizes is not None:
-            together = self.processor.video_processor.temporal_patch_size
+            together = processor.video_processor.temporal_patch_size
             frames = [-(-int(size[0]) // together) for size in video_sizes]
             data.num_video_tokens = [
-                count * sum(self.config.resolve(total // count, cap=True))
-                for total, count in zip(data.num_video_tokens, frames, strict=True)
+                count * self.kept(total // count) for total, count in zip(data.num_video_tokens, frames, strict=True)
             ]
-        return data

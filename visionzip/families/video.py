@@ -11,47 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.processing_utils import MultiModalData
 
 from visionzip.config import ZipConfig
 from visionzip.selectors import Features
 
 
 @dataclass
-class FramePlaceholders:
-    """Stands in for a processor's ``replace_video_token``: one budget a frame, and `extra` tokens a video."""
+class FrameCount:
+    """One budget a frame, and `extra` tokens a video."""
 
-    video_token: str
     budget: int
     extra: int = 0
 
-    def __call__(self, video_inputs: dict, video_idx: int, **kwargs: Any) -> str:
-        return self.video_token * self.count(len(video_inputs["pixel_values_videos"][video_idx]))
+    def of_input(self, inputs: Any, index: int) -> int:
+        return self.of_size((len(inputs["pixel_values_videos"][index]),))
 
-    def count(self, frames: int) -> int:
-        return frames * self.budget + self.extra
-
-
-@dataclass
-class CountPicturesAndVideos:
-    """Stands in for ``_get_num_multimodal_tokens``; image sizes are ``(height, width)``, videos' ``(frames, height, width)``."""
-
-    images: Any  # has `count(size)`, or is the one number for every picture
-    videos: FramePlaceholders
-
-    def __call__(
-        self, image_sizes: list | None = None, video_sizes: list | None = None, **kwargs: Any
-    ) -> MultiModalData:
-        found: dict[str, list[int]] = {}
-        if image_sizes is not None:
-            found["num_image_tokens"] = [self._image(size) for size in image_sizes]
-            found["num_image_patches"] = [1] * len(image_sizes)
-        if video_sizes is not None:
-            found["num_video_tokens"] = [self.videos.count(size[0]) for size in video_sizes]
-        return MultiModalData(**found)
-
-    def _image(self, size: Any) -> int:
-        return self.images if isinstance(self.images, int) else self.images.count(size)
+    def of_size(self, size: Any) -> int:
+        return size[0] * self.budget + self.extra
 
 
 def frame_budget(config: ZipConfig, tokens: int, reserved: int = 0) -> tuple[int, int]:

@@ -7,41 +7,29 @@ class keeps the CLS token of every frame (257 × 8 = 2056 placeholders) and drop
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from visionzip.compress import compress_to_budget
 from visionzip.config import ZipConfig
 from visionzip.encoders import encoder_for
-from visionzip.families.base import FAMILIES, ImageFeatures, VideoFeatures, VisualTokens, select
-from visionzip.families.llava import FixedPlaceholders, Llava
-from visionzip.families.video import CountPicturesAndVideos, FramePlaceholders, stacked
-
-
-@dataclass
-class VideoLlavaImages(ImageFeatures):
-    """The processor's name for pictures is an older one, which ``generate`` must find in the signature."""
-
-    def __call__(  # type: ignore[override]
-        self,
-        pixel_values: Tensor | None = None,
-        pixel_values_images: Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        return_dict: bool = True,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        inputs = {"pixel_values": pixel_values, "pixel_values_images": pixel_values_images}
-        return self.features("image", vision_feature_layer, inputs)
+from visionzip.families.base import FAMILIES, VisualTokens
+from visionzip.families.llava import Llava
+from visionzip.families.stand_ins import TokenCount
+from visionzip.families.video import FrameCount, stacked
 
 
 class VideoLlava(Llava):
     """Pictures: ``(K, D)``; videos: ``(F * K, D)``, frame after frame."""
 
     per_image_budgets = False
+    inputs: ClassVar[dict[str, tuple[str, ...]]] = {
+        "image": ("pixel_values", "pixel_values_images"),  # the processor's name is an older one
+        "video": ("pixel_values_videos",),
+    }
 
     tower: ClassVar[str] = "model.image_tower"
     video_tower: ClassVar[str] = "model.video_tower"
@@ -53,16 +41,14 @@ class VideoLlava(Llava):
 
     def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:
         found: list[VisualTokens] = []
-        layer = self.layer(config)
         with torch.no_grad():
-            pictures = pictures_of(image_inputs)
-            if pictures is not None:
-                tower = self.model.get_submodule(self.tower)
-                found += list(select(encoder_for(tower), tower, pictures, layer, config).tokens)
+            images = images_of(image_inputs)
+            if images is not None:
+                found += list(compress_to_budget(self.encode(config, images), config).tokens)
             if image_inputs.get("pixel_values_videos") is not None:
-                tower = self.model.get_submodule(self.video_tower)
                 for frames in image_inputs["pixel_values_videos"]:
-                    found.append(select(encoder_for(tower), tower, frames, layer, config).tokens.flatten(0, 1))
+                    features = self.encode(config, frames, self.model.get_submodule(self.video_tower))
+                    found.append(compress_to_budget(features, config).tokens.flatten(0, 1))
         return found
 
     def encoder_output(self, embeddings: list[Tensor], kind: str = "image") -> BaseModelOutputWithPooling:
@@ -74,24 +60,14 @@ class VideoLlava(Llava):
             "video token id": (getattr(processor, "video_token_id", None), self.model.config.video_token_id),
         }
 
-    def patches(self, processor: Any, config: ZipConfig) -> list[tuple[object, str, object]]:
-        changes: list[tuple[object, str, object]] = [
-            (self.model.model, "get_image_features", VideoLlavaImages(self, config)),
-            (self.model.model, "get_video_features", VideoFeatures(self, config)),
-        ]
-        if processor is not None:
-            budget = sum(self.budget(config))
-            videos = FramePlaceholders(processor.video_token, budget)
-            changes.append((processor, "replace_image_token", FixedPlaceholders(processor.image_token, budget)))
-            changes.append((processor, "replace_video_token", videos))
-            changes.append((processor, "_get_num_multimodal_tokens", CountPicturesAndVideos(budget, videos)))
-        return changes
+    def placeholder_counts(self, config: ZipConfig) -> dict[str, TokenCount]:
+        return {**super().placeholder_counts(config), "video": FrameCount(sum(self.budget(config)))}
 
     def token_counts(self, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
-        pictures = pictures_of(image_inputs)
+        images = images_of(image_inputs)
         stock, budget = super().stock_count(), sum(self.budget(config))
         assert stock is not None
-        found = [(stock, budget)] * (0 if pictures is None else len(pictures))
+        found = [(stock, budget)] * (0 if images is None else len(images))
         whole = self.encoder.tokens(self.model.get_submodule(self.video_tower))
         videos = image_inputs.get("pixel_values_videos", ())
         return found + [(len(frames) * whole, len(frames) * budget) for frames in videos]
@@ -103,7 +79,7 @@ class VideoLlava(Llava):
 FAMILIES.register("video_llava")(VideoLlava)
 
 
-def pictures_of(image_inputs: dict[str, Any]) -> Tensor | None:
-    """The pictures, under the name of the model's ``forward`` or the older one its processor gives."""
+def images_of(image_inputs: dict[str, Any]) -> Tensor | None:
+    """The images, under the name of the model's ``forward`` or the older one its processor gives."""
     found = image_inputs.get("pixel_values")
     return found if found is not None else image_inputs.get("pixel_values_images")
