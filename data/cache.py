@@ -234,12 +234,13 @@ class Builder:
             {item.key: item for item in items if item.pictures is not None and item.key not in self.written}.values()
         )
         ready = [(item, item.pictures) for item in fresh if item.pictures is not None]
-        single = [(item, pictures) for item, pictures in ready if _counted(pictures) == 1]
+        counted = self.attachment.family.count_images
+        single = [(item, pictures) for item, pictures in ready if counted(pictures.inputs) == 1]
         if single:
             for (item, pictures), tokens in zip(single, self._compress([p for _, p in single]), strict=True):
                 self._write(item.key, pictures, [tokens])
         for item, pictures in ready:
-            if _counted(pictures) != 1:  # the frames of a video, a picture each; copies
+            if counted(pictures.inputs) != 1:  # the frames of a video, a picture each; copies
                 tokens = self._compress([pictures])
                 self._write(item.key, pictures, tokens[: len(tokens) // item.copies], alone=item.copies == 1)
         for item in items:
@@ -277,14 +278,6 @@ class Builder:
         }
         self.writer.add(key, about, {name: tensor.cpu() for name, tensor in tensors.items()})
         self.written.add(key)
-
-
-def _counted(pictures: Pictures) -> int:
-    """Pictures in here, for all but flattened ones (Qwen), which count by their grids."""
-    for name in ("image_grid_thw", "video_grid_thw", "image_sizes", "pixel_values", "pixel_values_videos"):
-        if name in pictures.inputs:
-            return len(pictures.inputs[name])
-    return 0
 
 
 def fill(

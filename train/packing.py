@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from train.loss import IGNORE
-from train.prefix import checkpoints, plain_positions
+from train.prefix import checkpoints
+from visionzip.attach import unwrap
+from visionzip.families import family_for
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +93,7 @@ def possible(model: nn.Module, llm: nn.Module) -> bool:
     tokens); where layers recompute what they threw away, it would have to be in force in the backward too."""
     text: Any = llm.config
     windowed = any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or [])
-    plain = plain_positions(model) and text._attn_implementation == "sdpa"
+    plain = family_for(unwrap(model)).plain_positions and text._attn_implementation == "sdpa"
     return plain and not windowed and not checkpoints(llm)
 
 

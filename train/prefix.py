@@ -11,16 +11,10 @@ from torch import Tensor, nn
 
 from train.loss import IGNORE
 from visionzip.attach import unwrap
-
-# Models that number positions 0, 1, 2 …: leaving out the mask of right padding, or the tokens of a prefix, changes nothing there.
-PLAIN_POSITIONS = frozenset({"llava", "llava_next", "llava_next_video", "llava_onevision", "video_llava"})
+from visionzip.families import family_for
 
 SHORTEST = 8
 """Tokens. Below it the copy of keys and values costs more than it saves."""
-
-
-def plain_positions(model: nn.Module) -> bool:
-    return getattr(unwrap(model).config, "model_type", None) in PLAIN_POSITIONS
 
 
 class Prefix:
@@ -33,13 +27,14 @@ class Prefix:
 
     def __init__(self, model: nn.Module, llm: str, beginning: Tensor) -> None:
         self.model = unwrap(model)
+        family = family_for(self.model)
         self.llm: Any = self.model.get_submodule(llm)
-        self.beginning = beginning
+        self.beginning, self.image_token = beginning, family.image_token_id
         text = self.model.config.get_text_config()
         windowed = any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or [])
         self.possible = (
             len(beginning) >= SHORTEST
-            and plain_positions(self.model)
+            and family.plain_positions
             and not windowed
             and not any(p.requires_grad or hasattr(p, "ds_id") for p in self.llm.parameters())
         )
@@ -61,7 +56,7 @@ class Prefix:
             return False
         self.beginning = self.beginning.to(ids.device)
         length = len(self.beginning)
-        if min(shared(ids, self.beginning), unsupervised(ids, labels, self.model.config.image_token_id)) < length:
+        if min(shared(ids, self.beginning), unsupervised(ids, labels, self.image_token)) < length:
             return False
         if not self.layers:
             self.layers = self._compute(ids[:1, :length])

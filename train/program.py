@@ -27,7 +27,7 @@ from train.ending import Exit, RunEnded, StopRequest, Watchdog
 from train.evaluate import Scores, questions_of, score, table, tokens_a_picture, won_back
 from train.grouped import LikeLengths
 from train.outcome import export, write_report
-from train.prefix import Prefix, common_beginning, plain_positions
+from train.prefix import Prefix, common_beginning
 from train.resume import Resume, agree, find_resume
 from train.teacher import WithAnswers, check_teacher, described
 from train.trainable import count
@@ -140,8 +140,8 @@ class Program:
         rows = [(item["input_ids"], item["labels"]) for item in items]
         if not rows:
             return None
-        beginning = common_beginning(rows, self.model.config.image_token_id)
         family = attached(self.model).family  # type: ignore[union-attr]
+        beginning = common_beginning(rows, family.image_token_id)
         prefix = Prefix(self.model, family.llm, beginning)
         return prefix if prefix.possible else None
 
@@ -194,7 +194,7 @@ class Program:
             collator=dataset.collator(),
             batches=self.batches(dataset),
             prefix=self.prefix(dataset),
-            masked=not plain_positions(self.model),
+            masked=not attached(self.model).family.plain_positions,  # type: ignore[union-attr]
             packed=self.packed(),
             distill=self.distilled(),
             stop=self.stop,

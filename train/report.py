@@ -106,10 +106,7 @@ def kept_patches(folder: str | Path, model: Any, processor: Any, config: RunConf
         return []
     paths: list[Path] = []
     for question in one_a_picture(questions_of(config, processor), config.report.pictures):
-        inputs = picture_inputs(question)
-        if "video_grid_thw" in inputs:  # Qwen's frames come as flat patches, which can't be shown without the video
-            continue
-        tile = trace_inputs(attachment, processor, inputs).tiles[-1]
+        tile = trace_inputs(attachment, processor, picture_inputs(question)).tiles[-1]
         path = Path(folder) / f"kept_{len(paths)}.png"
         draw.panel(views(tile, 320), question.id.rsplit("/", 1)[0], note(tile)).save(path)
         paths.append(path)

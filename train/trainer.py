@@ -18,7 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from data.cached_pictures import VISUAL
+from data.cached_pictures import VISUAL, VISUAL_VIDEO
 from data.collate import ANSWER_KEYS
 from train import checkpoint, random_state
 from train.cached import short_prompts
@@ -28,6 +28,8 @@ from train.loss import summed_loss, supervised
 from train.resume import Resume
 from train.state import MasterState, shape_of
 from train.trainable import check
+from visionzip.attach import unwrap
+from visionzip.families import Family, family_for
 
 
 @dataclass
@@ -90,7 +92,7 @@ class ProjectorTrainer(Trainer):
         self.batches, self.stop, self.watchdog, self.hooks, self.resume = batches, stop, watchdog, hooks, resume
         self.data_timeout, self.fast = data_timeout, {"prefix": prefix, "masked": masked, "packed": packed}
         self.distill = distill or {}
-        self.totals = Totals()
+        self.family, self.totals = family_for(unwrap(model)), Totals()
         self.stopping = False
         self.samples: Any = train_dataset
         self.plain, self.folder = model, str(args.output_dir)
@@ -150,7 +152,7 @@ class ProjectorTrainer(Trainer):
             real = batch["attention_mask"].bool()
             answers = supervised(batch["labels"])
             counts += torch.tensor(
-                [answers.sum(), real.sum(), pictures_in(batch), int(answers.any(dim=1).sum()), 0, 0],
+                [answers.sum(), real.sum(), images_in(self.family, batch), int(answers.any(dim=1).sum()), 0, 0],
                 dtype=torch.float64,
             )
         counts[4] = len(rejected)
@@ -410,9 +412,7 @@ def trainer_state_json(state: TrainerState) -> bytes:
         return Path(path).read_bytes()
 
 
-def pictures_in(batch: dict[str, Any]) -> int:
-    """Pictures (or tiles, or frames) of a batch; every image input has them on dim 0."""
-    for key in (VISUAL, "pixel_values", "image_sizes", "image_grid_thw", "video_grid_thw", "pixel_values_videos"):
-        if key in batch:
-            return len(batch[key])
-    return 0
+def images_in(family: Family, batch: dict[str, Any]) -> int:
+    """Images and videos of a batch, which has their pixels or their visual tokens."""
+    cached = sum(len(batch.get(name) or ()) for name in (VISUAL, VISUAL_VIDEO))
+    return cached or family.count_images(batch)

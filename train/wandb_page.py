@@ -124,7 +124,7 @@ class Look(TrainerCallback):
             )
             images = picture_inputs(question)
             drawn = None
-            if attachment is not None and any(key.startswith("pixel_values") for key in images):
+            if attachment is not None and attachment.family.count_images(images):
                 tile = trace_inputs(attachment, self.processor, images).tiles[-1]
                 drawn = draw.panel(views(tile, 280), note=note(tile))
         finally:

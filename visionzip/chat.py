@@ -17,7 +17,6 @@ from transformers import TextStreamer
 
 from visionzip.attach import Attachment, attach, attached, detach, unwrap
 from visionzip.config import ZipConfig
-from visionzip.families import family_for
 from visionzip.pictures import uncropped
 from visionzip.shorten import keep_of_each
 
@@ -68,7 +67,7 @@ class Chat:
         attachment = attached(self.model)
         if attachment is None:
             raise ValueError("nothing is attached to this model; load it with visionzip.load, or attach it first")
-        self.config = attachment.config
+        self.config, self.family = attachment.config, attachment.family
 
     def show(self, picture: Any) -> None:
         """Put a picture (PIL) before the next question; nothing of it is cut off."""
@@ -129,7 +128,7 @@ class Chat:
                     max_new_tokens=self.max_new_tokens,
                     do_sample=self.temperature > 0,
                     **({"temperature": self.temperature} if self.temperature > 0 else {}),
-                    suppress_tokens=self._marks(),  # an answer that held a placeholder would ask for a picture
+                    suppress_tokens=self.family.placeholder_ids,  # an answer that held a placeholder would ask for a picture
                     streamer=streamer,
                     return_dict_in_generate=True,
                     **given,
@@ -183,7 +182,7 @@ class Chat:
     def _pixels(self, pictures: list[Any]) -> dict[str, Any]:
         """The model's inputs of some pictures alone."""
         made = self.processor(text=self.processor.image_token * len(pictures), images=pictures, return_tensors="pt")
-        return {name: value for name, value in self._moved(made).items() if name not in TEXT}
+        return self.family.image_inputs(self._moved(made))
 
     def _visual(self, pictures: list[Any]) -> dict[str, Any]:
         """What ``generate`` takes for some pictures: pixels, or their tokens where these were needed before."""
@@ -204,7 +203,7 @@ class Chat:
             attachment = self._adaptive()
             assert attachment is not None
             pixels = self._pixels([picture])
-            written = sum(most for _, most in attachment.family.token_counts(self.config, **pixels))
+            written = sum(most for _, most in self.family.token_counts(self.config, **pixels))
             self._encoded[id(picture)] = (written, attachment.compress(**pixels))
         return self._encoded[id(picture)]
 
@@ -215,8 +214,7 @@ class Chat:
             return ids
         kept = [self._kept(picture) for picture in pictures]
         counts = [sum(map(len, tokens)) for _, tokens in kept]
-        token = attachment.model.config.image_token_id
-        return ids[keep_of_each(ids[None], token, [written for written, _ in kept], counts)[0]]
+        return ids[keep_of_each(ids[None], self.family.image_token_id, [written for written, _ in kept], counts)[0]]
 
     def _moved(self, inputs: Any) -> Any:
         return inputs.to(self.model.device, dtype=self.model.dtype)
@@ -224,12 +222,11 @@ class Chat:
     def _count(self, picture: Any) -> tuple[int, int]:
         """(tokens now, tokens of the untouched model) of one picture, all its tiles together."""
         if id(picture) not in self._counted:
-            model = unwrap(self.model)
-            counted = family_for(model).token_counts(self.config, **self._pixels([picture]))
+            counted = self.family.token_counts(self.config, **self._pixels([picture]))
             stock, now = (sum(each) for each in zip(*counted, strict=True))
             if self._adaptive() is not None:
                 now = sum(map(len, self._kept(picture)[1]))
-            self._counted[id(picture)] = (now if attached(model) else stock, stock)
+            self._counted[id(picture)] = (now if attached(self.model) else stock, stock)
         return self._counted[id(picture)]
 
     def _common(self, ids: Tensor, counts: list[int]) -> tuple[int, int]:
@@ -239,7 +236,7 @@ class Chat:
         shorter = min(len(ids) - 1, len(self._held))
         differs = (ids[:shorter] != self._held[:shorter]).nonzero()
         known = int(differs[0]) if len(differs) else shorter
-        places = (ids == unwrap(self.model).config.image_token_id).nonzero().flatten().tolist()
+        places = (ids == self.family.image_token_id).nonzero().flatten().tolist()
         if len(places) != sum(counts):
             return 0, 0  # a family that writes more than its pictures' tokens: begin anew
         old, done = 0, 0
@@ -247,7 +244,7 @@ class Chat:
             done, old = done + counts[old], old + 1
         if old < len(counts):
             known = min(known, places[done])  # never from the middle of a picture
-            if old and hasattr(unwrap(self.model).model, "get_rope_index"):
+            if old and not self.family.images_on_cache:
                 return 0, 0  # positions of a new picture on an old cache: transformers' M-RoPE models can't
         return known, old
 
@@ -265,20 +262,11 @@ class Chat:
     def _forget(self) -> None:
         self._cache = self._held = None
 
-    def _marks(self) -> list[int]:
-        config = unwrap(self.model).config
-        marks = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
-        return [mark for mark in marks if mark is not None]
-
     def _check_length(self, prompt: int) -> None:
         text = unwrap(self.model).config.get_text_config()
         most = getattr(text, "max_position_embeddings", None)
         if most and prompt + 1 > most:
             raise ValueError(f"the conversation has {prompt:,} tokens by now, and the model can hold {most:,}: /reset")
-
-
-#: what a processor makes of the text, as opposed to the pictures
-TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
 class _Streamer(TextStreamer):

@@ -19,6 +19,12 @@ def length(sequence):
     return sequence["kept"].numel() if isinstance(sequence, dict) else len(sequence)
 
 
+def likeness(one, other):
+    """Correlation of two images' pixels."""
+    there, here = (np.asarray(image.convert("RGB").resize((64, 64)), dtype=float).ravel() for image in (one, other))
+    return np.corrcoef(there, here)[0, 1]
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_any_family(case):
     model, processor = case.model(), case.processor()
@@ -51,17 +57,22 @@ def test_pixels_that_are_ready_show_the_same_picture(case):
     known = trace(model, shown).tiles[0]
     found = trace_inputs(attached(model), processor, image_inputs(processor, shown)).tiles[0]
     assert torch.equal(found.kept, known.kept)
-    there, here = (np.asarray(tile.image.resize((64, 64)), dtype=float) for tile in (found, known))
-    assert np.corrcoef(there.ravel(), here.ravel())[0, 1] > 0.95
+    assert likeness(found.image, known.image) > 0.95
+    if "Qwen" in case.name:
+        assert likeness(found.image, shown) > 0.95
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.frames], ids=lambda case: case.name)
 def test_every_frame_of_a_video(case):
     model, processor = case.model(), case.processor()
     attach(model, processor, case.budget)
-    found = trace_video(model, video(0, case.frames))
+    frames = video(0, case.frames)
+    found = trace_video(model, frames)
     assert len(found.tiles) in (case.frames, -(-case.frames // 2))  # Qwen makes one of two
     assert found.tokens == case.video_count(case.budget, case.frames)
+    if "Qwen" in case.name:  # pixels come as flat patches there, in an order of their own
+        assert all(likeness(tile.image, frames[2 * place]) > 0.8 for place, tile in enumerate(found.tiles))
+        assert likeness(found.tiles[0].image, frames[-1]) < 0.2
 
 
 def test_frames_are_pictures_where_the_model_has_no_way_for_videos(model, processor):

@@ -34,7 +34,7 @@ def test_three_turns_with_two_pictures(family):
     inputs = chat._inputs(chat._render(chat.messages[:-1]), chat.pictures)
     with torch.no_grad():
         anew = model.generate(
-            **inputs, max_new_tokens=3, do_sample=False, use_cache=False, suppress_tokens=chat._marks()
+            **inputs, max_new_tokens=3, do_sample=False, use_cache=False, suppress_tokens=chat.family.placeholder_ids
         )
     new_ids = anew[0, inputs["input_ids"].shape[1] :]
     assert third.text == processor.tokenizer.decode(new_ids, skip_special_tokens=True)

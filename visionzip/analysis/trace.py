@@ -18,6 +18,7 @@ from torch import Tensor
 from visionzip.attach import Attachment, attached
 from visionzip.compress import DROPPED, Compressed, compress, listening
 from visionzip.config import ZipConfig
+from visionzip.families import Family
 from visionzip.selectors import Features
 
 KEPT = -2
@@ -167,8 +168,9 @@ def _traced(
     with torch.no_grad(), listening(lambda features, result: seen.append((features, result))):
         attachment.compress(**moved)
     rows = [_row(features, result, place) for features, result in seen for place in range(len(result.kept))]
-    grids = [_grid(features, inputs, processor) for features, _ in rows]
-    images = _images(inputs, processor, grids, pictures)
+    family = attachment.family
+    grids = [family.grid(features.hidden_states.shape[1] - features.cls, inputs) for features, _ in rows]
+    images = _images(family, inputs, processor, len(rows))
     tiles = [
         Tile(image, grid, features, result.kept[0], result.targets[0], result.slots[0])
         for image, grid, (features, result) in zip(images, grids, rows, strict=True)
@@ -208,39 +210,12 @@ def _row(features: Features, result: Compressed, place: int) -> tuple[Features, 
     return row, Compressed(result.tokens[one], result.kept[one], result.targets[one], result.slots[one])
 
 
-def _grid(features: Features, inputs: dict[str, Any], processor: Any) -> tuple[int, int]:
-    """Rows and columns of the patches. Square, unless the inputs say otherwise (Qwen's ``*_grid_thw``, in unmerged patches)."""
-    patches = features.hidden_states.shape[1] - features.cls
-    for key in ("image_grid_thw", "video_grid_thw"):
-        for _, height, width in torch.as_tensor(inputs.get(key, torch.empty(0, 3))).tolist():
-            merge = round((height * width / patches) ** 0.5) or 1
-            if (height // merge) * (width // merge) == patches:
-                return int(height // merge), int(width // merge)
-    side = int(patches**0.5)
-    rows = next(rows for rows in range(side, 0, -1) if patches % rows == 0)
-    return rows, patches // rows
-
-
-def _images(
-    inputs: dict[str, Any], processor: Any, grids: list[tuple[int, int]], pictures: list[Image.Image]
-) -> list[Image.Image]:
-    """What the encoder saw, one a tile: its pixels with the normalisation undone, or the picture where they are in patches."""
-    pixels = next(
-        (value for name, value in inputs.items() if name.startswith("pixel_values") and value.ndim >= 4), None
-    )
-    if pixels is not None:
-        tiles = pixels.reshape(-1, *pixels.shape[-3:])
-        if len(tiles) >= len(grids):
-            return [unnormalised(tile, processor) for tile in tiles[: len(grids)]]
-    if not pictures and "image_grid_thw" in inputs:
-        pictures = unpatched(inputs["pixel_values"], inputs["image_grid_thw"], processor)
-    if not pictures:
-        raise ValueError(f"these inputs hold no pixels that can be shown (found {', '.join(inputs)})")
-    share = len(pictures) / len(grids)  # Qwen makes one grid of two frames
-    return [
-        pictures[int(place * share)].convert("RGB").resize((columns * 28, rows * 28))
-        for place, (rows, columns) in enumerate(grids)
-    ]
+def _images(family: Family, inputs: dict[str, Any], processor: Any, count: int) -> list[Image.Image]:
+    """What the encoder saw in `count` tiles: their pixels with the normalisation undone."""
+    tiles = family.pixels(inputs)
+    if len(tiles) < count:
+        raise ValueError(f"these inputs contain no pixels that can be shown (found {', '.join(inputs)})")
+    return [unnormalised(tile, processor) for tile in tiles[:count]]
 
 
 def unnormalised(pixels: Tensor, processor: Any) -> Image.Image:
@@ -250,21 +225,3 @@ def unnormalised(pixels: Tensor, processor: Any) -> Image.Image:
     spread = torch.tensor(getattr(images, "image_std", None) or [1.0] * 3).view(3, 1, 1)
     values = (pixels.detach().float().cpu() * spread + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
     return Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())
-
-
-def unpatched(pixels: Tensor, grids: Tensor, processor: Any) -> list[Image.Image]:
-    """Qwen's flat patches ``(sum of t*h*w, 3 * temporal_patch * patch**2)`` → the pictures, one for each row ``(t, h, w)`` of `grids`.
-
-    Their order is that of transformers' ``Qwen2VLImageProcessor``: patches that will be merged stand together.
-    """
-    images = processor.image_processor
-    merge, patch = images.merge_size, images.patch_size
-    pictures = []
-    for flat, (_, high, wide) in zip(pixels.split(grids.prod(-1).tolist()), grids.tolist(), strict=True):
-        first = flat[: high * wide].reshape(high // merge, wide // merge, merge, merge, 3, -1, patch, patch)[
-            ..., 0, :, :
-        ]
-        pictures.append(
-            unnormalised(first.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, high * patch, wide * patch), processor)
-        )
-    return pictures

@@ -219,8 +219,8 @@ class Family(ABC):
 
     def pixels(self, inputs: dict[str, Any]) -> list[Tensor]:
         """``(3, height, width)`` of each image, tile or frame as the encoder takes it, from image inputs; normalised."""
-        found = [inputs[names[0]] for names in self.inputs.values() if inputs.get(names[0]) is not None]
-        return [tile for pixels in found for tile in pixels.reshape(-1, *pixels.shape[-3:])]
+        found = [next((inputs[name] for name in names if name in inputs), None) for names in self.inputs.values()]
+        return [tile for pixels in found if pixels is not None for tile in pixels.reshape(-1, *pixels.shape[-3:])]
 
     def grid(self, patches: int, inputs: dict[str, Any]) -> tuple[int, int]:
         """Rows and columns of an image of so many patches, after pooling or merging where the family selects after it."""
