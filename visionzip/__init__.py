@@ -5,13 +5,14 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from visionzip.version import __version__
+
 if TYPE_CHECKING:
     from visionzip.attach import Attachment, attach, attached, detach, visionzip
     from visionzip.config import ZipConfig
     from visionzip.loading import load, save
 
-__version__ = "0.1.0"
-__all__ = ["Attachment", "ZipConfig", "attach", "attached", "detach", "load", "save", "visionzip"]
+__all__ = ["Attachment", "ZipConfig", "__version__", "attach", "attached", "detach", "load", "save", "visionzip"]
 
 _FILES = {"attach": ("Attachment", "attach", "attached", "detach", "visionzip"), "config": ("ZipConfig",), "loading": ("load", "save")}  # fmt: skip
 _HOME = {name: file for file, names in _FILES.items() for name in names}

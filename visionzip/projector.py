@@ -17,6 +17,7 @@ from visionzip.attach import Attachment, attached
 from visionzip.config import ZipConfig
 from visionzip.fingerprint import Fingerprint, differences, gathered
 from visionzip.fingerprint import fingerprint as _fingerprint
+from visionzip.version import __version__
 
 FILE = "projector.safetensors"
 FORMAT = "visionzip-projector/1"
@@ -97,8 +98,6 @@ def halves(attachment: Attachment) -> dict[str, str]:
 
 def header_of(model: nn.Module, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
     """What an export of `model` says of itself. Under ZeRO-3 every rank must call this."""
-    from visionzip import __version__
-
     attachment = required(model)
     return Header(
         base_model=str(getattr(attachment.model.config, "_name_or_path", "") or ""),
