@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import itertools
 import logging
 import os
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch.utils.data import Dataset
 
-from data.cached_pictures import CachedPictures
+from data.cache.reader import CachedPictures
 from data.collate import Collator, text_item
 from data.config import DataConfig, SourceConfig
 from data.formats import parse
@@ -108,7 +109,6 @@ def rounds_before(sample: Sample, media: int) -> Sample | None:
 class InstructionDataset(Dataset):
     """All records of all sources. `dataset[i]` is an item or a `Rejection`, never an exception; `dataset[-1]` is `NO_SAMPLE`.
 
-    `make` may be set to something else than the encoder that is to be made of each sample.
     A worker's copy holds paths, open files and counts: no records, no offsets, no pictures.
     """
 
@@ -116,12 +116,18 @@ class InstructionDataset(Dataset):
         self.config, self.seed = config, seed
         self.sources = [Source(source, config) for source in config.sources]
         self.encoder = Encoder(config, processor, pictures)
-        self.make: Callable[[Sample], Any] = self.encoder
+        self._make: Callable[[Sample], Any] = self.encoder
         self.starts = [0, *itertools.accumulate(len(source) for source in self.sources)]
 
     @property
     def pictures(self) -> LoadPictures:
         return self.encoder.pictures
+
+    def making(self, make: Callable[[Sample], Any]) -> InstructionDataset:
+        """The same records, `make` called for each sample in place of the encoder; what it raises is a `Rejection`, too."""
+        other = copy.copy(self)
+        other._make = make
+        return other
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -130,7 +136,7 @@ class InstructionDataset(Dataset):
         if index == NO_SAMPLE_INDEX:
             return NO_SAMPLE
         sample = self.sample(index)
-        return sample if isinstance(sample, Rejection) else self.guarded(index, sample, self.make)
+        return sample if isinstance(sample, Rejection) else self.guarded(index, sample, self._make)
 
     def sample(self, index: int) -> Sample | Rejection:
         """Record `index` as a `Sample`, its pictures not yet read."""

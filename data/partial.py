@@ -3,10 +3,49 @@ are made."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+
+from data.config import ConfigError, ModelSection
+
+
+@contextmanager
+def loading(section: ModelSection) -> Iterator[None]:
+    """What goes wrong while the model or its processor is loaded or compressed, as a `ConfigError` with one line."""
+    path = section.path
+    try:
+        yield
+    except (OSError, ImportError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        if os.path.isabs(os.path.expanduser(path)) and not os.path.isdir(path):
+            raise ConfigError(f"model.path: there is no directory {path}") from error
+        said = " ".join(str(error).split())
+        raise ConfigError(f"model {path} with this zip section can't be used: {said}") from error
+
+
+def load_processor(section: ModelSection) -> Any:
+    """The processor of `model.path`. Raises `ConfigError`."""
+    from transformers import AutoProcessor
+
+    with loading(section):
+        return AutoProcessor.from_pretrained(section.path, **section.source_options)
+
+
+def load_shapes(section: ModelSection) -> Any:
+    """The model on the meta device: its modules and their shapes, no weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(
+            AutoConfig.from_pretrained(section.path, **section.source_options),
+            trust_remote_code=section.trust_remote_code,
+        )
 
 
 def load_without(path: str, without: Sequence[str], **kwargs: Any) -> Any:

@@ -5,6 +5,7 @@ A process that dies leaves its hidden file behind; the next one that writes into
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -17,6 +18,22 @@ from typing import BinaryIO
 CHUNK = 1 << 20
 _MAGIC_BYTES = 8
 HEADER_BYTES = _MAGIC_BYTES + hashlib.sha256().digest_size
+
+
+STORAGE_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+STORAGE_EXIT = 74
+"""Exit code of every command where a file can't be written; `EX_IOERR` of sysexits.h."""
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Whether the disk is full or can't be written, rather than something about the call being wrong."""
+    return isinstance(error, OSError) and error.errno in STORAGE_ERRORS
+
+
+def storage_message(error: OSError) -> str:
+    """The one sentence about it."""
+    where = error.filename or "a file of this run"
+    return f"run ended with exit code {STORAGE_EXIT}: {where} could not be written: {error.strerror}"
 
 
 class DamagedFile(ValueError):
@@ -53,9 +70,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
             os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = os.fspath(path)
         raise
 
 

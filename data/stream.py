@@ -6,6 +6,7 @@ n-th record. The stream has no end: pass follows pass, so no rank is ever done b
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -92,8 +93,14 @@ class StreamedDataset(IterableDataset):
         self.config, self.seed, self.rank, self.world_size = config, seed, rank, world_size
         self.sources = [StreamSource(source, config.cache_dir) for source in config.sources]
         self.encoder = Encoder(config, processor, pictures)
-        self.make: Callable[[Sample], Any] = self.encoder
+        self._make: Callable[[Sample], Any] = self.encoder
         self.batches, self.batch_size = 0, 1
+
+    def making(self, make: Callable[[Sample], Any]) -> StreamedDataset:
+        """The same stream, `make` called for each sample in place of the encoder."""
+        other = copy.copy(self)
+        other._make = make
+        return other
 
     def skip_batches(self, batches: int, batch_size: int) -> None:
         """Begin behind the first `batches` batches of a DataLoader: their records are read but not decoded."""
@@ -115,7 +122,7 @@ class StreamedDataset(IterableDataset):
 
     def _item(self, source: StreamSource, number: int, sample: Sample) -> dict[str, Any] | Rejection:
         try:
-            return self.make(sample)
+            return self._make(sample)
         except Exception as error:
             return as_rejection(error, sample.id, source.label, number)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data.cache import check_identity, identity
-from data.cached_pictures import VISUAL, VISUAL_VIDEO
+from data.cache.reader import VISUAL, VISUAL_VIDEO
 from data.partial import load_without
 from train.config import RunConfig
 from visionzip import Attachment, attached

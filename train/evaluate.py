@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
-from data.cached_pictures import VISUAL, VISUAL_VIDEO, CachedPictures
+from data.cache.reader import VISUAL, VISUAL_VIDEO, CachedPictures
 from data.collate import TEXT_KEYS
 from data.config import DataConfig
 from data.pictures import PixelPictures

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from data.cached_pictures import CachedPictures
+from data.cache.reader import CachedPictures
 from data.dataset import build_dataset
 from data.lengths import Lengths
 from data.rejects import RejectLog, TooManyRejected
@@ -99,7 +99,7 @@ class Program:
             dataset = build_dataset(data, self.processor, self.config.seed, pictures)
             if distill is not None:
                 wanted = described(self.model, self.processor, self.config)
-                dataset.make = WithAnswers(dataset.encoder, check_teacher(distill.cache, wanted))
+                return dataset.making(WithAnswers(dataset.encoder, check_teacher(distill.cache, wanted)))
             return dataset
         if distill is not None:
             raise ValueError(

@@ -23,8 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from train.cli import digest, run_guarded
 from train.config import ConfigError, RunConfig, load_config
 from train.ending import Exit
@@ -200,23 +198,19 @@ def files(config: RunConfig) -> list[Any]:
 
 def make_tokens(config: RunConfig) -> int:
     """Fill the cache of a cell: its training pictures and its held-out ones."""
-    from data.cache import run
+    from data.cache.build import build_cache
 
     assert config.data.cache is not None
     assert config.eval is not None
-    folder = Path(config.data.cache)
     sources = [
-        {**source.model_dump(), "name": f"{number}"}
+        source.model_copy(update={"name": str(number)})
         for number, source in enumerate([*config.data.sources, *config.eval.sources])
     ]
-    folder.mkdir(parents=True, exist_ok=True)
-    plain = {**config.model_dump(mode="json"), "data": {**config.data.model_dump(mode="json"), "sources": sources}}
-    path = folder / "made_with.yaml"
-    path.write_text(yaml.safe_dump(plain))
-    code = run(str(path), [], batch=64, workers=0)
-    if code == 0:
-        (folder / COMPLETE).touch()
-    return code
+    build_cache(
+        config.model_copy(update={"data": config.data.model_copy(update={"sources": sources})}), batch=64, workers=0
+    )
+    (Path(config.data.cache) / COMPLETE).touch()
+    return 0
 
 
 def make_answers(config: RunConfig) -> int:

@@ -24,13 +24,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from data.cache import identity
-from data.cached_pictures import name_of, stat_of
+from data.cache.keys import name_of, stat_of
+from data.cache.shards import Damaged, Key, Writer, key_of, made_for
+from data.cache.store import Store
 from data.collate import ANSWER_KEYS
 from data.config import DataConfig
 from data.dataset import InstructionDataset, build_dataset
 from data.processes import own_device, rank_and_world
 from data.sample import Reject, Rejection, Sample
-from data.token_store import Damaged, Key, Store, Writer, key_of
 from train.config import ConfigError, RunConfig
 from train.distill import most_likely
 from train.loss import IGNORE, rows_of_head, supervised
@@ -135,7 +136,7 @@ class WithAnswers:
     their `teacher_log_probs` (S, k). A conversation that the run cuts has those of what is left."""
 
     def __init__(self, encoder: Any, folder: str | os.PathLike[str]) -> None:
-        self.encoder, self.store = encoder, Store(folder)
+        self.encoder, self.store = encoder, Store(folder, made_for(Path(folder) / MANIFEST))
 
     def __call__(self, sample: Sample) -> dict[str, Any]:
         item = self.encoder(sample)
@@ -200,9 +201,8 @@ def asked(
     Args:
         make: sample → (sample, item), or None to pass it over.
     """
-    dataset.make = make
     collate = dataset.collator()
-    for items in DataLoader(Subset(dataset, places), batch_size=batch, collate_fn=list):
+    for items in DataLoader(Subset(dataset.making(make), places), batch_size=batch, collate_fn=list):
         good = [item for item in items if item is not None and not isinstance(item, Rejection)]
         if good:
             yield [sample for sample, _ in good], collate([item for _, item in good])
@@ -221,10 +221,11 @@ def fill(
     """This process's share of the answers; `model` is not attached. Returns how many records were asked."""
     assert config.train.distill is not None
     dataset = build_dataset(uncompressed(config.data), processor, 0)
-    writer, done = Writer(folder), 0
+    answers = made_for(folder / MANIFEST)
+    writer, done = Writer(folder, answers), 0
     try:
         places = range(process, len(dataset), processes)
-        for samples, together in asked(dataset, places, batch, Recorded(dataset.encoder, Store(folder))):
+        for samples, together in asked(dataset, places, batch, Recorded(dataset.encoder, Store(folder, answers))):
             for sample, labels, logits in zip(samples, together["labels"], answer_rows(model, together), strict=False):
                 words, log_probs = most_likely(logits, config.train.distill.top_k, config.train.distill.temperature)
                 entry = {
@@ -237,7 +238,7 @@ def fill(
             done += len(samples)
     finally:
         writer.close()  # what is computed is computed: the next start goes on from here
-    Store(folder)
+    Store(folder, answers)
     return done
 
 
@@ -260,7 +261,8 @@ def run(config: RunConfig) -> int:
     claim(folder, described(model, processor, config))
     done = fill(folder, model.eval(), processor, config, process=process, processes=processes)
     print(
-        f"process {process} of {processes}: {done} records asked; {folder} holds {len(Store(folder))}", file=sys.stderr
+        f"process {process} of {processes}: {done} records asked; {folder} holds {len(Store(folder, made_for(folder / MANIFEST)))}",
+        file=sys.stderr,
     )
     return 0
 

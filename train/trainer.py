@@ -18,7 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from data.cached_pictures import VISUAL, VISUAL_VIDEO
+from data.cache.reader import VISUAL, VISUAL_VIDEO
 from data.collate import ANSWER_KEYS
 from train import checkpoint, random_state
 from train.cached import short_prompts

@@ -16,8 +16,9 @@ import torch
 from PIL import Image, ImageFilter
 from transformers import CLIPImageProcessor
 
+from data.cache.shards import Writer, key_of
+from data.cache.store import Store
 from data.sample import Media, Sample
-from data.token_store import Store, Writer, key_of
 from scripts.benchmarks import measure
 from scripts.benchmarks.presets import PRESETS, Preset
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from data.cache import claim, identity
+from data.cache.shards import Writer as TokenWriter
 from data.config import DataConfig
-from data.token_store import Writer as TokenWriter
 from tests.export.conftest import add_lora
 from tests.tiny import tiny_llava, tiny_processor
 from train.checkpoint import Writer

@@ -5,23 +5,32 @@ from __future__ import annotations
 import json
 import multiprocessing
 import pickle
+import re
 import shutil
+import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
 
-from data.cache import CacheError, check_identity, claim, fill, identity, main
-from data.cached_pictures import VISUAL, CachedPictures
+from data.cache import CacheError, check_identity, claim, identity
+from data.cache.build import fill
+from data.cache.identity import cache_at
+from data.cache.reader import VISUAL, CachedPictures
+from data.cache.shards import Damaged, ForeignShard, Shard, Writer, key_of
+from data.cache.store import Store
+from data.commands.cache import main
 from data.config import DataConfig
 from data.dataset import build_dataset
 from data.partial import load_without
 from data.pictures import PixelPictures
 from data.sample import Media, Reject, Rejection, Sample
-from data.token_store import Damaged, Shard, Store, Writer, key_of
 from tests.tiny import picture, tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, attached
 
+ROOT = Path(__file__).parents[2]
 BUDGET = ZipConfig(dominant=5, contextual=2)
 PICTURES = 6
 
@@ -91,7 +100,7 @@ def test_tokens_are_those_of_the_encoder(place, cache):
 
 
 def test_equal_files_are_one_entry(cache):
-    assert len(Store(cache)) == PICTURES - 1 + 1  # and the blank picture
+    assert len(Store(cache, cache_at(cache))) == PICTURES - 1 + 1  # and the blank picture
 
 
 def test_the_second_time_nothing_is_computed(place, cache):
@@ -153,16 +162,16 @@ def test_what_a_killed_writer_had_not_finished_is_not_there(place):
     writer = Writer(folder)
     writer.add(key_of(b"x"), {}, {"t": torch.ones(3)})
     writer._file.flush()
-    assert len(Store(folder)) == 0
+    assert len(Store(folder, cache_at(folder))) == 0
     writer.close()
-    assert len(Store(folder)) == 1
+    assert len(Store(folder, cache_at(folder))) == 1
 
 
 @pytest.mark.parametrize("where", ["entry", "table", "tail", "cut short", "empty"])
 def test_damage_is_noticed_and_repaired(place, where):
     folder = place / "damaged"
     make(place, folder, shard_bytes=1)  # every entry a shard of its own
-    key = Store(folder).named(key_of(b"image", str(place / "4.png").encode()))[0]
+    key = Store(folder, cache_at(folder)).named(key_of(b"image", str(place / "4.png").encode()))[0]
     shard = next(path for path in folder.glob("*.tokens") if holds(path, key))
     raw = bytearray(shard.read_bytes())
     if where == "entry":
@@ -202,6 +211,138 @@ def test_every_flipped_bit_of_a_shard_is_noticed(tmp_path):
         except Damaged:
             continue
         assert entry is None or (torch.equal(entry[1]["t"], torch.arange(8.0))), byte
+
+
+def test_every_flipped_bit_of_the_index_is_noticed_and_the_index_made_again(place, cache, caplog):
+    (index,) = cache.glob("index-*")
+    good, store = index.read_bytes(), Store(cache, cache_at(cache))
+    keys = [(int(row["hi"]), int(row["lo"])) for row in store.rows]
+    for byte in [*range(0, len(good), 7), len(good) - 1, "empty", "cut short"]:
+        bad = bytearray(good)
+        if isinstance(byte, int):
+            bad[byte] ^= 4
+        else:
+            del bad[0 if byte == "empty" else -1 :]
+        index.write_bytes(bad)
+        caplog.clear()
+        store = Store(cache, cache_at(cache))
+        assert [(int(row["hi"]), int(row["lo"])) for row in store.rows] == keys, byte
+        assert all(store.get(key) is not None for key in keys)
+        assert len(caplog.records) == 1, byte
+        assert "making it again from the shards" in caplog.text
+        assert index.read_bytes() == good
+    caplog.clear()
+    Store(cache, cache_at(cache))
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("change", [{"zip_config": ZipConfig(dominant=4, contextual=3)}, {"dtype": "bfloat16"}])
+def test_a_shard_of_another_cache_is_refused_by_name(place, cache, change):
+    """With the same number of tokens: nothing but what the shard says of itself tells it from the cache's own."""
+    make(place, place / "other", **change)
+    (foreign,) = (place / "other").glob("*.tokens")
+    # Younger than the cache's own, so that its entries would be the ones that count.
+    lain = shutil.copy(foreign, cache / f"9{foreign.name}")
+    for use in (lambda: CachedPictures(cache, frames=8), lambda: make(place, cache)):
+        with pytest.raises(ForeignShard) as caught:
+            use()
+        assert lain in str(caught.value) if isinstance(lain, str) else lain.name in str(caught.value)
+        there = "zip.dominant=4" if "zip_config" in change else "dtype=bfloat16"
+        assert there in str(caught.value).partition("this one holds")[0]
+        assert "zip.dominant=5" in str(caught.value).partition("this one holds")[2]
+    (cache / f"9{foreign.name}").unlink()
+    assert make(place, cache).written == set()
+
+
+def test_a_shard_replaced_by_one_of_another_cache_under_its_own_name_is_refused(place, cache):
+    """After the index was made: names and sizes are what they were."""
+    make(place, place / "other", zip_config=ZipConfig(dominant=4, contextual=3))
+    (foreign,), (own,) = (place / "other").glob("*.tokens"), cache.glob("*.tokens")
+    shutil.copy(foreign, own)
+    with pytest.raises(ForeignShard, match=own.name):
+        CachedPictures(cache, frames=8)
+
+
+@pytest.mark.parametrize("damage", ['{"format"', "[]", '"x"', '{"format": "visionzip-tokens/2"}', "\xff"])
+def test_a_damaged_manifest_is_one_message(place, cache, damage):
+    (cache / "cache.json").write_bytes(damage.encode("latin-1"))
+    with pytest.raises(CacheError, match="is damaged"):
+        make(place, cache)
+
+
+def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing_half_written(place, capsys):
+    """With a limit on the size of files, which the kernel answers as it does a full disk: in the middle of a write."""
+    given = write_run(place)
+    assert main([*given, f"data.cache={place / 'whole'}"]) == 0
+    sizes = {path.suffix: path.stat().st_size for path in (place / "whole").iterdir()}
+    script = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from data.commands.cache import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))\n"
+        "sys.exit(main(sys.argv[2:]))"
+    )
+    for limit, where in ((sizes[".json"] - 1, r"cache\.json"), (sizes[".tokens"] - 1, r"\S+\.tokens")):
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(limit), *given], capture_output=True, text=True, check=False, cwd=ROOT
+        )
+        assert done.returncode == 74, done.stderr
+        assert "Traceback" not in done.stderr
+        said = rf"run ended with exit code 74: .*/tokens/{where} could not be written: File too large"
+        assert re.search(said, done.stderr), done.stderr
+        left = {path.name for path in (place / "tokens").iterdir()} - {"cache.json"}
+        assert not [name for name in left if name.endswith((".part", ".tokens"))]
+        # So that the next limit is met by the shard and not by the manifest, whatever their sizes.
+        shutil.copy(place / "whole" / "cache.json", place / "tokens")
+    capsys.readouterr()
+    assert main(given) == 0
+    assert f"{PICTURES} pictures, {PICTURES} computed" in capsys.readouterr().out
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(place, cache):
+    script = (
+        "import os, sys; from pathlib import Path; from data.cache.shards import Writer\n"
+        "import torch\n"
+        "writer = Writer(Path(sys.argv[1])); writer.add((1, 2), {}, {'t': torch.ones(3)}); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(cache)], check=False, cwd=ROOT)
+    assert len(list(cache.glob(".*.part"))) == 1
+    picture(99).save(place / "3.png")
+    make(place, cache)
+    assert list(cache.glob(".*.part")) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.path=/nonexistent", "model.path: there is no directory /nonexistent"),
+        ("model.dtype=nope", "model.dtype"),
+        ("zip.dominant=5000", "5000"),
+        ("data.sources.0.path=/nowhere/a.json", "there is no file /nowhere/a.json"),
+        ("data.cache=/proc/x", "/proc/x"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(place, capsys, override, says):
+    assert main([*write_run(place), override]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "Loading weights" not in line]
+    assert says in "\n".join(lines)
+    assert len(lines) <= 2  # how many mistakes there are, and the mistake
+
+
+def test_no_images_at_once_is_a_mistake_too(place, capsys):
+    for options in (["--batch", "0"], ["--workers", "-1"], ["--batch", "many"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*write_run(place), *options])
+        assert ended.value.code == 2
+        assert f"argument {options[0]}: " in capsys.readouterr().err
+
+
+def write_run(place) -> list[str]:
+    """A config file; the arguments that fill the cache `tokens` with it."""
+    config = {"model": {"path": str(place / "model"), "dtype": "float32"}, "zip": BUDGET.model_dump(),
+              "data": data_config(place).model_dump(mode="json")}  # fmt: skip
+    (place / "run.yaml").write_text(json.dumps(config))
+    return ["--config", str(place / "run.yaml"), "--workers", "0", f"data.cache={place / 'tokens'}"]
 
 
 @pytest.mark.parametrize(
@@ -251,9 +392,9 @@ def test_what_a_reader_holds_does_not_grow_with_the_cache(tmp_path):
             writer.add(key, None, {"a": torch.zeros(1)})
             writer.name(key, key, 1, 1)
         writer.close()
-        Store(folder)  # makes the index
+        Store(folder, cache_at(folder))  # makes the index
         tracemalloc.start()
-        store = Store(folder)
+        store = Store(folder, cache_at(folder))
         assert store.get(key_of(b"7")) is not None
         held[count] = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()

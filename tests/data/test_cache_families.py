@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from data.cache import fill
-from data.cached_pictures import VISUAL, VISUAL_VIDEO, CachedPictures
+from data.cache.build import fill
+from data.cache.reader import VISUAL, VISUAL_VIDEO, CachedPictures
 from data.dataset import build_dataset
 from data.sample import Rejection
 from tests.data import kit

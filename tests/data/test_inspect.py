@@ -11,11 +11,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from data import cache, inspect
+from data.commands import cache, inspect
 from data.config import TRAINING_SECTIONS, PipelineConfig, load_config
-from data.inspect_report import histogram
-from data.inspect_samples import coloured
-from data.measure import Facts, Survey, survey
+from data.inspect.report import histogram
+from data.inspect.samples import coloured
+from data.inspect.survey import Facts, Survey, survey
 from data.sample import Rejection
 from tests.data import kit
 from tests.tiny import tiny_llava, tiny_processor
@@ -92,10 +92,9 @@ def test_overrides_and_a_limit(folder, capsys):
 def test_the_numbers_are_those_of_the_items(folder):
     """The survey counts what training gets, token for token."""
     config = load_config(folder / "c.yaml")
-    data = kit.build_dataset(config.data, inspect.load_processor(config), 0)
+    data = kit.build_dataset(config.data, inspect.prepare_processor(config), 0)
     image = data.encoder.processor.tokenizer.convert_tokens_to_ids("<image>")
     result = [survey_ for survey_, _ in survey(data, None, 0)][-1]
-    data.make = data.encoder
     items = {data.sample(index).id: data[index] for index in range(40)}
     assert len(result.facts) == 40
     for facts in result.facts:

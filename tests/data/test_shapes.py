@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data import shapes
+from data.commands.shapes import main
 
 SCENES = [shapes.scene(shapes.picture_seed("train", 5, index)) for index in range(300)]
 seeds, indices = st.integers(0, 10**9), st.integers(0, 2**32 - 1)
@@ -209,11 +210,19 @@ def test_several_processes_may_write_at_once(tmp_path, before):
 
 def test_command_line(tmp_path, capsys):
     arguments = ["--out", str(tmp_path / "s"), "--train", "2", "--eval", "1", "--seed", "7"]
-    shapes.main(arguments)
-    shapes.main(arguments)
+    assert main(arguments) == main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("2 training and 1 held-out pictures")
     assert lines[1].endswith("there already")
     assert json.loads((tmp_path / "s" / "eval.json").read_text())[0] == shapes.record("eval", 7, 0)
-    with pytest.raises(SystemExit):
-        shapes.main([*arguments[:2], "--train", "-1"])
+
+
+def test_a_mistake_on_the_command_line_is_one_clear_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--out", str(tmp_path / "s"), "--train", "-1"])
+    assert ended.value.code == 2
+    assert "argument --train: must be at least 0, found -1" in capsys.readouterr().err
+    assert main(["--out", "/proc/x", "--train", "1", "--eval", "0"]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert "/proc/x" in err

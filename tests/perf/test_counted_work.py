@@ -74,7 +74,7 @@ def test_layers_of_the_encoder(zipped):
 
 
 def test_with_the_cache_the_encoder_and_the_files_are_left_alone(zipped, monkeypatch):
-    from data.cached_pictures import VISUAL
+    from data.cache.reader import VISUAL
     from train.cached import read_from_cache
 
     inputs, labels = batch()

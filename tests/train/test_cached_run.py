@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data.cache import main as make_cache
-from data.cached_pictures import VISUAL, CachedPictures
+from data.cache.reader import VISUAL, CachedPictures
+from data.commands.cache import main as make_cache
 from data.sample import Media, Sample
 from tests.train.workspace import Ranks, config_of, losses, projector, write_config
 from train.ending import Exit

@@ -93,8 +93,9 @@ def learning(workspace: Path, output: Path, answers: Path, **changes):
 
 
 def test_answers_are_those_of_the_untouched_model(workspace: Path, tmp_path: Path, answers: Path) -> None:
+    from data.cache.shards import made_for
+    from data.cache.store import Store
     from data.dataset import build_dataset
-    from data.token_store import Store
     from train.build import build_model
     from train.teacher import key_of_sample, predicted, uncompressed
     from visionzip import detach
@@ -102,7 +103,10 @@ def test_answers_are_those_of_the_untouched_model(workspace: Path, tmp_path: Pat
     config = load_config(write_config(learning(workspace, tmp_path / "run", answers)))
     model, processor = build_model(config)
     detach(model).eval()
-    dataset, store = build_dataset(uncompressed(config.data), processor, 0), Store(answers)
+    dataset, store = (
+        build_dataset(uncompressed(config.data), processor, 0),
+        Store(answers, made_for(answers / "teacher.json")),
+    )
     assert len(store) == 21  # three records without a picture say what another one says
     for index in range(6):
         item = dataset[index]
@@ -123,7 +127,7 @@ def test_answers_are_those_of_the_untouched_model(workspace: Path, tmp_path: Pat
 def test_the_same_losses_packed_or_padded_on_one_rank_or_two_from_pixels_or_the_cache(
     workspace: Path, ranks: Ranks, tmp_path: Path, answers: Path
 ) -> None:
-    from data.cache import main as make_cache
+    from data.commands.cache import main as make_cache
 
     first = learning(workspace, tmp_path / "first", answers, trainer__deepspeed="off", data__batching="random")
     ranks.run(first, world=1)
@@ -168,6 +172,6 @@ def test_a_changed_picture_or_answer_is_not_learned_from(workspace: Path, tmp_pa
     (copy / "train.json").write_text(json.dumps(rows))
     data = load_config(write_config(config)).data
     dataset = build_dataset(data, AutoProcessor.from_pretrained(copy / "model"), 0)
-    dataset.make = WithAnswers(dataset.encoder, tmp_path / "answers")
+    dataset = dataset.making(WithAnswers(dataset.encoder, tmp_path / "answers"))
     assert [dataset[index].reason for index in (1, 2)] == ["stale answer", "no teacher's answer"]
     assert dataset[3]["teacher_words"].shape == (len(dataset[3]["teacher_log_probs"]), 3)

@@ -9,8 +9,8 @@ from rich.text import Text
 
 from data.config import DataConfig
 from data.dataset import InstructionDataset
-from data.inspect_samples import visible
-from data.measure import Survey, quantiles
+from data.inspect.samples import visible
+from data.inspect.survey import Survey, quantiles
 from data.stream import StreamedDataset
 
 BAR = 60

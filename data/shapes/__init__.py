@@ -12,7 +12,6 @@ A picture is a function of one integer. Those of the training pictures are even 
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -180,27 +179,3 @@ def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
         (folder / "images" / entry["image"]).write_bytes(jpeg(picture))
         made.append(entry)
     (folder / f"{split}.json").write_text(json.dumps(made, indent=0) + "\n", encoding="utf-8")
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.shapes", description="Write the embedded data set into a folder, once."
-    )
-    parser.add_argument("--out", required=True, help="folder to write: train.json, eval.json, images/")
-    parser.add_argument("--train", type=int, default=4000, help="training pictures (default: %(default)s)")
-    parser.add_argument(
-        "--eval", type=int, default=400, dest="held_out", help="held-out pictures (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="which pictures (default: %(default)s)")
-    args = parser.parse_args(argv)
-    if args.train < 0 or args.held_out < 0 or args.seed < 0:
-        parser.error("--train, --eval and --seed must be at least 0")
-    written = write(args.out, args.train, args.held_out, args.seed)
-    print(
-        f"{args.out}: {args.train} training and {args.held_out} held-out pictures"
-        + ("" if written else ", there already")
-    )
-
-
-if __name__ == "__main__":
-    main()

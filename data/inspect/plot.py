@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from data.measure import Survey
+from data.inspect.survey import Survey
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

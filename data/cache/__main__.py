@@ -1,0 +1,4 @@
+from data.commands.cache import main
+
+if __name__ == "__main__":  # workers that are spawned import this file
+    raise SystemExit(main())

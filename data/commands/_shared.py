@@ -1,0 +1,62 @@
+"""What all commands of `data` have in common: how a config is named, how integers are checked, how a failure is told."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from data.config_file import ConfigError
+from data.storage import STORAGE_EXIT, is_storage_error, storage_message
+
+
+def make_parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser whose help shows the description as it is written, and examples at the end."""
+    return argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="a run's YAML file; its sections model, zip and data are read")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="put over the file, e.g. data.max_length=1024"
+    )
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The `type` of an option: an integer of at least `least`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected an integer, found {text!r}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, found {value}")
+        return value
+
+    return parse
+
+
+def run_guarded(program: str, action: Callable[[], int]) -> int:
+    """Exit code of `action`. An expected failure is one line on stderr: 2 for a mistake of the caller, 74 for a disk that is full."""
+    try:
+        return action()
+    except ConfigError as error:
+        print(f"config error: {error}", file=sys.stderr)
+    except OSError as error:
+        if is_storage_error(error):
+            print(f"\n{storage_message(error)}", file=sys.stderr)
+            return STORAGE_EXIT
+        said = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        print(f"{program}: {said}", file=sys.stderr)
+    except ValueError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
+    return 2

@@ -1,0 +1,1 @@
+"""What a data set consists of, before a GPU is rented: `python -m data.inspect`."""
