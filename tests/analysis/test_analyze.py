@@ -117,7 +117,7 @@ def test_its_own_plots_are_not_measured(model_folder, pictures, capsys):
     for _ in range(2):
         assert main([*arguments, str(pictures / "out")]) == 0
         assert "3 pictures, 16 patches each" in capsys.readouterr().out
-    assert main([*arguments, str(pictures)]) == 1
+    assert main([*arguments, str(pictures)]) == 2
     assert "the results would be written among the pictures in" in capsys.readouterr().err
 
 

@@ -135,11 +135,11 @@ def test_a_projectors_own_split_selector_and_merge(model_folder, tmp_path, capsy
     ],
 )
 def test_refusals(model_folder, capsys, change, message):
-    assert main(["benchmark", str(model_folder), "--repeats", "1", *change]) == 1
+    assert main(["benchmark", str(model_folder), "--repeats", "1", *change]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_quantised_needs_a_gpu(model_folder, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["benchmark", str(model_folder), "--quantize", "4"]) == 1
+    assert main(["benchmark", str(model_folder), "--quantize", "4"]) == 2
     assert "needs a GPU" in capsys.readouterr().err

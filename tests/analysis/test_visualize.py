@@ -112,7 +112,7 @@ def test_themes(model, processor, pictures, tmp_path, theme):
     ],
 )
 def test_impossible_budgets(model_folder, pictures, capsys, change, message):
-    assert main(["visualize", str(model_folder), str(pictures), *change]) == 1
+    assert main(["visualize", str(model_folder), str(pictures), *change]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -128,7 +128,7 @@ def test_no_picture_at_all(model_folder, tmp_path, capsys, what):
         "no pictures": "there is no picture in",
         "unreadable": "none of the 1 file(s)",
     }
-    assert main(["visualize", str(model_folder), str(place), "--out", str(tmp_path / "x.html")]) == 1
+    assert main(["visualize", str(model_folder), str(place), "--out", str(tmp_path / "x.html")]) == 2
     assert expected[what] in capsys.readouterr().err
     assert not (tmp_path / "x.html").exists()
 
@@ -147,12 +147,12 @@ def test_its_own_drawings_are_not_drawn(model, processor, pictures, tmp_path):
 
 def test_a_video_that_is_not_there(model_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("visionzip.load", None)  # it is said before a model is loaded
-    assert main(["visualize", str(model_folder), str(tmp_path / "x.mp4")]) == 1
+    assert main(["visualize", str(model_folder), str(tmp_path / "x.mp4")]) == 2
     assert f"there is no video at {tmp_path / 'x.mp4'}" in capsys.readouterr().err
 
 
 def test_no_model(pictures, tmp_path, capsys):
-    assert main(["visualize", str(tmp_path), str(pictures)]) == 1
+    assert main(["visualize", str(tmp_path), str(pictures)]) == 2
     assert "is no model that transformers can load" in capsys.readouterr().err
 
 

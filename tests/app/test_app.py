@@ -216,7 +216,7 @@ def test_a_port_in_use(model_folder_for_app, capsys):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert main(["app", str(model_folder_for_app), "--port", str(port)]) == 1
+        assert main(["app", str(model_folder_for_app), "--port", str(port)]) == 2
     assert f"port {port} on 127.0.0.1 can't be used" in capsys.readouterr().err
     with pytest.raises(ValueError, match="does not exist"):
         refuse_taken("127.0.0.1", 99999)
@@ -231,5 +231,5 @@ def model_folder_for_app(tmp_path_factory):
 
 
 def test_a_picture_that_does_not_exist(model_folder_for_app, capsys):
-    assert main(["app", str(model_folder_for_app), "--port", str(free_port()), "--picture", "nowhere.png"]) == 1
+    assert main(["app", str(model_folder_for_app), "--port", str(free_port()), "--picture", "nowhere.png"]) == 2
     assert "nowhere.png can't be used" in capsys.readouterr().err

@@ -210,7 +210,7 @@ class TestTerminal:
 
     def test_a_budget_that_is_none_is_one_line(self, talk):
         code, printed = talk(arguments=["--dominant", "2.5"])
-        assert (code, len(printed.err.splitlines())) == (1, 1)
+        assert (code, len(printed.err.splitlines())) == (2, 1)
         assert printed.err.startswith("visionzip chat: dominant=2.5 is no share of the tokens")
 
     def test_the_memory_does_not_suffice(self, talk, monkeypatch):
@@ -226,7 +226,7 @@ class TestTerminal:
     def test_a_wrong_picture_ends_it_before_the_model_is_loaded(self, talk, monkeypatch):
         monkeypatch.setattr("visionzip.load", None)
         code, printed = talk(arguments=["--image", "nope.png"])
-        assert (code, printed.err) == (1, "visionzip chat: nope.png can't be used: not a file\n")
+        assert (code, printed.err) == (2, "visionzip chat: nope.png can't be used: not a file\n")
 
 
 def test_a_cache_that_ends_inside_a_picture_is_used_up_to_the_picture(chat):

@@ -7,19 +7,21 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import tiny_llava, tiny_processor
-from visionzip import ZipConfig, attach, save
-from visionzip.cli import commands, main
+from visionzip import ZipConfig, attach, cli, save
+from visionzip.cli import library_commands, main
 from visionzip.export import read
 
 ROOT = Path(__file__).parents[2]
-OURS = ("chat", "export", "inspect", "pull", "push", "table")
+OURS = (
+    "analyze", "app", "benchmark", "calibrate", "chat", "export", "inspect", "pull", "push", "table", "visualize",
+)  # fmt: skip
 
 
 def test_every_command_has_a_line_that_says_what_it_does(capsys):
-    assert set(OURS) <= set(commands())
+    assert set(OURS) == set(library_commands())
     assert main([]) == 2
     printed = capsys.readouterr().out
-    for name, line in commands().items():
+    for name, line in {**library_commands(), **cli.program_commands()}.items():
         assert 20 < len(line) < 100
         assert f"  {name:<11} {line}" in printed
 
@@ -29,7 +31,41 @@ def test_help(name, capsys):
     with pytest.raises(SystemExit) as left:
         main([name, "--help"])
     assert left.value.code == 0
-    assert f"visionzip {name} " in capsys.readouterr().out.split("options:")[0].replace("usage: ", "")
+    usage, _, rest = capsys.readouterr().out.partition("\n\n")
+    assert usage.startswith(f"usage: visionzip {name} ")
+    assert f"\n  visionzip {name} " in rest, "an example"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert (left.value.code, capsys.readouterr().out) == (0, "visionzip-ft 0.1.0\n")
+
+
+@pytest.mark.parametrize(
+    ("typed", "hint"),
+    [
+        ("chatt", "no command 'chatt'; did you mean chat?"),
+        ("evalute", "no command 'evalute'; did you mean evaluate?"),
+        ("xyz", "no command 'xyz'; there are analyze, app, "),
+    ],
+)
+def test_did_you_mean(typed, hint, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([typed])
+    assert left.value.code == 2
+    assert f"visionzip: error: {hint}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", cli.PROGRAM)
+def test_a_wheel_without_the_program_says_how_to_get_it(name, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "CHECKOUT", tmp_path)
+    assert main([name, "--config", "x.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith(f"visionzip {name}: {name} is part of the training program")
+    assert main([]) == 2
+    assert "train, evaluate, sweep: from a checkout" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [[], ["chat", "--help"], ["nonsense"]])
@@ -67,8 +103,8 @@ def test_wrong_use_is_2(arguments, capsys):
     assert "usage: visionzip" in capsys.readouterr().err
 
 
-def test_a_failure_is_1_and_one_line(tmp_path, capsys):
-    assert main(["inspect", str(tmp_path / "nowhere")]) == 1
+def test_bad_input_is_2_and_one_line(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path / "nowhere")]) == 2
     error = capsys.readouterr().err
     assert error == f"visionzip inspect: there is nothing at {tmp_path / 'nowhere'}, and it is no hub id (owner/name)\n"
 
@@ -100,14 +136,14 @@ class TestExport:
     def test_overwrite(self, projector, tmp_path, capsys):
         command = ["export", str(projector), "--out", str(tmp_path / "again")]
         assert main(command) == 0
-        assert main(command) == 1
+        assert main(command) == 2
         assert "is there already and not empty" in capsys.readouterr().err
         assert main([*command, "--overwrite"]) == 0
 
     def test_base(self, projector, tmp_path, capsys):
         (tmp_path / "base").rename(tmp_path / "moved")
         command = ["export", str(projector), "--format", "merged", "--out", str(tmp_path / "merged")]
-        assert main(command) == 1
+        assert main(command) == 2
         assert "pass base=... if it lies elsewhere" in capsys.readouterr().err
         assert main([*command, "--base", str(tmp_path / "moved")]) == 0
         command[-1] = str(tmp_path / "llava-x")
@@ -127,7 +163,7 @@ class TestExport:
             "--base",
             str(tmp_path / "other"),
         ]
-        assert main(command) == 1
+        assert main(command) == 2
         error = capsys.readouterr().err
         assert "was trained for something else" in error
         assert "llm: " in error

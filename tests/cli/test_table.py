@@ -111,7 +111,7 @@ def test_refusals(tmp_path, capsys):
         ([good, "--full", "other"], "--full other: expected one of x_results.json"),
         ([f"a={good}", f"a={good}"], "two results are called a"),
     ):
-        assert main(["table", *map(str, arguments)]) == 1
+        assert main(["table", *map(str, arguments)]) == 2
         assert message in capsys.readouterr().err
 
 

@@ -1,9 +1,9 @@
-"""measure how concentrated an encoder's attention is over many pictures
+"""measure how concentrated an encoder's attention is, over many images
 
-  visionzip analyze data/tiny-llava pictures/ --out runs/attention
+  visionzip analyze data/tiny-llava photos/ --out runs/attention
 
-Concentration per layer, attention held against budget with the budgets that hold 80, 90 and 95 %, agreement between layers: a
-table, plots, and JSON. What was measured is kept, so the same command goes on where it was stopped.
+Concentration per layer, attention held by a budget (and the budgets that hold 80, 90 and 95 %), agreement between layers: a
+table, plots and JSON. Measurements are kept, so the same command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from visionzip.commands import _model
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _model.add_arguments(parser)
-    parser.add_argument("path", help="a folder of pictures")
+    parser.add_argument("path", help="a folder of images")
     parser.add_argument("--out", default="visionzip-analysis", help="folder for table, plots and JSON")
     parser.add_argument("--theme", choices=("light", "dark"), default="light", help="of the plots")
-    parser.add_argument("--limit", type=_model.count, help="at most so many pictures, in the order of their names")
+    parser.add_argument("--limit", type=_model.count, help="at most this many images, in the order of their names")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     found = analyze(model, arguments.path, arguments.out, limit=arguments.limit)
     files = write(found, arguments.theme)  # before anything is printed: whoever reads may have gone
     if found.resumed:
-        print(f"{found.resumed} pictures were measured before")
+        print(f"{found.resumed} images were measured before")
     print(table(summary(found)))
     for name, reason in found.skipped.items():
         print(f"skipped {name}: {reason}", file=sys.stderr)

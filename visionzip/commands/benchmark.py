@@ -1,4 +1,4 @@
-"""time a model and weigh its cache, with all visual tokens and with few
+"""measure time, memory and work of a model with all visual tokens and with few
 
   visionzip benchmark data/tiny-llava --budgets all,16,8
   visionzip benchmark llava-hf/llava-1.5-7b-hf --budgets all,192,128,64 --batches 1,8 --turns 3 --json bench.json --plot bench.png
@@ -25,11 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batches", default="1", help="batch sizes, separated by commas (default: 1)")
     parser.add_argument("--turns", type=_model.count, default=1, help="of the conversation (default: 1)")
-    parser.add_argument("--new-tokens", type=int, default=32, help="length of each answer (default: 32)")
+    parser.add_argument("--new-tokens", type=_model.count, default=32, help="length of each answer (default: 32)")
     parser.add_argument(
         "--repeats", type=_model.count, default=3, help="the median of so many runs (default: 3), after one to warm up"
     )
-    parser.add_argument("--picture", help="default: 640 × 480 pixels of a gradient")
+    parser.add_argument("--image", "--picture", help="default: 640 × 480 pixels of a gradient")
     parser.add_argument(
         "--quantize", type=int, choices=(8, 4), help="load the weights in 8 or 4 bit (bitsandbytes, GPU)"
     )
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     from visionzip.analysis import pictures, plots
     from visionzip.budgets import parse_budgets
 
-    if arguments.budgets:
+    if arguments.budgets is not None:
         parse_budgets(
             arguments.budgets
         )  # a mistake is found before a model is loaded; the model may have a split of its own
@@ -52,17 +52,21 @@ def run(arguments: argparse.Namespace) -> None:
         batches = [int(part) for part in arguments.batches.split(",")]
     except ValueError as error:
         raise ValueError(f"--batches {arguments.batches!r} is not understood; expected numbers such as 1,8") from error
-    picture = pictures.read_one(arguments.picture) if arguments.picture else gradient()
+    picture = pictures.read_one(arguments.image) if arguments.image else gradient()
     if arguments.plot:
         with plots.style(arguments.theme):
             pass  # says what is missing before minutes of measuring
+        if Path(arguments.plot).suffix.lower() != ".png":
+            raise ValueError(f"--plot {arguments.plot}: expected the name of a PNG file")
     for file in filter(None, (arguments.json, arguments.plot)):
+        if Path(file).is_dir():
+            raise ValueError(f"{file} is a directory; expected the name of a file")
         Path(file).parent.mkdir(parents=True, exist_ok=True)
     model, processor = _model.load(arguments, **quantized(arguments))
     attachment = attached(model)
     assert attachment is not None
     own = attachment.config
-    budgets = parse_budgets(arguments.budgets, own) if arguments.budgets else [None, own]
+    budgets = parse_budgets(arguments.budgets, own) if arguments.budgets is not None else [None, own]
     rows = bench.benchmark(
         model, processor, picture, budgets=budgets, batches=batches, turns=arguments.turns,
         new_tokens=arguments.new_tokens, repeats=arguments.repeats,

@@ -1,10 +1,10 @@
-"""find the threshold of budgets that each picture has of its own, for a mean number of tokens
+"""find the threshold of per-image budgets that gives a mean number of tokens
 
   visionzip calibrate data/tiny-llava runs/demo/data/images --mean 16 --dominant 27 --contextual 3
   visionzip calibrate llava-hf/llava-1.5-7b-hf photos/ --mean 64 --dominant 128 --contextual 10 --measure coverage
 
-Prints the `zip:` section of a config. --dominant is the most a picture keeps (CLS included); contextual tokens are the same for
-all. The mean is over the pictures given, so give ones like those to come.
+Prints the `zip:` section of a config. --dominant is the most an image keeps (CLS included); all images have the same number of
+contextual tokens. The mean is over the images given here, so give images like those that will be used.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from visionzip.commands import _model
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _model.add_arguments(parser)
-    parser.add_argument("path", help="a picture or a folder of pictures")
-    parser.add_argument("--mean", type=float, required=True, help="tokens a picture, or a tile, on average")
+    parser.add_argument("path", help="an image or a folder of images")
+    parser.add_argument("--mean", type=float, required=True, help="tokens per image (or tile) on average")
     parser.add_argument("--measure", choices=("attention", "coverage"), default="attention", help="what is held (default: attention)")  # fmt: skip
-    parser.add_argument("--least", type=int, default=1, help="dominant tokens every picture keeps (default: 1)")
-    parser.add_argument("--limit", type=int, help="at most so many pictures of a folder")
+    parser.add_argument("--least", type=_model.count, default=1, help="dominant tokens every image keeps (default: 1)")
+    parser.add_argument("--limit", type=_model.count, help="at most this many images of a folder")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     spread = ", ".join(f"{torch.quantile(counts, q).item():.0f}" for q in (0.0, 0.1, 0.5, 0.9, 1.0))
     print(yaml.safe_dump({"zip": result.config.model_dump(exclude_none=True)}, sort_keys=False), end="")
     print(
-        f"# {len(counts)} pictures or tiles: {result.mean:.2f} tokens on average; least, 10 %, median, 90 %, most: {spread}"
+        f"# {len(counts)} images or tiles: {result.mean:.2f} tokens on average; least, 10 %, median, 90 %, most: {spread}"
     )
     if found.skipped:
         print(found.summary(), file=sys.stderr)

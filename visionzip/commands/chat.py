@@ -1,12 +1,12 @@
-"""talk with a compressed model about pictures; each is read once, every turn reuses the cache
+"""talk with a compressed model about images; each is encoded once, every turn reuses the cache
 
   visionzip chat runs/demo/projector --image photo.jpg
   visionzip chat llava-hf/llava-1.5-7b-hf --dominant 54 --contextual 10
 
 In the chat:
-  /image photo.jpg [more.png]   show pictures before the next question
-  /budget 64                    keep 64 tokens a picture from now on; also 54+10, 0.1 (a share), or all
-  /reset                        forget the conversation and its pictures
+  /image photo.jpg [more.png]   show images before the next question
+  /budget 64                    keep 64 tokens per image from now on; also 54+10, 0.1 (a share), or all
+  /reset                        forget the conversation and its images
   /help, /exit
 """
 
@@ -23,7 +23,7 @@ from visionzip.commands import _model
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _model.add_arguments(parser)
-    parser.add_argument("--image", action="append", default=[], help="a picture to begin with; can be given again")
+    parser.add_argument("--image", action="append", default=[], help="an image to begin with; can be given again")
     parser.add_argument("--max-new-tokens", type=_model.count, default=512, help="longest answer (default: 512)")
     parser.add_argument("--temperature", type=temperature, default=0.0, help="0 (default): always the likeliest token")
 

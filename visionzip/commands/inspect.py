@@ -1,6 +1,9 @@
 """say in plain words what a model, projector, checkpoint, cache or run is
 
-visionzip inspect runs/demo/projector
+  visionzip inspect runs/demo/projector
+  visionzip inspect somebody/tiny-llava-visionzip-16 --json
+
+No weights are loaded into a model, and no code that comes with one is run.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """download an export from a hub repository
 
-visionzip pull somebody/tiny-llava-visionzip-16 --out runs/theirs
+  visionzip pull somebody/tiny-llava-visionzip-16 --out runs/theirs
+
+Prints where it is and what it is. Uses the hub that HF_ENDPOINT names.
 """
 
 from __future__ import annotations

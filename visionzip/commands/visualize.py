@@ -1,10 +1,10 @@
-"""draw what is kept of pictures, tiles and frames, as PNGs and one HTML page
+"""draw what is kept of images, tiles and video frames, as PNGs and one HTML page
 
-  visionzip visualize data/tiny-llava pictures/ --out runs/look.html
+  visionzip visualize data/tiny-llava photos/ --out runs/look.html
   visionzip visualize llava-hf/llava-1.5-7b-hf photo.jpg --dominant 54 --contextual 10
   visionzip visualize runs/ft-64/projector clip.mp4 --frames 8
 
-For each picture: what the encoder saw, where its attention is, the kept patches with the rest whitened, and which patches were
+For each image: what the encoder saw, where its attention is, the kept patches with the rest whitened, and which patches were
 merged into which token.
 """
 
@@ -18,7 +18,7 @@ from visionzip.commands import _model
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _model.add_arguments(parser)
-    parser.add_argument("path", help="a picture, a folder of pictures, or a video")
+    parser.add_argument("path", help="an image, a folder of images, or a video")
     parser.add_argument(
         "--out", default="visionzip-report.html", help="the page; PNGs go into a folder of its name beside it"
     )
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--theme", choices=("light", "dark"), default="light", help="of the PNGs (the page follows the reader)"
     )
     parser.add_argument("--frames", type=_model.count, default=8, help="taken evenly from a video (default: 8)")
-    parser.add_argument("--limit", type=_model.count, help="at most so many pictures of a folder")
+    parser.add_argument("--limit", type=_model.count, help="at most this many images of a folder")
 
 
 def run(arguments: argparse.Namespace) -> None:
