@@ -1,11 +1,6 @@
-"""Fine-tune the projector of a compressed vision-language model.
+"""What launchers start: `deepspeed train.py --config configs/….yaml key=value …`; see train/commands/train.py."""
 
-deepspeed train.py --config configs/llava-1.5-7b/ft-64.yaml key=value ...      several GPUs (or CPU processes) of one machine
-python train.py --config configs/tiny-llava/demo.yaml                           one process
-torchrun --nproc_per_node 2 train.py --config ...                               the same under torchrun
-"""
-
-from train.cli import main
+from train.commands import start
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(start("train", program="train.py"))

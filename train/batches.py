@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
+from typing import Protocol
 
 from torch.utils.data import Sampler
 
+from data.batching import share
 from data.mixture import EpochSampler
+from data.sample import NO_SAMPLE_INDEX
 
 
 class ShareOfBatches(Sampler[list[int]]):
@@ -37,3 +41,47 @@ class ShareOfBatches(Sampler[list[int]]):
             if len(together) == self.world_size * self.batch:
                 yield together[self.rank :: self.world_size]
                 together = []
+
+
+class LengthOf(Protocol):
+    def __getitem__(self, index: int) -> int: ...
+
+
+class LikeLengths(Sampler[list[int]]):
+    """Every process makes the same plan from the same order and lengths, and takes its part; nothing is sent.
+
+    A step is still the next ``world × batch × accumulation`` samples of the global order, in as many micro-batches; these have
+    differing numbers of samples and about as many tokens each. Padding samples are in none; a micro-batch left empty by them
+    holds one. `packed`: they will have no padding, so only their tokens count, not their likeness.
+    """
+
+    def __init__(
+        self,
+        order: EpochSampler,
+        rank: int,
+        world_size: int,
+        batch: int,
+        accumulation: int,
+        lengths: LengthOf,
+        packed: bool = False,
+    ) -> None:
+        if len(order) % (world_size * batch * accumulation):
+            raise ValueError(
+                f"an epoch of {len(order)} places is no multiple of {world_size} processes x {batch} samples x {accumulation} accumulated"
+            )
+        self.order, self.rank, self.world_size = order, rank, world_size
+        self.batch, self.accumulation, self.lengths, self.packed = batch, accumulation, lengths, packed
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.order) // (self.world_size * self.batch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        places = iter(self.order)
+        while step := list(islice(places, self.world_size * self.batch * self.accumulation)):
+            real = [index for index in step if index != NO_SAMPLE_INDEX]
+            shares = share([self.lengths[index] for index in real], self.world_size, self.accumulation, self.packed)
+            for group in shares[self.rank]:
+                yield [real[place] for place in group] or [NO_SAMPLE_INDEX]

@@ -1,4 +1,4 @@
-"""Config → model, processor, data: everything a run consists of."""
+"""Config → model, processor: what a run and an evaluation start from."""
 
 from __future__ import annotations
 

@@ -66,6 +66,14 @@ def without_deepspeed_output() -> Iterator[None]:
         yield
 
 
+def join_gloo() -> tuple[int, int]:
+    """Join the processes that were started together, for what needs no GPU to be sent; returns (rank, processes)."""
+    world_size = prepare_environment()
+    if world_size > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")  # what is gathered are answers, which lie in memory
+    return (torch.distributed.get_rank() if torch.distributed.is_initialized() else 0), world_size
+
+
 def quiet(rank: int) -> None:
     """One voice: libraries speak from rank 0 and only when something is wrong."""
     import transformers

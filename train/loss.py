@@ -8,50 +8,44 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from train.distill import Teacher, divergence_
+from train.labels import supervised
+from train.layout import Layout, PaddedRows
 from visionzip.attach import unwrap
-
-IGNORE = -100
 
 CHUNK_BYTES = 64 << 20
 """Of float32 logits that are held at once. Larger ones only take memory: at 32,000 words this is 500 rows, enough for a matrix
 product to be at its best."""
+
+PADDED = PaddedRows()
 
 # What a text config calls an operation between head and loss; with one, logits are taken from the model itself.
 _AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 def summed_loss(
-    model: nn.Module, head: nn.Module, inputs: dict[str, Any], labels: Tensor, prefix: Any = None, masked: bool = True,
-    packed: Any = None, teacher: Teacher | None = None,
-) -> Tensor:  # fmt: skip
-    """Cross-entropy in float32, summed over the supervised tokens of this batch; 0 with a gradient of 0 where there are none.
+    model: nn.Module,
+    head: nn.Module,
+    inputs: dict[str, Any],
+    labels: Tensor,
+    layout: Layout = PADDED,
+    teacher: Teacher | None = None,
+) -> Tensor:
+    """The loss in float32, summed over the supervised tokens of this batch; 0 with a gradient of 0 where there are none.
 
     Args:
-        prefix: a `train.prefix.Prefix` that takes off what all rows begin with.
-        masked: hand the attention mask on. Rows padded on the right do without in a causal model: a real token sees none of the
-            padding, and of what the padding sees nothing is used.
-        packed: the LLM, if the samples are to be laid out in one row without padding (`train.packing`; no mask then either).
+        layout: how the collated samples are laid out for the forward.
         teacher: of the supervised tokens, row by row; the loss is then `weighted_loss_`.
     """
-    if packed is not None:
-        from train.packing import pack_batch, packed_attention
-
-        inputs, labels = pack_batch(inputs, labels, prefix)
-        with packed_attention(packed):
-            return _loss(model, head, inputs, labels, teacher)
-    if not masked:
-        inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
-    if prefix is not None:
-        inputs, labels = prefix.take_off(inputs, labels)
-    return _loss(model, head, inputs, labels, teacher)
+    with layout.lay_out(inputs, labels) as (laid_out, targets):
+        return loss_of_rows(model, head, laid_out, targets, teacher)
 
 
-def _loss(
+def loss_of_rows(
     model: nn.Module, head: nn.Module, inputs: dict[str, Any], labels: Tensor, teacher: Teacher | None = None
 ) -> Tensor:
+    """`summed_loss` of inputs that are laid out already."""
     keep = supervised(labels)
     targets = labels[:, 1:][keep[:, :-1]]
     if not fusible(model, head):
@@ -181,13 +175,3 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     if exact is not logits:
         logits.copy_(exact)
     return loss
-
-
-def supervised(labels: Tensor) -> Tensor:
-    """``(B, L)`` labels → mask of the places whose *next* token has a label. The last place predicts nothing."""
-    return functional.pad(labels[:, 1:] != IGNORE, (0, 1), value=False)
-
-
-def tokens_with_loss(labels: Tensor) -> int:
-    """How many tokens of ``(B, L)`` labels are predicted; the first of a row never is."""
-    return int(torch.count_nonzero(labels[:, 1:] != IGNORE))

@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from train import random_state, report
 from train.config import RunConfig
-from train.evaluate import Scores
+from train.scores import Scores
 from visionzip.export import FORMATS, Trained
 from visionzip.export.files import staged
 from visionzip.fingerprint import gathered

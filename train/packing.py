@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from train.loss import IGNORE
+from train.labels import IGNORE
 from train.prefix import checkpoints
 from visionzip.attach import unwrap
 from visionzip.families import family_for

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.loss import IGNORE
+from train.labels import IGNORE
 from visionzip.attach import unwrap
 from visionzip.families import family_for
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from train.config import RunConfig
-from train.evaluate import LABELS, Scores, one_a_picture, picture_inputs, questions_of, table, won_back
+from train.held_out import one_a_picture, picture_inputs, questions_of
+from train.scores import LABELS, Scores, table, won_back
 from visionzip import attached
 
 # Okabe and Ito's palette: told apart by people who see red and green alike.

@@ -16,13 +16,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from train.cli import run_guarded
 from train.config import RunConfig
 from train.ending import Exit, leave
+from train.guard import run_guarded
 
 PRELOADED = (
     "torch", "transformers.models.auto.modeling_auto", "transformers.models.auto.processing_auto", "accelerate", "data.cache",
-    "train.program", "train.build", "train.teacher",
+    "train.run", "train.teacher_answers",
 )  # fmt: skip
 
 

@@ -24,7 +24,9 @@ from train import checkpoint, random_state
 from train.cached import short_prompts
 from train.distill import Teacher
 from train.ending import Exit, RunEnded, StopRequest, Watchdog
-from train.loss import summed_loss, supervised
+from train.labels import supervised
+from train.layout import Layout
+from train.loss import PADDED, summed_loss
 from train.resume import Resume
 from train.state import MasterState, shape_of
 from train.trainable import check
@@ -64,7 +66,7 @@ class ProjectorTrainer(Trainer):
     Args:
         batches: the sampler of this process: yields lists of indices, has `set_epoch`, and gives every process the same
             number of batches. None for a data set that is a stream.
-        prefix, masked, packed: as in `train.loss.summed_loss`.
+        layout: how the samples of a micro-batch are laid out for the model.
         distill: `temperature` and `weight` of a `train.distill.Teacher`, for data that brings its answers.
         hooks.identity: what a checkpoint must agree with to be resumed (base model, ZipConfig, data …).
     """
@@ -82,15 +84,13 @@ class ProjectorTrainer(Trainer):
         hooks: Hooks,
         resume: Resume | None = None,
         data_timeout: float = 0.0,
-        prefix: Any = None,
-        masked: bool = True,
-        packed: Any = None,
+        layout: Layout = PADDED,
         distill: dict[str, float] | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
         self.trains = [name for name, p in model.named_parameters() if p.requires_grad]
         self.batches, self.stop, self.watchdog, self.hooks, self.resume = batches, stop, watchdog, hooks, resume
-        self.data_timeout, self.fast = data_timeout, {"prefix": prefix, "masked": masked, "packed": packed}
+        self.data_timeout, self.layout = data_timeout, layout
         self.distill = distill or {}
         self.family, self.totals = family_for(unwrap(model)), Totals()
         self.stopping = False
@@ -183,7 +183,7 @@ class ProjectorTrainer(Trainer):
         DDP and DeepSpeed average gradients over processes, hence the factor; the sum over processes then is the mean.
         """
         inputs, labels = short_prompts(self.plain, inputs, inputs.pop("labels"))
-        loss = summed_loss(model, self.head, inputs, labels, teacher=self.teacher(inputs), **self.fast)
+        loss = summed_loss(model, self.head, inputs, labels, self.layout, self.teacher(inputs))
         if not torch.isfinite(loss):
             raise RunEnded(
                 Exit.NOT_FINITE,
@@ -378,7 +378,7 @@ class ProjectorTrainer(Trainer):
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """What was trained is exported by the program (train/cli.py); frozen weights are never written."""
+        """What was trained is exported by `train.run`; frozen weights are never written."""
 
 
 def offloaded_adam(args: Any) -> tuple[Any, dict[str, Any]] | None:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from data.questions import Question
+from data.questions import Question, QuestionCollator
 from train import random_state
 from train.config import EvalSection
-from train.evaluate import ALL, LABELS, Scores, normalise, one_a_picture, picture_inputs
+from train.held_out import generate, one_a_picture, picture_inputs
+from train.scores import ALL, LABELS, Scores, normalise
 from visionzip import attached
 
 logger = logging.getLogger(__name__)
@@ -109,8 +110,6 @@ class Look(TrainerCallback):
 
     def answer(self, model: Any, question: Question) -> tuple[str, Any]:
         """What the model says now, and a drawing of what is kept of the (last) picture; None where there are no pixels."""
-        from data.questions import QuestionCollator
-        from train.evaluate import generate
         from visionzip.analysis import draw
         from visionzip.analysis.trace import trace_inputs
         from visionzip.analysis.visualize import note, views

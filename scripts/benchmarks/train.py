@@ -23,7 +23,9 @@ from scripts.benchmarks.encoder import LAYER, all_maps
 from scripts.benchmarks.flops import Work, step_flops
 from scripts.benchmarks.presets import IGNORE, PRESETS, SYSTEM_TOKENS, Conversation, Preset, build, conversations
 from train.compiled import compile_parts, uncompile_parts
-from train.loss import summed_loss, tokens_with_loss
+from train.labels import count_supervised
+from train.layout import Layout, PackedRow, PaddedRows
+from train.loss import summed_loss
 from train.prefix import Prefix, common_beginning
 from visionzip.compress import compress
 from visionzip.encoders import encoder_for
@@ -146,7 +148,7 @@ class Bench:
         if way.compiled:
             compile_parts(llm)
         batches = [self.collate(rows) for rows in self.micro_batches(way)]
-        supervised = sum(tokens_with_loss(labels) for _, labels in batches)
+        supervised = sum(count_supervised(labels) for _, labels in batches)
         total = torch.zeros((), device=self.device)
         for inputs, labels in batches:
             loss = self.loss(way, inputs, labels) / supervised
@@ -161,12 +163,12 @@ class Bench:
         if way.full_logits:
             if not way.mask:
                 inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
-            return self.model(**inputs, use_cache=False, labels=labels).loss * tokens_with_loss(labels)
+            return self.model(**inputs, use_cache=False, labels=labels).loss * count_supervised(labels)
         prefix = self.prefix if way.prefix else None
-        packed = self.model.model.language_model if way.packed else None
-        return summed_loss(
-            self.model, self.model.lm_head, inputs, labels, prefix=prefix, masked=way.mask, packed=packed
-        )
+        layout: Layout = PaddedRows(prefix, way.mask)
+        if way.packed:
+            layout = PackedRow(self.model.model.language_model, prefix)
+        return summed_loss(self.model, self.model.lm_head, inputs, labels, layout)
 
     def work(self, way: Way) -> Work:
         """Counted, not measured: what one step takes."""
@@ -180,7 +182,7 @@ class Bench:
             real=real,
             tokens=real - spared,
             padded=filled - spared,
-            supervised=sum(tokens_with_loss(row.labels[None]) for rows in batches for row in rows),
+            supervised=sum(count_supervised(row.labels[None]) for rows in batches for row in rows),
             squares=sum(length**2 for rows in lengths for length in rows),
             pictures=0 if way.encoder == "cache" else samples * self.preset.tiles,
         )

@@ -11,7 +11,9 @@ import train.loss
 from data.collate import Collator
 from tests.tiny import tiny_llava, tiny_processor
 from tests.train.test_loss import batch, beginning
-from train.loss import HeadCrossEntropy, summed_loss, tokens_with_loss
+from train.labels import count_supervised
+from train.layout import PackedRow
+from train.loss import HeadCrossEntropy, summed_loss
 from visionzip import attach, attached
 from visionzip.encoders.base import CHUNK, attention_received
 
@@ -39,7 +41,7 @@ def test_tokens_through_the_llm_are_the_real_ones_behind_the_prefix(zipped):
     prefix = beginning(zipped)
     prefix.starts(inputs, labels)  # computed once for a whole run
     seen = [rows_seen(layer.mlp.down_proj) for layer in zipped.model.language_model.layers]
-    summed_loss(zipped, zipped.lm_head, inputs, labels, prefix=prefix, packed=zipped.model.language_model).backward()
+    summed_loss(zipped, zipped.lm_head, inputs, labels, PackedRow(zipped.model.language_model, prefix)).backward()
     expected = int(inputs["attention_mask"].sum()) - len(labels) * len(prefix.beginning)
     assert seen == [[expected]] * LAYERS
 
@@ -54,7 +56,7 @@ def test_logits_are_computed_where_there_is_a_label_and_once(zipped, monkeypatch
     monkeypatch.setattr(train.loss, "CHUNK_BYTES", 4 * 20 * 4)
     head = rows_seen(zipped.lm_head)
     summed_loss(zipped, zipped.lm_head, inputs, labels).backward()
-    assert sum(counted) == tokens_with_loss(labels)
+    assert sum(counted) == count_supervised(labels)
     assert max(counted) <= 4  # the chunk: never all of them at once
     assert head == [0]
 
@@ -86,7 +88,9 @@ def test_with_the_cache_the_encoder_and_the_files_are_left_alone(zipped, monkeyp
     read_from_cache(zipped)
     ran = rows_seen(zipped.model.vision_tower.embeddings)
     del inputs["pixel_values"]
-    loss = summed_loss(zipped, zipped.lm_head, {**inputs, VISUAL: tokens}, labels, packed=zipped.model.language_model)
+    loss = summed_loss(
+        zipped, zipped.lm_head, {**inputs, VISUAL: tokens}, labels, PackedRow(zipped.model.language_model)
+    )
     loss.backward()
     assert ran == []
     assert torch.allclose(loss, plain, rtol=1e-6)
@@ -125,9 +129,9 @@ def test_bytes_kept_for_the_backward_pass(zipped):
     inputs, labels = batch(rows=6)
     llm, text = zipped.model.language_model, zipped.config.text_config
 
-    def kept(**options) -> int:
+    def kept(*layout) -> int:
         with Saved(zipped) as saved:
-            summed_loss(zipped, zipped.lm_head, dict(inputs), labels, **options)
+            summed_loss(zipped, zipped.lm_head, dict(inputs), labels, *layout)
         return saved.bytes
 
     tokens = int(inputs["attention_mask"].sum())
@@ -135,13 +139,13 @@ def test_bytes_kept_for_the_backward_pass(zipped):
     # layers and in the projector three more tensors as wide as the model.
     wide = 2 * text.hidden_size + 2 * text.hidden_size + 2 * (HEADS // 2) * 12 + 3 * text.intermediate_size
     allowed = 4 * tokens * (LAYERS * (wide + 16) + 3 * text.hidden_size)
-    frozen = kept(packed=llm)
+    frozen = kept(PackedRow(llm))
     assert frozen <= allowed
     assert frozen < kept()  # padding
-    assert kept(packed=llm, prefix=beginning(zipped)) < frozen
+    assert kept(PackedRow(llm, beginning(zipped))) < frozen
     llm.requires_grad_(True)
-    assert kept(packed=llm) > 1.3 * frozen
-    assert kept(packed=llm) > allowed
+    assert kept(PackedRow(llm)) > 1.3 * frozen
+    assert kept(PackedRow(llm)) > allowed
 
 
 def test_nothing_of_the_vocabularys_size_is_kept():

@@ -12,8 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from train.cli import run, run_guarded
 from train.config import load_config
+from train.guard import run_guarded
+from train.run import run
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch.distributed import DistBackendError
 
-from train import cli
+from train import guard
 from train.ending import Exit
 
 NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3690, "
@@ -26,8 +26,8 @@ def said(error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     def fail() -> int:
         raise error
 
-    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
-    assert cli.run_guarded(fail) == Exit.ERROR
+    monkeypatch.setattr(guard.time, "sleep", lambda seconds: None)
+    assert guard.run_guarded(fail) == Exit.ERROR
     return capsys.readouterr().err
 
 

@@ -13,7 +13,7 @@ from tests.families.case import Case, cases
 from tests.train.test_loss import batch, beginning, check, model  # noqa: F401
 from train.arguments import TrainerSection, check_compile, training_arguments
 from train.compiled import compile_parts, parts, uncompile_parts
-from train.program import in_force
+from train.layout import PackedRow, PaddedRows
 from visionzip import attach, attached
 
 
@@ -33,9 +33,9 @@ def test_equal_for_every_length_and_compiled_once(model, fresh_compiler):  # noq
     for rows in (3, 2, 4):
         inputs, labels = batch(rows, seed=rows)
         check(
-            model, inputs, labels, packed=llm
+            model, inputs, labels, layout=PackedRow(llm)
         )  # its plain forward is compiled too: see the next test for one that is not
-        check(model, inputs, labels, packed=llm, prefix=prefix)
+        check(model, inputs, labels, layout=PackedRow(llm, prefix))
         seen.append(counters["stats"]["unique_graphs"])
     assert seen[0] == seen[-1], "compiled anew for another length"
     assert (
@@ -49,7 +49,7 @@ def test_loss_and_gradient_are_those_of_the_model_as_it_was(model, fresh_compile
 
     def found() -> tuple[float, torch.Tensor]:
         inputs, labels = batch()
-        loss = summed_loss(model, model.lm_head, inputs, labels, packed=model.model.language_model)
+        loss = summed_loss(model, model.lm_head, inputs, labels, PackedRow(model.model.language_model))
         gradients = torch.autograd.grad(loss, list(model.model.multi_modal_projector.parameters()))
         return loss.item(), torch.cat([gradient.flatten() for gradient in gradients])
 
@@ -90,20 +90,10 @@ def test_not_under_zero3_and_not_by_an_unknown_backend() -> None:
     check_compile(TrainerSection(), {"zero_optimization": {"stage": 3}})
 
 
-@pytest.mark.parametrize(
-    ("fast", "compiled", "said"),
-    [
-        ({"packed": None, "prefix": None}, False, ["padded batches"]),
-        (
-            {"packed": 1, "prefix": SimpleNamespace(beginning=[0] * 36)},
-            True,
-            [
-                "samples packed into rows without padding",
-                "the first 36 tokens computed once",
-                "norms and MLPs compiled",
-            ],
-        ),
-    ],
-)
-def test_what_is_in_force_is_said(fast: dict[str, Any], compiled: bool, said: list[str]) -> None:
-    assert in_force(fast, compiled) == said
+def test_what_is_in_force_is_said() -> None:
+    prefix: Any = SimpleNamespace(beginning=[0] * 36)
+    assert PaddedRows().describe() == ["padded batches"]
+    assert PackedRow(torch.nn.Identity(), prefix).describe() == [
+        "samples packed into rows without padding",
+        "the first 36 tokens computed once",
+    ]

@@ -11,11 +11,11 @@ import torch
 from torch.nn import functional
 
 from tests.train.workspace import Ranks, config_of, losses, write_config
+from train.commands import start
 from train.config import load_config
 from train.distill import Teacher, divergence_, most_likely
 from train.ending import Exit
 from train.loss import HeadCrossEntropy, RowsCrossEntropy
-from train.teacher import main as ask_teacher
 
 
 def slowly(student: torch.Tensor, teacher: torch.Tensor, top_k: int, heat: float) -> torch.Tensor:
@@ -83,7 +83,7 @@ def answers(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The workspace's model asked about its training file."""
     folder = tmp_path_factory.mktemp("teacher")
     config = config_of(workspace, folder / "run", train={"distill": {"cache": str(folder / "answers"), "top_k": 6}})
-    assert ask_teacher(["--config", str(write_config(config))]) == 0
+    assert start("teacher", ["--config", str(write_config(config))]) == 0
     return folder / "answers"
 
 
@@ -97,7 +97,8 @@ def test_answers_are_those_of_the_untouched_model(workspace: Path, tmp_path: Pat
     from data.cache.store import Store
     from data.dataset import build_dataset
     from train.build import build_model
-    from train.teacher import key_of_sample, predicted, uncompressed
+    from train.labels import predicted_tokens
+    from train.teacher_answers import key_of_sample, uncompressed
     from visionzip import detach
 
     config = load_config(write_config(learning(workspace, tmp_path / "run", answers)))
@@ -115,7 +116,7 @@ def test_answers_are_those_of_the_untouched_model(workspace: Path, tmp_path: Pat
             logits = model(input_ids=item["input_ids"][None], **pixels).logits[0, :-1]
         logits = logits[item["labels"][1:] != -100]
         _, kept = store.get(key_of_sample(dataset.sample(index)))
-        assert torch.equal(kept["answers"], predicted(item["labels"]).int())
+        assert torch.equal(kept["answers"], predicted_tokens(item["labels"]).int())
         log_probs = logits.log_softmax(1)
         torch.testing.assert_close(
             kept["teacher_log_probs"], log_probs.gather(1, kept["teacher_words"].long()), rtol=1e-4, atol=1e-4
@@ -158,7 +159,7 @@ def test_a_changed_picture_or_answer_is_not_learned_from(workspace: Path, tmp_pa
     from transformers import AutoProcessor
 
     from data.dataset import build_dataset
-    from train.teacher import WithAnswers
+    from train.teacher_answers import WithAnswers
 
     copy = tmp_path / "copy"
     shutil.copytree(workspace / "images", copy / "images")
@@ -166,7 +167,7 @@ def test_a_changed_picture_or_answer_is_not_learned_from(workspace: Path, tmp_pa
     rows = json.loads((workspace / "train.json").read_text())
     (copy / "train.json").write_text(json.dumps(rows))
     config = config_of(copy, tmp_path / "run", train={"distill": {"cache": str(tmp_path / "answers"), "top_k": 3}})
-    assert ask_teacher(["--config", str(write_config(config))]) == 0
+    assert start("teacher", ["--config", str(write_config(config))]) == 0
     (copy / "images" / "1.png").write_bytes((copy / "images" / "2.png").read_bytes())
     rows[2]["conversations"][1]["value"] = "no"
     (copy / "train.json").write_text(json.dumps(rows))

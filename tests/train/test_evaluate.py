@@ -13,10 +13,12 @@ import torch
 from PIL import Image
 
 from tests.train.workspace import ROOT, Ranks, config_of, environment, write_config
-from train import evaluate, report
+from train import held_out as held_out_module
+from train import report
 from train.build import build_model
 from train.config import EvalSection, parse_config
-from train.evaluate import Numbered, Scores, gather, generate, normalise, score, table, tokens_a_picture, won_back
+from train.held_out import Numbered, gather, generate, score, tokens_a_picture
+from train.scores import Scores, normalise, table, won_back
 from visionzip import Attachment
 
 
@@ -99,7 +101,7 @@ def test_what_is_given_to_generate_lies_where_the_model_is(monkeypatch: pytest.M
             return ["yes"] * len(ids)
 
     model = Model()
-    monkeypatch.setattr(evaluate, "attached", lambda found: found)
+    monkeypatch.setattr(held_out_module, "attached", lambda found: found)
     pictures = [torch.ones(2, 3), {"tokens": torch.ones(2, 3), "places": torch.ones(2, 2, dtype=torch.long)}]
     inputs = {"input_ids": torch.ones(1, 2, dtype=torch.long), "visual_tokens": pictures}
     sources = EvalSection.model_validate({"sources": [{"path": "held out"}]})
@@ -124,7 +126,7 @@ def test_tokens_of_a_picture_are_counted_on_the_gpu(
         return [(16, 8)]
 
     monkeypatch.setattr(Attachment, "token_counts", counted)
-    monkeypatch.setattr(evaluate, "own_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(held_out_module, "own_device", lambda: torch.device("meta"))
     assert tokens_a_picture(model, processor, config) == (8, 16)
     assert set(seen) == {"meta"}
 

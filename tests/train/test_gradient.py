@@ -15,20 +15,18 @@ from train.arguments import training_arguments
 from train.build import build_model
 from train.config import parse_config
 from train.ending import StopRequest, Watchdog
-from train.program import Program
+from train.run import Hooks, build, build_trainer
+from train.setup import Run, build_data
 from train.trainable import choose
 
 
-def program(workspace: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[Program, Any]:
+def program(workspace: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[Run, Any]:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     config = parse_config(config_of(workspace, output, trainer__deepspeed="off", trainer__max_grad_norm=0.0, **changes))
     args = training_arguments(config.trainer, output_dir=str(output), seed=0, dtype="float32", world_size=1)
-    model, processor = build_model(config)
-    trains = choose(model, config.train)
-    made = Program(config, args, model, processor, trains, StopRequest(), Watchdog(60, 0))
-    dataset = made.dataset()
-    return made, made.trainer(dataset)
+    made = build(config, args, StopRequest(), Watchdog(60, 0))
+    return made, build_trainer(made, build_data(made), 0, Hooks(), None, None)
 
 
 def plain_gradient(workspace: Path, output: Path, indices: list[int]) -> tuple[float, dict[str, torch.Tensor]]:

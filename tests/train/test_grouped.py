@@ -7,8 +7,7 @@ import random
 import pytest
 
 from data.mixture import EpochSampler
-from train.batches import ShareOfBatches
-from train.grouped import LikeLengths
+from train.batches import LikeLengths, ShareOfBatches
 
 SAMPLES, BATCH = 203, 4
 LENGTHS = [60 + int(random.Random(number).lognormvariate(4, 1)) for number in range(SAMPLES)]

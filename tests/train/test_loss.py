@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from tests.tiny import tiny_llava
+from train.layout import PaddedRows
 from train.loss import HeadCrossEntropy, RowsCrossEntropy, fusible, summed_loss
 from train.prefix import Prefix, common_beginning
 from visionzip import attach, attached
@@ -70,7 +71,7 @@ def check(model, inputs, labels, **options):
 @pytest.mark.parametrize("shared", [True, False])
 def test_equal_to_full_logits(model, masked, shared):
     prefix = beginning(model) if shared else None
-    check(model, *batch(), prefix=prefix, masked=masked)
+    check(model, *batch(), layout=PaddedRows(prefix, masked))
     assert prefix is None or prefix.layers[0][0].shape[2] == 12
 
 
@@ -134,12 +135,12 @@ def test_what_is_shared_ends_before_the_picture_before_the_labels_and_where_rows
 
 def test_rows_that_start_otherwise_go_without(model):
     prefix = beginning(model)
-    check(model, *batch(), prefix=prefix)
+    check(model, *batch(), layout=PaddedRows(prefix))
     inputs, labels = batch(seed=4)
     inputs["input_ids"][1, 0] = 19
     assert prefix.take_off(inputs, labels)[0] is inputs
-    check(model, inputs, labels, prefix=prefix)
-    check(model, *batch(seed=5), prefix=prefix)
+    check(model, inputs, labels, layout=PaddedRows(prefix))
+    check(model, *batch(seed=5), layout=PaddedRows(prefix))
 
 
 def test_the_prefix_is_off_where_the_llm_trains_or_checkpoints(model):

@@ -12,6 +12,7 @@ import torch
 
 from tests.tiny import tiny_llava
 from tests.train.test_loss import IMAGE, batch, beginning, check, model  # noqa: F401
+from train.layout import PackedRow
 from train.packing import Packed, flash, one_by_one, pack, packed_attention, possible, variable_length
 
 
@@ -30,7 +31,7 @@ def test_equal_to_padded_rows(model, shared, picture):  # noqa: F811
         }
         labels = torch.cat([pad(labels, -100), pad(first_labels, -100)])
     prefix = beginning(model) if shared else None
-    check(model, inputs, labels, packed=model.model.language_model, prefix=prefix)
+    check(model, inputs, labels, layout=PackedRow(model.model.language_model, prefix))
     assert model.model.language_model.config._attn_implementation == "sdpa"
 
 
@@ -38,8 +39,8 @@ def test_no_token_of_padding_goes_through_the_llm(model):  # noqa: F811
     inputs, labels = batch()
     seen = []
     model.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
-    check(model, inputs, labels, packed=model.model.language_model)
-    check(model, inputs, labels, packed=model.model.language_model, prefix=beginning(model))
+    check(model, inputs, labels, layout=PackedRow(model.model.language_model))
+    check(model, inputs, labels, layout=PackedRow(model.model.language_model, beginning(model)))
     rows, longest = inputs["input_ids"].shape
     real = int(inputs["attention_mask"].sum())
     assert [shape[:2] for shape in seen] == [

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.train.workspace import ROOT, config_of
+from train.commands import start
 from train.config import load_config, parse_config
-from train.plan import GIB, activation_bytes, main, memory, model_without_weights, plans, sizes_of
+from train.memory import GIB, activation_bytes, memory, model_without_weights, plans, sizes_of
 from train.trainable import choose, count
 
 SEVEN = ROOT / "configs" / "llava-1.5-7b"
@@ -88,13 +89,13 @@ def test_what_it_advises_is_a_config_that_is_accepted() -> None:
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["--config", str(SEVEN / "ft-64.yaml"), "--gpus", "8", "--gpu-memory", "24"]) == 0
+    assert start("plan", ["--config", str(SEVEN / "ft-64.yaml"), "--gpus", "8", "--gpu-memory", "24"]) == 0
     said = capsys.readouterr().out
     assert "252 MB" in said
     assert "the least change that does: trainer.per_device_train_batch_size=4" in said
-    assert main(["--config", str(SEVEN / "ft-64.yaml"), "--gpu-memory", "80"]) == 0
+    assert start("plan", ["--config", str(SEVEN / "ft-64.yaml"), "--gpu-memory", "80"]) == 0
     assert "It fits as it is." in capsys.readouterr().out
-    assert main(["--config", str(SEVEN / "ft-64.yaml"), "--gpu-memory", "1"]) == 0
+    assert start("plan", ["--config", str(SEVEN / "ft-64.yaml"), "--gpu-memory", "1"]) == 0
     assert "Nothing here fits" in capsys.readouterr().out
-    assert main(["--config", str(ROOT / "configs/tiny-llava/demo.yaml"), f"model.path={tmp_path}/none"]) == 2
+    assert start("plan", ["--config", str(ROOT / "configs/tiny-llava/demo.yaml"), f"model.path={tmp_path}/none"]) == 2
     assert "model.path" in capsys.readouterr().err

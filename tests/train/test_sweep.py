@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from tests.train.workspace import ROOT, Ranks, config_of, environment, write_config
+from train.commands import start
 from train.config import ConfigError
-from train.sweep import axes_of, budget_of, main, make_cells
+from train.sweep_cells import axes_of, budget_of, make_cells
 from train.sweep_results import Group, agreement, difference, table
 from train.tasks import only
 from visionzip import ZipConfig
@@ -113,7 +114,7 @@ def test_cells_are_runs_of_the_program_and_a_second_start_runs_what_is_missing(
     ranks.run(alone, world=1)
     assert tuned(tmp_path / "alone") == tuned(folder)
 
-    assert main([*command[3:], "--jobs", "2"]) == 0  # nothing is left to do
+    assert start("sweep", [*command[3:], "--jobs", "2"]) == 0  # nothing is left to do
     assert "2 cells, 2 finished before" in capsys.readouterr().err
 
 

@@ -26,7 +26,7 @@ IMPORTS = (
     "transformers.models.auto.image_processing_auto", "transformers.models.llava.modeling_llava",
     "transformers.models.llava.processing_llava", "transformers.models.clip.modeling_clip",
     "transformers.models.clip.image_processing_pil_clip", "transformers.models.llama.modeling_llama",
-    "data.dataset", "train.program", "train.trainer",
+    "data.dataset", "train.run", "train.trainer",
 )  # fmt: skip
 GRACE = 8.0  # seconds the others get after one rank failed
 
@@ -70,8 +70,9 @@ def rank(request: dict[str, Any], number: int, port: int) -> None:
 
         trainer.summed_loss = bad
     from train import callbacks
-    from train.cli import run, run_guarded
     from train.config import load_config
+    from train.guard import run_guarded
+    from train.run import run
 
     callbacks.FINISH_TIMEOUT = request.get("wandb_finish", callbacks.FINISH_TIMEOUT)
     code = 1

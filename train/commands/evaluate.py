@@ -1,0 +1,42 @@
+"""ask full tokens, training-free compression and a fine-tuned projector the held-out questions, outside of a run
+
+  python -m train.evaluate --config configs/tiny-llava/demo.yaml model.projector=runs/demo/projector
+  torchrun --nproc_per_node 8 -m train.evaluate --config ... model.projector=...                    a share of them for each GPU
+
+One table by question type. Without `model.projector` the first two are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from train.commands import _config
+from train.guard import run_guarded
+from train.scores import table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    _config.add_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    return run_guarded(lambda: evaluate(arguments))
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    config = _config.read(arguments)
+    import torch
+
+    from train.compare import compare_models
+    from train.launch import join_gloo, quiet
+
+    rank, world_size = join_gloo()
+    quiet(rank)
+    results, tokens = compare_models(config, rank, world_size)
+    if rank == 0:
+        print(table(results, *tokens))
+        print(json.dumps({name: round(scores.accuracy, 4) for name, scores in results.items()}))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return 0

@@ -1,0 +1,41 @@
+"""say whether a run fits into the memory of a GPU, under every ZeRO stage, before anything is rented
+
+  python -m train.plan --config configs/llava-1.5-7b/ft-64.yaml --gpus 8 --gpu-memory 24
+
+Sizes come from the model's config alone; no weights are read. Where the model is not on this machine, a `model.json` (its
+`config.json`) beside the run's config is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from train.commands import _config
+from train.guard import run_guarded
+from train.memory import TEXT, model_without_weights, plans, sizes_of, table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    _config.add_arguments(parser)
+    parser.add_argument("--gpus", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--gpu-memory", type=float, default=24.0, help="GiB of one GPU (default: %(default)s)")
+    parser.add_argument("--length", type=int, help=f"tokens of a sample on average (default: a picture's + {TEXT})")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    return run_guarded(lambda: plan(arguments))
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    config = _config.read(arguments)
+    sizes = sizes_of(model_without_weights(config, Path(arguments.config).parent), config)
+    length = arguments.length or sizes.visual + TEXT
+    print(
+        f"{sizes.total / 1e9:.2f} billion parameters, {sizes.trained / 1e6:.1f} million train; {arguments.gpus} GPUs; "
+        f"{length} tokens a sample, {sizes.visual} of them visual\n"
+        f"a checkpoint: {3 * 4 * sizes.trained / 1e6:.0f} MB (three float32 tensors a trained parameter; all weights in bf16 alone: "
+        f"{2 * sizes.total / 1e9:.1f} GB)\n"
+    )
+    print(table(plans(config), sizes, arguments.gpus, arguments.gpu_memory, length, "llm" in config.train.parts))
+    return 0

@@ -1,0 +1,43 @@
+"""run a config over selectors, budgets, seeds and any other key: what each keeps, and what fine-tuning adds
+
+  python -m train.sweep --config configs/tiny-llava/sweep.yaml --out runs/sweep selector=visionzip,divprune budget=8,16 seed=0,1,2
+
+`selector`, `budget` and `seed` are axes; so is any key of the config with several values (`trainer.learning_rate=1e-3,3e-3`,
+`train.distill.weight=0.5,1.0`); other `key=value` are put over the file, as for `train.py`. A budget is a number of tokens, split
+as the config's own budget of that total, else as in the paper (16 is 13+3), or both numbers (`budget=13+3`).
+
+Visual tokens are computed once a selector and budget, training pictures and held-out ones, and read by all cells. Full tokens are
+measured once, training-free ones once a selector and budget. The same command again runs what is missing: finished cells are
+kept, and a changed config, model or data file makes new ones. In OUT: `sweep.md`, `sweep.json`, `sweep.png`, `cells/`, `tokens/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from train.commands import _config
+from train.guard import run_guarded
+from train.sweep_cells import make_cells
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    _config.add_arguments(parser)
+    parser.add_argument("--out", required=True, type=Path, help="folder of the sweep")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at once, a process each (default: %(default)s)")
+    parser.add_argument("--pixels", action="store_true", help="compute visual tokens in every run, in place of once")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    return run_guarded(lambda: sweep(arguments))
+
+
+def sweep(arguments: argparse.Namespace) -> int:
+    cells = make_cells(arguments.config, arguments.out, arguments.overrides, cached=not arguments.pixels)
+    from train import sweep_runner
+
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "command.txt").write_text(f"{shlex.join(sys.argv)}\n")
+    return sweep_runner.sweep(arguments.out, cells, arguments.jobs)

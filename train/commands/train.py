@@ -1,0 +1,38 @@
+"""fine-tune the projector of a compressed vision-language model
+
+deepspeed train.py --config configs/llava-1.5-7b/ft-64.yaml trainer.learning_rate=1e-5     several GPUs (or CPU processes)
+python train.py --config configs/tiny-llava/demo.yaml                                       one process
+torchrun --nproc_per_node 2 train.py --config ...                                           the same under torchrun
+python train.py --config configs/llava-1.5-7b/ft-64.yaml --print-config                     the resolved config, and stop
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from train.commands import _config
+from train.config import describe, to_yaml
+from train.ending import leave
+from train.guard import run_guarded
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    _config.add_arguments(parser)
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher hands it over
+    parser.epilog = f"Keys of the config, their types and defaults:\n{describe()}"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Ends the process after a run, whose threads and process group would keep it."""
+    if arguments.print_config:
+        return run_guarded(lambda: print(to_yaml(_config.read(arguments)), end="") or 0)
+    leave(run_guarded(lambda: train(arguments)))
+    return 0
+
+
+def train(arguments: argparse.Namespace) -> int:
+    config = _config.read(arguments)
+    from train.run import run  # DeepSpeed and the rest take seconds: a mistake in the config is said before
+
+    return run(config)

@@ -1,0 +1,36 @@
+"""Full tokens, training-free compression and a fine-tuned model on the same held-out questions, outside of a run."""
+
+from __future__ import annotations
+
+from data.processes import own_device
+from train.build import build_model
+from train.config import RunConfig
+from train.held_out import score, tokens_a_picture
+from train.scores import Scores
+from visionzip import detach
+from visionzip.export import load_into
+from visionzip.projector import projector_state
+
+
+def compare_models(config: RunConfig, rank: int = 0, world_size: int = 1) -> tuple[dict[str, Scores], tuple[int, int]]:
+    """Scores by model, and the visual tokens of an image (compressed, full). Collective.
+
+    The fine-tuned model is the one that `model.projector` names; without it the other two are compared.
+
+    Raises:
+        ConfigError: no model, no projector, or no held-out questions there.
+    """
+    start = config.model.projector
+    base = config.model_copy(update={"model": config.model.model_copy(update={"projector": None})})
+    model, processor = build_model(base)
+    model.to(own_device())
+    tokens = tokens_a_picture(model, processor, config)
+    results = {"training_free": score(model, processor, config, rank=rank, world_size=world_size)}
+    before = projector_state(model)
+    if start is not None:
+        load_into(model, start, force=config.model.force_projector)
+        results["fine_tuned"] = score(model, processor, config, rank=rank, world_size=world_size)
+        model.load_state_dict(before, strict=False)
+    detach(model)
+    results["full"] = score(model, processor, config, rank=rank, world_size=world_size)
+    return results, tokens

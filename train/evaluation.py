@@ -1,0 +1,102 @@
+"""The three evaluations of a run: full tokens and training-free before it trains, fine-tuned afterwards."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from train.cached import check_cache
+from train.config import ConfigError
+from train.digest import digest
+from train.held_out import score, tokens_a_picture
+from train.scores import Scores
+from train.setup import Run
+from visionzip import attach, detach
+
+
+def count_tokens(run: Run) -> tuple[int, int]:
+    """Visual tokens of a held-out image: (compressed, full); 0 where nothing is evaluated. Looks whether it can be asked at all.
+
+    Raises:
+        ConfigError: no held-out questions there, or a cache made with something else.
+    """
+    section = run.config.eval
+    if section is None:
+        return 0, 0
+    try:
+        if section.cache is not None:
+            check_cache(run.config, run.model, run.processor, section.cache)
+        return tokens_a_picture(run.model, run.processor, run.config)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"eval: {error}") from error
+
+
+def evaluate_base(run: Run, base: dict[str, str]) -> dict[str, Scores]:
+    """Full tokens and training-free, with the base model whole in memory; once for a run and all its resumes.
+
+    Args:
+        base: the base model's fingerprint. Scores of another one are not taken up.
+    """
+    config = run.config
+    if config.eval is None:
+        return {}
+    known = run.folder / "base_scores.json"
+    key = digest(
+        [config.eval.model_dump(), config.data.template, config.model.model_dump(), config.zip.model_dump(), base]
+    )
+    stored: list[Any] = [read_scores(known, key) if run.rank == 0 else None]
+    if run.world_size > 1:
+        dist.broadcast_object_list(stored, src=0)
+    if stored[0] is not None:
+        return stored[0]
+    scores = {}
+    if "training_free" in config.eval.compare:
+        scores["training_free"] = evaluate(run, "training-free")
+    if "full" in config.eval.compare:
+        detach(run.model)
+        scores["full"] = evaluate(run, "full tokens")
+        attach(run.model, run.processor, config.zip)
+    if run.rank == 0:
+        known.write_text(json.dumps({"key": key, "scores": {name: asdict(found) for name, found in scores.items()}}))
+    return scores
+
+
+def evaluate(run: Run, what: str) -> Scores:
+    """The model as it is now on all held-out questions, with a progress bar. Collective."""
+    from tqdm import tqdm
+
+    bars: list[tqdm] = []
+
+    def show(done: int, of: int) -> None:
+        if not bars:
+            bars.append(tqdm(total=of, desc=f"asking ({what})", unit="batch", disable=run.rank != 0, file=sys.stderr,
+                             dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 5.0))  # fmt: skip
+        bars[0].update(done - bars[0].n)
+
+    scores = score(
+        run.model, run.processor, run.config, rank=run.rank, world_size=run.world_size, beat=run.watchdog.beat, bar=show
+    )
+    for bar in bars:
+        bar.close()
+    if scores.unread:
+        run.say(f"{scores.unread} held-out questions could not be read and do not count")
+    return scores
+
+
+def read_scores(path: Path, key: str) -> dict[str, Scores] | None:
+    """What `evaluate_base` left in `path` under this key; None where it is not there."""
+    try:
+        stored = json.loads(path.read_text())
+        if stored["key"] != key:
+            return None
+        return {
+            name: Scores({k: (v[0], v[1]) for k, v in s["types"].items()}, s["answers"], s["unread"])
+            for name, s in stored["scores"].items()
+        }
+    except (OSError, ValueError, KeyError):
+        return None

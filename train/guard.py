@@ -1,0 +1,66 @@
+"""Exit codes for whatever may happen: every command of the program runs inside `run_guarded`."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+from train.config import ConfigError
+from train.ending import Exit, RunEnded
+
+STORAGE_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+
+
+def run_guarded(action: Callable[[], int]) -> int:
+    """Exit code of `action`; what goes wrong is said once, in a sentence where it is an expected kind of wrong."""
+    rank = os.environ.get("RANK", "0")
+    try:
+        return action()
+    except ConfigError as error:
+        if rank == "0":
+            print(f"config error: {error}", file=sys.stderr)
+        return Exit.CONFIG
+    except RunEnded as ended:
+        print(f"\nrun ended with exit code {int(ended.code)}: {ended}", file=sys.stderr)
+        return ended.code
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        if error.errno not in STORAGE_ERRORS:
+            traceback.print_exc()
+            return Exit.ERROR
+        where = error.filename or "a file of this run"
+        print(
+            f"\nrun ended with exit code {int(Exit.STORAGE)}: {where} could not be written: {error.strerror}",
+            file=sys.stderr,
+        )
+        return Exit.STORAGE
+    except Exception as error:
+        if lost_peer(error):
+            # Another rank has already said what is wrong; let the launcher see that one's exit code first.
+            said = next(iter(str(error).splitlines()), "")
+            print(f"rank {rank}: lost the connection to another rank; ending too ({said})", file=sys.stderr, flush=True)
+            time.sleep(5)
+        else:
+            print(f"rank {rank}: unexpected error", file=sys.stderr)
+            traceback.print_exc()
+        return Exit.ERROR
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether gloo, NCCL or the store say that another rank is gone. NCCL's other errors (no memory, two ranks on one GPU, a driver
+    that is too old) are this rank's own, though "NCCL" is in them too."""
+    words = (
+        "connection closed by peer",
+        "connection closed by remote peer",
+        "connection reset by peer",
+        "connection refused",
+        "broken pipe",
+        "remote process exited",
+        "communicator was aborted",
+    )
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)

@@ -1,0 +1,214 @@
+"""Asks a model the held-out questions, shared over all processes. What its answers are worth: `train.scores`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+
+from data.cache.reader import VISUAL, VISUAL_VIDEO, CachedPictures
+from data.collate import TEXT_KEYS
+from data.config import DataConfig
+from data.pictures import PixelPictures
+from data.processes import own_device
+from data.questions import Question, QuestionCollator, build_questions
+from train import random_state
+from train.config import EvalSection, RunConfig
+from train.scores import ALL, Scores, normalise
+from visionzip import Attachment, attached
+from visionzip.fingerprint import gathered
+
+PICTURES_COUNTED = 200
+"""Pictures whose tokens are counted for a mean."""
+
+
+def questions_of(config: RunConfig, processor: Any, cached: bool = False) -> Any:
+    """The held-out questions, laid out by the template of training. The processor's state decides the placeholders.
+
+    Args:
+        cached: pictures are visual tokens out of `eval.cache`, where there is one.
+
+    Raises:
+        ValueError: without an eval section, or when it leads to no question at all.
+    """
+    if config.eval is None:
+        raise ValueError("there is no eval section in this config; add eval.sources")
+    data = DataConfig.model_validate(
+        {**config.data.model_dump(), "sources": [s.model_dump() for s in config.eval.sources]}
+    )
+    tokens = CachedPictures(config.eval.cache, data.frames) if cached and config.eval.cache is not None else None
+    pictures = tokens or PixelPictures(data, processor)
+    questions = build_questions(data, processor, config.eval.max_questions, pictures)
+    if not len(questions):
+        raise ValueError(
+            f"eval.sources hold no question that can be asked ({len(questions.rejections)} records rejected)"
+        )
+    return questions
+
+
+def picture_inputs(question: Question) -> dict[str, Any]:
+    """What ``forward`` takes for the question's pictures: its inputs without the text."""
+    return {key: value for key, value in question.inputs.items() if key not in TEXT_KEYS}
+
+
+def one_a_picture(questions: Sequence[Any], count: int) -> list[Question]:
+    """The first question of each of the first `count` records that have pictures and can be read."""
+    chosen: list[Question] = []
+    seen: set[str] = set()
+    for number in range(len(questions)):
+        question = questions[number]
+        if len(chosen) == count:
+            break
+        record = getattr(question, "id", "").rsplit("/", 1)[0]
+        if isinstance(question, Question) and record not in seen and picture_inputs(question):
+            seen.add(record)
+            chosen.append(question)
+    return chosen
+
+
+def score(
+    model: Any,
+    processor: Any,
+    config: RunConfig,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    beat: Callable[[str], None] = lambda doing: None,
+    bar: Callable[[int, int], None] = lambda done, of: None,
+) -> Scores:
+    """Every question answered greedily by exactly one process, the result known to all of them. Collective."""
+    assert config.eval is not None
+    questions = Numbered(questions_of(config, processor, cached=attached(model) is not None), rank, world_size)
+    loader = DataLoader(questions, batch_size=config.eval.batch_size, collate_fn=NumberedCollator(processor))
+    answered: dict[int, dict[str, Any] | None] = {}
+    training = model.training
+    model.eval()
+    last: dict[str, Any] = {}
+    bar(0, len(loader))
+    with torch.no_grad(), random_state.untouched():
+        for done, batch in enumerate(loader, start=1):
+            last = batch["inputs"] or last  # under ZeRO-3 every process has to run the model as often as the others
+            texts = generate(model, processor, last, config.eval) if last else []
+            answered |= dict.fromkeys(batch["numbers"])
+            answered |= {n: record(q, text) for (n, q), text in zip(batch["asked"], texts, strict=False)}
+            beat(f"answering held-out questions, batch {done} of {len(loader)}")
+            bar(done, len(loader))
+    model.train(training)
+    return gather(answered, world_size)
+
+
+class Numbered(Dataset):
+    """The questions one process answers, with their numbers. All shares are equally long: the last question may be asked
+    more than once, and counts once."""
+
+    def __init__(self, questions: Any, rank: int, world_size: int) -> None:
+        self.questions = questions
+        rounds = -(-len(questions) // world_size)
+        self.share = [min(rank + turn * world_size, len(questions) - 1) for turn in range(rounds)]
+
+    def __len__(self) -> int:
+        return len(self.share)
+
+    def __getitem__(self, place: int) -> tuple[int, Any]:
+        return self.share[place], self.questions[self.share[place]]
+
+
+class NumberedCollator:
+    """`inputs` for `generate`, `asked`: (number, question) of its rows, `numbers`: of all, unreadable ones too."""
+
+    def __init__(self, processor: Any) -> None:
+        self.collate = QuestionCollator(processor)
+
+    def __call__(self, items: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+        return {
+            "inputs": self.collate([question for _, question in items])["inputs"],
+            "asked": [(number, question) for number, question in items if isinstance(question, Question)],
+            "numbers": [number for number, _ in items],
+        }
+
+
+def generate(model: Any, processor: Any, inputs: dict[str, Any], section: EvalSection) -> list[str]:
+    tokenizer = getattr(processor, "tokenizer", processor)
+    moved: dict[str, Any] = on_device(inputs, model.device, model.dtype)
+    cached = {kind: moved.pop(name) for kind, name in (("image", VISUAL), ("video", VISUAL_VIDEO)) if name in moved}
+    for kind, pictures in cached.items():
+        outputs = attached(model).encoder_outputs(pictures, kind)  # type: ignore[union-attr]
+        moved["mm_encoder_outputs"] = {**moved.get("mm_encoder_outputs", {}), **outputs}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    output = model.generate(
+        **moved, max_new_tokens=section.max_new_tokens, do_sample=False, use_cache=True, pad_token_id=pad
+    )
+    return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def on_device(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """`value` with all tensors in it, in lists and dicts too, on `device`; floating-point ones in `dtype`."""
+    if isinstance(value, dict):
+        return {key: on_device(inner, device, dtype) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [on_device(inner, device, dtype) for inner in value]
+    return value.to(device, dtype if value.is_floating_point() else None) if torch.is_tensor(value) else value
+
+
+def record(question: Any, text: str) -> dict[str, Any]:
+    return {
+        "id": question.id,
+        "type": question.type or ALL,
+        "question": question.question,
+        "expected": question.answer,
+        "answer": text.strip(),
+        "right": normalise(text) == normalise(question.answer),
+    }
+
+
+def gather(answered: dict[int, dict[str, Any] | None], world_size: int) -> Scores:
+    parts: list[Any] = [answered]
+    if world_size > 1:
+        parts = [None] * world_size
+        dist.all_gather_object(parts, answered)
+    everything = {number: row for part in parts for number, row in part.items()}
+    scores = Scores(unread=sum(row is None for row in everything.values()))
+    for number in sorted(everything):
+        row = everything[number]
+        if row is not None:
+            scores.answers.append(row)
+            right, asked = scores.types.get(row["type"], (0, 0))
+            scores.types[row["type"]] = (right + row["right"], asked + 1)
+    return scores
+
+
+def tokens_a_picture(model: Any, processor: Any, config: RunConfig) -> tuple[int, int]:
+    """(tokens now, tokens of the untouched model) of the first picture that is asked about; 0 where there is none.
+
+    With budgets of each picture's own their mean over the first `PICTURES_COUNTED`.
+    """
+    attachment = attached(model)
+    assert attachment is not None
+    questions = questions_of(config, processor)
+    if attachment.config.adaptive is not None:
+        counted = counts(attachment, [picture_inputs(each) for each in one_a_picture(questions, PICTURES_COUNTED)])
+        stock, now = (
+            (sum(column) / max(len(counted), 1) for column in zip(*counted, strict=True)) if counted else (0, 0)
+        )
+        return round(now), round(stock)
+    for number in range(min(len(questions), 20)):
+        question = questions[number]
+        if isinstance(question, Question) and (pictures := picture_inputs(question)):
+            stock, now = attachment.token_counts(**pictures)[0]
+            return now, stock
+    return 0, 0
+
+
+def counts(attachment: Attachment, pictures: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
+    """`Attachment.token_counts` of each of `pictures`, where the encoder has to look at them, before a trainer has placed the model:
+    on this process's GPU, and under ZeRO-3, where all processes must call this, with whole weights."""
+    tower = attachment.model.get_submodule(attachment.family.tower)
+    if not any(hasattr(weight, "ds_id") for weight in tower.parameters()):
+        tower.to(own_device())
+    weights = list(tower.parameters())
+    with gathered(weights):
+        device = weights[0].device
+        return [count for each in pictures for count in attachment.token_counts(**on_device(each, device))]

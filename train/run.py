@@ -1,0 +1,336 @@
+"""One training run: build → train → evaluate → leave behind."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from data.rejects import RejectLog, TooManyRejected
+from data.stream import is_streamed
+from train import report
+from train.arguments import training_arguments
+from train.build import build_model, master_precision
+from train.callbacks import Bar, Metrics, Speed, Wandb
+from train.compiled import compile_parts
+from train.config import ConfigError, RunConfig
+from train.digest import digest
+from train.ending import Exit, RunEnded, StopRequest, Watchdog
+from train.evaluation import count_tokens, evaluate, evaluate_base
+from train.held_out import questions_of
+from train.launch import check_world, join_deepspeed, prepare_environment, quiet
+from train.layout import PackedRow, choose_layout, find_prefix
+from train.outcome import export, write_report
+from train.output_dir import make_output_dir
+from train.resume import Resume, agree, find_resume
+from train.scores import Scores, table, won_back
+from train.setup import Run, build_batches, build_data
+from train.state import shape_of
+from train.trainable import choose, count
+from train.trainer import Hooks, ProjectorTrainer
+from train.wandb_page import Look, end_of_run
+from visionzip import attached
+from visionzip.projector import fingerprint
+
+Tokens = tuple[int, int]
+"""Visual tokens of an image, compressed and full; 0 where they were not counted."""
+
+
+def run(config: RunConfig) -> int:
+    """From the base model to the report; returns the exit code.
+
+    Raises:
+        ConfigError, RunEnded: see `train.guard.run_guarded`.
+    """
+    stop = StopRequest().install()
+    try:
+        args = start_process(config)
+        make_output_dir(config, args.process_index)
+        watchdog = Watchdog(config.trainer.hang_timeout, args.process_index)
+        built = build(config, args, stop, watchdog)
+        watchdog.start()
+        try:
+            return train_and_leave_behind(built)
+        finally:
+            watchdog.stop()
+    finally:
+        stop.remove()
+
+
+def train_and_leave_behind(run: Run) -> int:
+    """A built run to its end; returns the exit code."""
+    dataset = build_data(run)
+    tokens = count_tokens(run)
+    identity, exact = identify(run, dataset)
+    resume = find_start(run, identity, exact)
+    wandb = start_wandb(run, tokens)
+    rejects = open_rejects(run, dataset, resume, exact["global_batch"]) if run.rank == 0 else None
+    scores: dict[str, Scores] = {}
+    hooks = Hooks(
+        records=partial(note_rejected, run, rejects),
+        before_training=lambda trainer: scores.update(evaluate_base(run, identity["base"])),
+        extra_logs=Speed(*tokens),
+        identity={**identity, **exact},
+    )
+    trainer = build_trainer(run, dataset, tokens[0], hooks, resume, wandb)
+    announce(run, trainer, dataset, tokens)
+    try:
+        trainer.train_or_resume()
+    except BaseException:
+        if wandb:
+            wandb.finish(exit_code=1)
+        raise
+    if trainer.stopping and trainer.state.global_step < trainer.state.max_steps:
+        end_early(run, trainer, wandb)
+    if rejects is not None and rejects.rejected:
+        run.say(f"{rejects.rejected} records were not used ({rejects.summary()}); see {rejects.path}")
+    if run.config.eval is not None:
+        scores["fine_tuned"] = evaluate(run, "fine-tuned")
+    leave_behind(run, trainer, scores, tokens, wandb)
+    return Exit.DONE
+
+
+# Build
+
+
+def start_process(config: RunConfig) -> Any:
+    """Environment and process group → `TrainingArguments`."""
+    launched = prepare_environment()
+    quiet(int(os.environ["RANK"]))
+    try:
+        args = training_arguments(
+            config.trainer,
+            output_dir=config.output_dir,
+            seed=config.seed,
+            dtype=config.model.dtype,
+            world_size=launched,
+        )
+    except ValueError as error:
+        raise ConfigError(f"trainer: {error}") from error
+    check_world(args.world_size, launched)
+    if config.trainer.deepspeed != "off":
+        join_deepspeed()
+    return args
+
+
+def build(config: RunConfig, args: Any, stop: StopRequest, watchdog: Watchdog) -> Run:
+    """The compressed model with what trains set free, and what goes with it."""
+    from transformers import set_seed
+
+    model, processor = build_model(config)
+    set_seed(config.seed)  # adapters are drawn before the Trainer seeds; loading draws too, but not under every stage
+    try:
+        trains = choose(model, config.train)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if config.trainer.deepspeed == "off":
+        master_precision(model)
+    return Run(config, args, model, processor, trains, stop, watchdog)
+
+
+def identify(run: Run, dataset: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a checkpoint must have been made with to be resumed, and what it must have been made with to be resumed bit for bit."""
+    config, args = run.config, run.args
+    named = dict(run.model.named_parameters())
+    identity = {
+        "base": {part: digest(values) for part, values in fingerprint(run.model).items()},
+        "zip": config.zip.model_dump(),
+        "trains": digest([(name, list(shape_of(named[name]))) for name in run.trains]),
+    }
+    exact = {
+        "data": digest([config.data.model_dump(), size_of(dataset), *distill_options(config).items()]),
+        "seed": config.seed,
+        "global_batch": args.per_device_train_batch_size * run.world_size * args.gradient_accumulation_steps,
+        "zero": config.trainer.deepspeed,
+    }
+    return identity, exact
+
+
+def find_start(run: Run, identity: dict[str, Any], exact: dict[str, Any]) -> Resume | None:
+    """The checkpoint that the run goes on from, if there is one; says so."""
+    resume = find_resume(run.config.trainer.resume, str(run.folder), run.rank, run.world_size, run.say)
+    if resume is None:
+        return None
+    inexact = agree(resume, identity, {**exact, "world_size": run.world_size})
+    run.say(f"resuming from {resume.path} (step {resume.progress['step']} of {resume.progress['max_steps']})")
+    if 0 < run.args.max_steps < resume.progress["step"]:
+        run.say(
+            f"  trainer.max_steps={run.args.max_steps} is behind it: nothing is trained, its projector is what is exported"
+        )
+    for line in inexact:
+        run.say(f"  not bit for bit the interrupted run: {line}")
+    return resume
+
+
+def build_trainer(
+    run: Run, dataset: Any, tokens: int, hooks: Hooks, resume: Resume | None, wandb: Wandb | None
+) -> ProjectorTrainer:
+    config, args, chosen = run.config, run.args, run.config.trainer
+    if chosen.torch_compile:
+        llm = run.model.get_submodule(attached(run.model).family.llm)  # type: ignore[union-attr]
+        compile_parts(llm, chosen.torch_compile_backend, chosen.torch_compile_mode)
+    share = config.train.share_prefix and not is_streamed(config.data)
+    prefix = find_prefix(run.model, dataset) if share else None
+    recomputes = args.gradient_checkpointing or args.activation_checkpointing
+    layout = choose_layout(run.model, config.data.batching, prefix, recomputes)
+    return ProjectorTrainer(
+        model=run.model,
+        args=args,
+        train_dataset=dataset,
+        collator=dataset.collator(),
+        batches=build_batches(run, dataset, tokens, packed=isinstance(layout, PackedRow)),
+        layout=layout,
+        distill=distill_options(config),
+        stop=run.stop,
+        watchdog=run.watchdog,
+        hooks=hooks,
+        resume=resume,
+        data_timeout=chosen.data_timeout or chosen.hang_timeout,
+        callbacks=[Bar(), Metrics(run.folder / "metrics.jsonl"), *wandb_callbacks(run, wandb)],
+    )
+
+
+def distill_options(config: RunConfig) -> dict[str, float]:
+    """How the teacher's answers go into the loss."""
+    distill = config.train.distill
+    return {"weight": distill.weight, "temperature": distill.temperature} if distill is not None else {}
+
+
+def start_wandb(run: Run, tokens: Tokens) -> Wandb | None:
+    """On rank 0, where it is enabled and installed."""
+    if not run.config.wandb.enabled or run.rank != 0:
+        return None
+    facts = {
+        "world_size": run.world_size,
+        "trainable_parameters": count(run.model),
+        "tokens_per_picture": tokens[0],
+        "tokens_per_picture_before": tokens[1],
+    }
+    try:
+        return Wandb(run.config, run.config.model_dump(mode="json"), facts)
+    except Exception as error:
+        run.say(f"W&B is not available ({error}); metrics.jsonl has everything")
+        return None
+
+
+def wandb_callbacks(run: Run, wandb: Wandb | None) -> list[Any]:
+    """W&B, and what it is shown of the held-out questions while the model learns."""
+    if not wandb:
+        return []
+    section, held_out = run.config.report, run.config.eval
+    if held_out is None or not section.enabled or run.config.trainer.sharded:
+        return [wandb]
+    look = Look(
+        wandb.log_made, lambda: questions_of(run.config, run.processor), run.processor, held_out,
+        section.pictures, section.look_every,
+    )  # fmt: skip
+    return [wandb, look]
+
+
+# Tell
+
+
+def announce(run: Run, trainer: ProjectorTrainer, dataset: Any, tokens: Tokens) -> None:
+    """What will train, in which batches, on what."""
+    args = run.args
+    trainable, total = count(run.model), count(run.model, trainable=False)
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * run.world_size
+    run.say(
+        f"training {trainable:,} of {total:,} parameters ({', '.join(trained_parts(run.config))})\n"
+        f"{run.world_size} process{'es' if run.world_size > 1 else ''} x {args.per_device_train_batch_size} samples "
+        f"x {args.gradient_accumulation_steps} accumulated = {batch} a step; {size_of(dataset) or 'streamed'} samples; "
+        f"{run.config.trainer.deepspeed}; {run.config.model.dtype} on {args.device.type}"
+    )
+    if tokens[1]:
+        run.say(f"{tokens[0]} of {tokens[1]} visual tokens a picture")
+    compiled = ["norms and MLPs compiled"] if run.config.trainer.torch_compile else []
+    run.say("; ".join([*trainer.layout.describe(), *compiled]))
+
+
+def trained_parts(config: RunConfig) -> list[str]:
+    section = config.train
+    return [*section.parts, *(f"LoRA on {part}" for part in (section.lora.on if section.lora else []))]
+
+
+def open_rejects(run: Run, dataset: Any, resume: Resume | None, global_batch: int) -> RejectLog:
+    """The list of rejected records, with what the interrupted run has read counted."""
+    log = RejectLog(
+        run.folder / "rejected.jsonl", run.config.data.max_rejected, size_of(dataset), resume=resume is not None
+    )
+    if resume is not None:
+        log.read(resume.progress["step"] * global_batch)
+    return log
+
+
+def note_rejected(run: Run, log: RejectLog | None, rejected: list[dict[str, Any]], read: int) -> None:
+    """Rank 0 counts what was read and lists what was not used.
+
+    Raises:
+        RunEnded: when too much of the data is bad.
+    """
+    assert log is not None
+    log.read(read)
+    try:
+        new = log.add(rejected)
+    except TooManyRejected as error:
+        raise RunEnded(Exit.DATA, str(error)) from error
+    for row in new[:3]:
+        run.say(f"not used: {row['source']} {row['id']}: {row['reason']} ({row['detail']})")
+
+
+def size_of(dataset: Any) -> int | None:
+    """Records; None for a stream."""
+    return len(dataset) if hasattr(dataset, "__len__") else None
+
+
+# End
+
+
+def end_early(run: Run, trainer: ProjectorTrainer, wandb: Wandb | None) -> None:
+    """A signal asked for it.
+
+    Raises:
+        RunEnded: always.
+    """
+    if wandb:
+        wandb.finish()
+    raise RunEnded(
+        Exit.STOPPED,
+        f"stopped by {run.stop.signal or 'a signal to another rank'} at step {trainer.state.global_step} of "
+        f"{trainer.state.max_steps}, which is saved. Start the same command again to go on",
+    )
+
+
+def leave_behind(
+    run: Run, trainer: ProjectorTrainer, scores: dict[str, Scores], tokens: Tokens, wandb: Wandb | None
+) -> None:
+    """Export, report, tables. Collective."""
+    facts = report.results(scores, *tokens, run.config.seed, count(run.model))
+    metadata = {
+        "results": {key: value for key, value in facts.items() if key != "by_type"},
+        "data": [source.label for source in run.config.data.sources],
+        "steps": trainer.state.global_step,
+        "trained": trained_parts(run.config),
+    }
+    run.watchdog.beat("writing the results")
+    export(run.model, run.processor, run.config, metadata, write=run.rank == 0)
+    if run.rank == 0:
+        pictures = write_report(run.model, run.processor, run.config, scores, facts, trainer.state.log_history)
+        show(run, scores, tokens, pictures, wandb)
+    if run.world_size > 1:
+        dist.barrier()
+
+
+def show(run: Run, scores: dict[str, Scores], tokens: Tokens, pictures: list[Path], wandb: Wandb | None) -> None:
+    if scores:
+        print(f"\n{table(scores, *tokens)}\n\n{won_back(scores)}", flush=True)
+    where = f"; report: {run.folder / 'report'}" if pictures else ""
+    run.say(f"projector: {run.folder / 'projector'}{where}")
+    if wandb:
+        wandb.log({f"eval/{name}": found.accuracy for name, found in scores.items()})
+        wandb.log_made(lambda library: end_of_run(library, scores, *tokens))
+        wandb.log_pictures({f"report/{path.stem}": path for path in pictures})
+        wandb.finish()

@@ -1,0 +1,105 @@
+"""What a run consists of beside its model: the data, and which process takes which samples of it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.cache.reader import CachedPictures
+from data.dataset import build_dataset
+from data.lengths import Lengths
+from data.stream import build_stream, is_streamed
+from train.batches import LikeLengths, ShareOfBatches
+from train.cached import check_cache, read_from_cache
+from train.config import ConfigError, RunConfig
+from train.ending import StopRequest, Watchdog
+from train.teacher_answers import WithAnswers, check_teacher, describe_teacher
+from visionzip import attached
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the steps of a run share; see `train.run`.
+
+    Attributes:
+        args: the `TrainingArguments`.
+        trains: names of the parameters that train, in the model's order.
+    """
+
+    config: RunConfig
+    args: Any
+    model: Any
+    processor: Any
+    trains: list[str]
+    stop: StopRequest
+    watchdog: Watchdog
+
+    @property
+    def rank(self) -> int:
+        return self.args.process_index
+
+    @property
+    def world_size(self) -> int:
+        return self.args.world_size
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    def say(self, text: str) -> None:
+        """On standard error, from rank 0 alone."""
+        if self.rank == 0:
+            print(text, file=sys.stderr, flush=True)
+
+
+def build_data(run: Run) -> Any:
+    """The training data: a data set, or a stream where a source is streamed.
+
+    Raises:
+        ConfigError: a source that can't be opened, a cache or a teacher's answers made with something else.
+    """
+    config, model, processor = run.config, run.model, run.processor
+    data, distill, images = config.data, config.train.distill, None
+    try:
+        if data.cache is not None:
+            check_cache(config, model, processor, data.cache)
+            read_from_cache(model)
+            images = CachedPictures(data.cache, data.frames)
+        elif config.zip.adaptive is not None:
+            read_from_cache(model)  # `short_prompts` makes of pixels what a cache holds
+        if is_streamed(data):
+            if distill is not None:
+                raise ValueError(
+                    "a streamed source has no records that a teacher could be asked beforehand; drop train.distill"
+                )
+            if run.args.max_steps <= 0:
+                raise ValueError("a streamed source has no end; set trainer.max_steps")
+            return build_stream(data, processor, config.seed, run.rank, run.world_size, images)
+        dataset = build_dataset(data, processor, config.seed, images)
+        if distill is not None:
+            wanted = describe_teacher(model, processor, config)
+            return dataset.making(WithAnswers(dataset.encoder, check_teacher(distill.cache, wanted)))
+        return dataset
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"data: {error}") from error
+
+
+def build_batches(run: Run, dataset: Any, tokens: int, packed: bool) -> Any:
+    """This process's share of the samples, or None for a stream, which knows its own.
+
+    Args:
+        tokens: visual tokens of an image; 0 where they were not counted.
+        packed: whether a micro-batch will be one row without padding.
+    """
+    if is_streamed(run.config.data):
+        return None
+    batch, accumulation = run.args.per_device_train_batch_size, run.args.gradient_accumulation_steps
+    order = dataset.sampler(batch * run.world_size * accumulation)
+    if run.config.data.batching == "random":
+        return ShareOfBatches(order, run.rank, run.world_size, batch)
+    attachment = attached(run.model)
+    assert attachment is not None
+    budget = sum(attachment.family.budget(attachment.config))
+    return LikeLengths(order, run.rank, run.world_size, batch, accumulation, Lengths(dataset, tokens or budget), packed)

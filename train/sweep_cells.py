@@ -1,0 +1,175 @@
+"""The cells of a sweep: every combination of its axes, each a config of its own, its folder named by all its result depends on."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from train.config import ConfigError, RunConfig, load_config
+from train.digest import digest
+from visionzip import ZipConfig
+from visionzip.budgets import parse_budget
+
+SHORT = {"selector": "zip.selector", "seed": "seed"}
+BUDGET = "budget"
+
+
+@dataclass
+class Cell:
+    """One run. `axes`: the values that make it this one, as they were given. `free`: cells of equal `free` share the
+    training-free result; the one among them that `config.eval.compare` says so measures it."""
+
+    axes: dict[str, str]
+    config: RunConfig
+    free: str = ""
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.name = "-".join(slug(name, value) for name, value in self.axes.items()) or "only"
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def results(self) -> dict[str, Any] | None:
+        """What the finished run wrote; None while there is none."""
+        try:
+            return json.loads((self.folder / "report" / "results.json").read_text())
+        except (OSError, ValueError):
+            return None
+
+
+def slug(name: str, value: str) -> str:
+    short = {"seed": "s", "selector": "", BUDGET: ""}.get(name, name.rsplit(".", 1)[-1] + "=")
+    return short + re.sub(r"[^\w.+=]+", "_", value).strip("_")[-40:]
+
+
+def axes_of(items: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """`key=value` arguments → axes with their values, and the overrides that hold for all cells.
+
+    Raises:
+        ConfigError: no `=`, or an axis given twice.
+    """
+    axes: dict[str, list[str]] = {}
+    overrides = []
+    for item in items:
+        key, equals, value = item.partition("=")
+        values = split(value)
+        if not equals or not key:
+            raise ConfigError(f"{item!r}: expected key=value, for example selector=visionzip,divprune")
+        if key not in (*SHORT, BUDGET) and len(values) == 1:
+            overrides.append(item)
+        elif key in axes:
+            raise ConfigError(f"the axis {key} is given twice")
+        else:
+            axes[key] = list(dict.fromkeys(values))
+    return axes, overrides
+
+
+def split(text: str) -> list[str]:
+    """At commas that are inside no brackets, braces or quotes."""
+    parts = re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|'[^']*'|\"[^\"]*\"|[^,])+", text)
+    return [part.strip() for part in parts] or [""]
+
+
+def budget_of(value: str, config: ZipConfig) -> tuple[int | float, int | float]:
+    """A budget of the sweep (`visionzip.budgets`) → dominant and contextual tokens, or shares.
+
+    Raises:
+        ConfigError: not a budget, or one of all tokens, which are measured anyway.
+    """
+    try:
+        budget = parse_budget(value, config)
+    except ValueError as error:
+        raise ConfigError(f"budget={value}: {error}") from None
+    if budget is None:
+        raise ConfigError(f"budget={value}: full tokens are measured once for all cells; give compressed budgets")
+    return budget.dominant, budget.contextual
+
+
+def make_cells(path: str, out: Path, items: Sequence[str], cached: bool = True) -> list[Cell]:
+    """Every combination of the axes, the last one changing fastest.
+
+    Raises:
+        ConfigError: an axis or a value that the config does not take; no evaluation, which is all a sweep is for.
+    """
+    axes, overrides = axes_of(items)
+    base = load_config(path, overrides)
+    if base.eval is None:
+        raise ConfigError(f"{path} has no eval section: a sweep compares answers to held-out questions")
+    if not base.report.enabled:
+        raise ConfigError("report.enabled=false: the results of a cell are read from its report")
+    cells, measured = [], set()
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        cell = Cell(chosen, configure(path, base, [*overrides, *settings(chosen, base)]))
+        place(cell, out, cached and not any(source.streaming for source in base.data.sources))
+        assert cell.config.eval is not None
+        full = digest([seen(cell.config), "full"])
+        cell.free = digest([seen(cell.config), cell.config.zip.model_dump()])
+        wanted = [("full", full), ("training_free", cell.free)]
+        compare = [name for name, key in wanted if key not in measured and name in cell.config.eval.compare]
+        measured |= {key for _, key in wanted}
+        cell.config = cell.config.model_copy(update={"eval": cell.config.eval.model_copy(update={"compare": compare})})
+        cells.append(cell)
+    return cells
+
+
+def settings(chosen: dict[str, str], base: RunConfig) -> list[str]:
+    """Overrides of the config that put a cell at its place on the axes."""
+    made = []
+    for name, value in chosen.items():
+        if name == BUDGET:
+            dominant, contextual = budget_of(value, base.zip)
+            made += [f"zip.dominant={dominant}", f"zip.contextual={contextual}"]
+        else:
+            made.append(f"{SHORT.get(name, name)}={value}")
+    return made
+
+
+def configure(path: str, base: RunConfig, overrides: list[str]) -> RunConfig:
+    return load_config(path, overrides) if overrides else base
+
+
+def place(cell: Cell, out: Path, cached: bool) -> None:
+    """Give the cell its folder, its group on W&B and the caches it reads. The folder's name has what the result depends on."""
+    config = cell.config
+    update: dict[str, Any] = {
+        "wandb": config.wandb.model_copy(update={"group": config.wandb.group or out.name, "name": cell.name})
+    }
+    key = digest([config.model_dump(exclude={"output_dir", "wandb", "report"}), files(config)])
+    update["output_dir"] = str(out / "cells" / f"{cell.name}-{key[:8]}")
+    assert config.eval is not None
+    if cached:
+        tokens = str(out / "tokens" / digest([seen(config), config.data.model_dump(), config.zip.model_dump()]))
+        update["data"] = config.data.model_copy(update={"cache": config.data.cache or tokens})
+        update["eval"] = config.eval.model_copy(update={"cache": config.eval.cache or tokens})
+    if config.train.distill is not None and config.train.distill.cache is None:
+        distill = config.train.distill.model_dump(exclude={"weight", "cache"})
+        answers = str(out / "teacher" / digest([seen(config), config.data.model_dump(exclude={"cache"}), distill]))
+        distilled = config.train.distill.model_copy(update={"cache": answers})
+        update["train"] = config.train.model_copy(update={"distill": distilled})
+    cell.config = config.model_copy(update=update)
+
+
+def seen(config: RunConfig) -> list[Any]:
+    """What an answer of the untrained model depends on, but for what is kept of a picture."""
+    assert config.eval is not None
+    layout = config.data.model_dump(include={"template", "max_length", "image_aspect_ratio", "frames"})
+    return [config.model.model_dump(), config.eval.model_dump(exclude={"compare", "cache"}), layout, files(config)]
+
+
+def files(config: RunConfig) -> list[Any]:
+    """Sizes and times of the model's and the data's files: a retrained model is another one under the same name."""
+    assert config.eval is not None
+    sources = [source.path for source in [*config.data.sources, *config.eval.sources]]
+    paths = [*sorted(Path(config.model.path).glob("*.safetensors")), *map(Path, sources)]
+    return [
+        [str(path), found.st_size, found.st_mtime_ns] for path in paths if path.is_file() and (found := path.stat())
+    ]

@@ -1,0 +1,103 @@
+"""Runs the cells of a sweep, each as a process, after what they read has been made once: visual tokens, a teacher's answers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from data.cache.build import build_cache
+from train.config import RunConfig
+from train.ending import Exit
+from train.run import run
+from train.scores import LABELS
+from train.sweep_cells import Cell
+from train.sweep_results import log_summary, write
+from train.tasks import Task, run_all
+from train.teacher_answers import ask_teacher
+
+COMPLETE = "complete"
+"""A file in the folder of a cache that was filled to the end."""
+
+
+def make_tokens(config: RunConfig) -> int:
+    """Fill the cache of a cell: its training pictures and its held-out ones."""
+    assert config.data.cache is not None
+    assert config.eval is not None
+    sources = [
+        source.model_copy(update={"name": str(number)})
+        for number, source in enumerate([*config.data.sources, *config.eval.sources])
+    ]
+    build_cache(
+        config.model_copy(update={"data": config.data.model_copy(update={"sources": sources})}), batch=64, workers=0
+    )
+    (Path(config.data.cache) / COMPLETE).touch()
+    return 0
+
+
+def make_answers(config: RunConfig) -> int:
+    """The teacher's answers that a cell learns from."""
+    assert config.train.distill is not None
+    code = ask_teacher(config)
+    if code == 0:
+        (Path(config.train.distill.cache or "") / COMPLETE).touch()
+    return code
+
+
+class Sweep:
+    """The cells of one command and what is known of them."""
+
+    def __init__(self, out: Path, cells: list[Cell], jobs: int) -> None:
+        self.out, self.cells, self.jobs = out, cells, jobs
+        self.done = 0
+
+    def run(self) -> int:
+        missing = [cell for cell in self.cells if cell.results is None]
+        self.say(f"{len(self.cells)} cells, {len(self.cells) - len(missing)} finished before")
+        made = {}
+        for config in (cell.config for cell in missing):
+            teacher = config.train.distill.cache if config.train.distill else None
+            for folder, action in ((config.data.cache, make_tokens), (teacher, make_answers)):
+                if folder is not None and not (Path(folder) / COMPLETE).exists():
+                    made[folder] = Task(
+                        f"{Path(folder).parent.name} {Path(folder).name}", action, config, Path(folder) / "log.txt"
+                    )
+        failed = run_all(list(made.values()), self.jobs, self.tell)
+        tasks = [Task(cell.name, run, cell.config, cell.folder / "log.txt") for cell in missing]
+        self.done = len(self.cells) - len(missing)
+        failed += run_all(tasks, self.jobs, self.tell)
+        return failed
+
+    def tell(self, task: Task, code: int, seconds: float) -> None:
+        if task.action is not run:
+            self.say(f"{task.name}: {'made' if not code else f'failed ({code}); see {task.log}'} ({seconds:.0f} s)")
+            return
+        self.done += 1
+        cell = next(cell for cell in self.cells if cell.name == task.name)
+        results = cell.results or {}
+        found = ", ".join(f"{LABELS[name]} {100 * results[name]:.1f} %" for name in LABELS if name in results)
+        what = found if not code else f"failed with exit code {code}; see {task.log}"
+        self.say(f"[{self.done}/{len(self.cells)}] {task.name}: {what} ({seconds:.0f} s)")
+        self.write()
+
+    def write(self) -> str:
+        """`sweep.json`, `sweep.md` and `sweep.png` of what is finished; returns the table."""
+        return write(
+            self.out, [(cell.axes, cell.free, cell.folder, cell.results) for cell in self.cells if cell.results]
+        )
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def sweep(out: Path, cells: list[Cell], jobs: int) -> int:
+    """Run the cells that have no results yet, `jobs` at once, and write what all of them found; returns the exit code."""
+    planned = Sweep(out, cells, jobs)
+    try:
+        failed = planned.run()
+    except KeyboardInterrupt:
+        planned.say("stopped; the same command goes on")
+        return Exit.STOPPED
+    print(planned.write())
+    if any(cell.config.wandb.enabled for cell in planned.cells):
+        log_summary(planned.cells[0].config, out)
+    return Exit.ERROR if failed else Exit.DONE
