@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 # Each layer may import itself and what stands before it. Files of the library that are not listed are found by name.
 LIBRARY = [
-    {"registry", "config", "pictures", "budgets", "version"},
+    {"registry", "config", "pictures", "budgets", "version", "intercept"},
     {"selectors"},
     {"compress", "adaptive"},
     {"encoders"},

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from visionzip.config import ZipConfig
 from visionzip.families import Family, VisualTokens, family_for
+from visionzip.intercept import Interceptions
 from visionzip.selectors import SELECTORS
 from visionzip.shorten import FitPrompts, PromptCutter, ShortenPrompts
 
@@ -32,8 +32,7 @@ class Attachment:
     config: ZipConfig
     family: Family
     processor: Any = None
-    changes: list[tuple[object, str]] = field(default_factory=list)
-    handles: list[RemovableHandle] = field(default_factory=list)
+    interceptions: Interceptions = field(default_factory=Interceptions)
     shortener: PromptCutter | None = None
     processor_fits: bool = True  # prompts are made by a processor that was attached too
 
@@ -88,16 +87,24 @@ class Attachment:
         token = self.processor.image_token
         return token * sum(map(len, visual_tokens))
 
+    def holds(self, owner: Any, name: str) -> bool:
+        """Whether this attribute of an instance was replaced by this attachment."""
+        found = [self.interceptions, *([self.shortener.interceptions] if self.shortener is not None else [])]
+        return any(one.holds(owner, name) for one in found)
+
     def __getstate__(self) -> dict[str, Any]:
         # The processor is the caller's; copying or pickling a model must not copy a tokenizer along.
-        return {**self.__dict__, "processor": None, "changes": [c for c in self.changes if c[0] is not self.processor]}
+        found = self.interceptions
+        mine = [(owner, name) for owner, name in found.changes if owner is not self.processor]
+        return {**self.__dict__, "processor": None, "interceptions": Interceptions(mine, found.handles)}
 
 
-def attach(model: PreTrainedModel, processor: Any = None, config: ZipConfig | None = None, **budget: Any) -> Any:
+def attach(model: nn.Module, processor: Any = None, config: ZipConfig | None = None, **budget: Any) -> Any:
     """Compress the visual tokens of `model` from now on.
 
     Args:
-        model: a ``*ForConditionalGeneration`` instance of a supported family (changed in place).
+        model: a ``*ForConditionalGeneration`` instance of a supported family (changed in place); wrappers (PEFT, DDP,
+            DeepSpeed, ``torch.compile``) are looked through.
         processor: the processor its prompts are made with (changed in place), which then writes ``K`` placeholders a
             picture. Without one, prompts made by a stock processor are shortened as they come in.
         config: what to keep; or give its fields: ``attach(model, processor, dominant=54, contextual=10)``.
@@ -114,41 +121,46 @@ def attach(model: PreTrainedModel, processor: Any = None, config: ZipConfig | No
     config = config if config is not None else ZipConfig(**budget)
     if not isinstance(config, ZipConfig):
         raise ValueError(f"config is a {type(config).__name__}; expected a ZipConfig")
-    family = family_for(model)
+    base = unwrap(model)
+    family = family_for(base)
     SELECTORS[config.selector]
     if config.adaptive is not None and not family.per_image_budgets:
         raise ValueError(
-            f"{type(model).__name__} takes no budgets of each picture's own (adaptive); LLaVA-1.5 and LLaVA-NeXT do. "
-            "Leave adaptive out"
+            f"{type(base).__name__} does not support per-image budgets (adaptive); LLaVA-1.5 and LLaVA-NeXT do. Leave "
+            "adaptive out"
         )
     family.check(config)
     if processor is not None:
         family.check_processor(processor)
-        _free_processor(processor, model)
+        _free_processor(processor, base)
     stock = family.stock_count()
     if processor is None and stock is None and family.needs_placeholders:
         raise ValueError(
-            f"{type(model).__name__} needs its processor: the number of placeholders depends on the picture"
+            f"{type(base).__name__} needs its processor, because the number of placeholders depends on the image; call "
+            f"attach(model, processor, ...)"
         )
 
     patches = family.patches(processor, config)
-    _refuse_taken(patches, attached(model))
-    detach(model)
-    attachment = Attachment(model, config, family, processor, processor_fits=processor is not None)
+    shortens = config.adaptive is not None or (processor is None and stock is not None)
+    names = [(owner, name) for owner, name, _ in patches] + ([(base, "generate")] if shortens else [])
+    check_free(names, attached(base))
+    detach(base)
+
+    attachment = Attachment(base, config, family, processor, processor_fits=processor is not None)
+    put = attachment.interceptions
     for owner, name, value in patches:
-        owner.__dict__[name] = value  # not setattr: a module would register a submodule
-        attachment.changes.append((owner, name))
+        put.replace(owner, name, value)
+    for module, hook in family.hooks(config):
+        put.before_forward(module, hook)
     if processor is not None:
-        names = [name for owner, name, _ in patches if owner is processor]
-        processor.__dict__[_ATTRIBUTE] = Owner(weakref.ref(model), names)
-        attachment.changes.append((processor, _ATTRIBUTE))
-    attachment.handles = family.hooks(config)
+        written = [name for owner, name, _ in patches if owner is processor]
+        put.replace(processor, _ATTRIBUTE, Owner(weakref.ref(base), written))
     if config.adaptive is not None:
-        attachment.shortener = FitPrompts(model, attachment).install()
-    elif processor is None and stock is not None:
-        attachment.shortener = ShortenPrompts(model, family.image_token_id, stock, sum(family.budget(config))).install()
-    setattr(model, _ATTRIBUTE, attachment)
-    setattr(model.config, _CONFIG_KEY, config.model_dump())
+        attachment.shortener = FitPrompts(base, attachment).install()
+    elif shortens and stock is not None:
+        attachment.shortener = ShortenPrompts(base, family.image_token_id, stock, sum(family.budget(config))).install()
+    put.replace(base, _ATTRIBUTE, attachment)
+    put.replace(base.config, _CONFIG_KEY, config.model_dump())
     return model
 
 
@@ -156,16 +168,9 @@ def detach(model: nn.Module) -> Any:
     """Take compression off: model and processor give bit-identical outputs to ones never touched. Returns `model`."""
     attachment = attached(model)
     if attachment is not None:
-        for owner, name in attachment.changes:
-            owner.__dict__.pop(name, None)
-        for handle in attachment.handles:
-            handle.remove()
         if attachment.shortener is not None:
             attachment.shortener.remove()
-        base = attachment.model
-        delattr(base, _ATTRIBUTE)
-        if _CONFIG_KEY in base.config.__dict__:
-            delattr(base.config, _CONFIG_KEY)
+        attachment.interceptions.undo()
     return model
 
 
@@ -202,11 +207,14 @@ class Owner:
         return (Owner, (None, self.names))  # a worker process has the processor alone
 
 
-def _refuse_taken(patches: list[tuple[object, str, object]], mine: Attachment | None) -> None:
-    replaced_by_us = [(id(owner), name) for owner, name in mine.changes] if mine else []
-    for owner, name, _ in patches:
-        if name in owner.__dict__ and (id(owner), name) not in replaced_by_us:
-            raise ValueError(f"{type(owner).__name__}.{name} was already replaced on this instance by something else")
+def check_free(names: list[tuple[Any, str]], mine: Attachment | None) -> None:
+    """Raise ``ValueError`` where one of these ``(object, attribute)`` was replaced on its instance, but not by `mine`."""
+    for owner, name in names:
+        if name in owner.__dict__ and not (mine is not None and mine.holds(owner, name)):
+            raise ValueError(
+                f"{type(owner).__name__}.{name} was already replaced on this instance by something else, which attaching would "
+                f"override; restore it first (del {type(owner).__name__.lower()}.{name})"
+            )
 
 
 def _free_processor(processor: Any, model: nn.Module) -> None:

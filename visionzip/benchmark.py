@@ -27,6 +27,7 @@ from visionzip.attach import attach, attached, detach, unwrap
 from visionzip.budgets import ALL, format_budget
 from visionzip.config import ZipConfig
 from visionzip.families import family_for
+from visionzip.intercept import Interceptions
 
 QUESTIONS = ("Describe the picture.", "What else is there?", "And what colour is it?")
 
@@ -191,12 +192,10 @@ def _llm_times(model: Any, watch: Stopwatch) -> Iterator[list[float]]:
         if len(times) < 2:
             times.append(watch.now())
 
-    handles = [llm.register_forward_pre_hook(note), llm.register_forward_hook(note)]
-    try:
+    with Interceptions() as put:
+        put.before_forward(llm, note)
+        put.after_forward(llm, note)
         yield times
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _flops(model: Any, inputs: dict[str, Any]) -> tuple[int, int]:
@@ -204,12 +203,9 @@ def _flops(model: Any, inputs: dict[str, Any]) -> tuple[int, int]:
     counter = FlopCounterMode(display=False)
     before: list[int] = []
     llm = unwrap(model).get_submodule(family_for(unwrap(model)).llm)
-    handle = llm.register_forward_pre_hook(lambda *_: before.append(counter.get_total_flops()))
-    try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            model(**inputs, logits_to_keep=1, use_cache=False)
-    finally:
-        handle.remove()
+    with Interceptions() as put, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        put.before_forward(llm, lambda *_: before.append(counter.get_total_flops()))
+        model(**inputs, logits_to_keep=1, use_cache=False)
     return counter.get_total_flops(), before[0]
 
 

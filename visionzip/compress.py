@@ -7,9 +7,8 @@ pseudo-code averages) the code is followed, because it produced the published nu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionzip.config import Merge, ZipConfig
+from visionzip.intercept import Scoped
 from visionzip.selectors import SELECTORS, Features
 
 DROPPED = -1
@@ -40,20 +40,15 @@ class Compressed:
 
 
 Listener = Callable[[Features, Compressed], None]
-_listener: ContextVar[Listener | None] = ContextVar("visionzip_listener", default=None)
+_listener: Scoped[Listener] = Scoped("visionzip_listener")
 
 
-@contextmanager
-def listening(listener: Listener) -> Iterator[None]:
+def listening(listener: Listener) -> AbstractContextManager[None]:
     """Inside, `listener` sees what goes into and comes out of every `compress` of this thread (`visionzip.analysis.trace`).
 
     Here rather than in a model's family: whatever a family does before and after, its tokens are chosen here.
     """
-    token = _listener.set(listener)
-    try:
-        yield
-    finally:
-        _listener.reset(token)
+    return _listener.set(listener)
 
 
 def listened() -> bool:
@@ -62,17 +57,12 @@ def listened() -> bool:
 
 
 Chooser = Callable[[Features, int], Tensor]
-_chooser: ContextVar[Chooser | None] = ContextVar("visionzip_chooser", default=None)
+_chooser: Scoped[Chooser] = Scoped("visionzip_chooser")
 
 
-@contextmanager
-def choosing(chooser: Chooser) -> Iterator[None]:
+def choosing(chooser: Chooser) -> AbstractContextManager[None]:
     """Inside, `chooser` stands for every selector in this thread: patches kept by hand, to ask what they are worth."""
-    token = _chooser.set(chooser)
-    try:
-        yield
-    finally:
-        _chooser.reset(token)
+    return _chooser.set(chooser)
 
 
 def compress(

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+
+from visionzip.intercept import Interceptions
 
 
 def keep_mask(input_ids: Tensor, token: int, stock: int, budget: int) -> Tensor:
@@ -106,18 +107,16 @@ class PromptCutter(ABC):
     """Installed on one model: a pre-hook on ``forward`` and a wrapper around ``generate``."""
 
     model: Any  # a transformers model
-    handle: RemovableHandle | None = field(default=None, init=False)
+    interceptions: Interceptions = field(default_factory=Interceptions, init=False)
     generating: bool = field(default=False, init=False)  # the prompt was cut already
 
     def install(self) -> PromptCutter:
-        self.handle = self.model.register_forward_pre_hook(self._forward, with_kwargs=True)
-        self.model.__dict__["generate"] = self._generate
+        self.interceptions.before_forward(self.model, self._forward)
+        self.interceptions.replace(self.model, "generate", self._generate)
         return self
 
     def remove(self) -> None:
-        if self.handle is not None:
-            self.handle.remove()
-        self.model.__dict__.pop("generate", None)
+        self.interceptions.undo()
 
     @abstractmethod
     def cut(self, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from tests.tiny import picture, tiny_llava, tiny_processor
@@ -184,6 +185,28 @@ def test_copies_are_attached_to_themselves(model, processor, clone, with_process
     assert "generate" not in twin.__dict__
 
 
+@pytest.mark.parametrize("with_processor", [True, False])
+def test_a_model_in_a_peft_wrapper(model, processor, with_processor):
+    """Attached through the wrapper or before it was put on: the same model, and the same outputs."""
+    lora = LoraConfig(
+        target_modules=["q_proj"], modules_to_save=["multi_modal_projector"], r=2, init_lora_weights=False
+    )
+    torch.manual_seed(0)
+    wrapped = get_peft_model(copy.deepcopy(model), lora)
+    stock = prompt(processor)
+    before = wrapped(**stock).logits
+    attached_before = copy.deepcopy(wrapped)
+    attach(attached_before.get_base_model(), tiny_processor() if with_processor else None, BUDGET)
+    assert attach(wrapped, processor if with_processor else None, BUDGET) is wrapped
+    assert attached(wrapped).model is wrapped.get_base_model()
+    inputs = prompt(processor)
+    assert torch.equal(new_tokens(wrapped, inputs), new_tokens(attached_before, inputs))
+    assert torch.equal(wrapped(**inputs).logits, attached_before(**inputs).logits)
+    assert not torch.equal(wrapped(**inputs).logits[:, -1], before[:, -1])
+    detach(wrapped)
+    assert torch.equal(wrapped(**stock).logits, before)
+
+
 def test_processor_survives_pickle_and_saves_as_a_stock_one(model, processor, tmp_path):
     attach(model, processor, BUDGET)
     assert (prompt(pickle.loads(pickle.dumps(processor)))["input_ids"] == IMAGE).sum() == 8
@@ -360,6 +383,17 @@ class TestRefused:
         other.model.get_image_features = lambda **_: None
         with pytest.raises(ValueError, match=r"LlavaModel.get_image_features was already replaced"):
             attach(other, tiny_processor(), BUDGET)
+
+    @pytest.mark.parametrize("with_processor", [True, False])
+    def test_generate_of_the_instance(self, model, processor, with_processor):
+        """Without a processor `generate` is wrapped, and the caller's own would be left out in silence."""
+        model.generate = lambda **_: None
+        if with_processor:
+            attach(model, processor, BUDGET)
+            assert detach(model).generate() is None
+        else:
+            with pytest.raises(ValueError, match=r"\.generate was already replaced"):
+                attach(model, None, BUDGET)
 
     def test_config_and_fields_together(self, model, processor):
         with pytest.raises(ValueError, match="not both"):

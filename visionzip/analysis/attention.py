@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from visionzip.analysis.trace import to_model
 from visionzip.attach import Attachment
 from visionzip.encoders.base import CHUNK
+from visionzip.intercept import Scoped
 
 _NAME = "visionzip_watched"
 
@@ -56,7 +56,7 @@ class Call:
         return self.probabilities(slice(None)).mean(dim=1)
 
 
-_watcher: ContextVar[tuple[str, Callable[[Call], None]] | None] = ContextVar("visionzip_watcher", default=None)
+_watcher: Scoped[tuple[str, Callable[[Call], None]]] = Scoped("visionzip_watcher")
 
 
 @contextmanager
@@ -73,15 +73,14 @@ def watching(tower: nn.Module, watcher: Callable[[Call], None]) -> Iterator[None
         raise ValueError(f"the attention of {type(tower).__name__} can't be watched: it is no encoder of transformers'")
     AttentionInterface.register(_NAME, _watched)  # adds a name; what other names stand for stays as it is
     before = {key: config._attn_implementation_internal for key, config in configs.items()}
-    token = _watcher.set((next(iter(before.values())) or "sdpa", watcher))
     try:
         for config in configs.values():
             config._attn_implementation_internal = _NAME
-        yield
+        with _watcher.set((next(iter(before.values())) or "sdpa", watcher)):
+            yield
     finally:
         for key, config in configs.items():
             config._attn_implementation_internal = before[key]
-        _watcher.reset(token)
 
 
 def _watched(

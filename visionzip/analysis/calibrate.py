@@ -45,7 +45,7 @@ def calibrated(
     """
     model, config, family = attachment.model, attachment.config, attachment.family
     if not family.per_image_budgets:
-        raise ValueError(f"{type(model).__name__} takes no budgets of each picture's own; LLaVA-1.5 and LLaVA-NeXT do")
+        raise ValueError(f"{type(model).__name__} does not support per-image budgets; LLaVA-1.5 and LLaVA-NeXT do")
     dominant, contextual = family.budget(config)
     plain = config.model_copy(update={"adaptive": None})
     found: list[Tensor] = []

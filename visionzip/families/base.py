@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -21,7 +21,9 @@ from visionzip.selectors import SELECTORS, Features
 #: What `Family.compress` makes of one image: ``(L, D)`` tokens, or several named tensors where a family's projector needs more.
 VisualTokens = Tensor | dict[str, Tensor]
 #: What attaching puts on an instance: ``(object, attribute, value)``
-Patch = tuple[object, str, object]
+Patch = tuple[Any, str, Any]
+#: What attaching lets see the inputs of a module's ``forward``: ``(module, hook)``; the hook takes ``(module, args, kwargs)``
+Hook = tuple[nn.Module, Callable[..., Any]]
 
 
 class Family(ABC):
@@ -197,8 +199,8 @@ class Family(ABC):
         """Kind → how many placeholders a processor writes, for families whose images are placeholders and nothing else."""
         raise NotImplementedError
 
-    def hooks(self, config: ZipConfig) -> list[RemovableHandle]:
-        """Hooks that attaching registers, for what no attribute can do (Qwen's positions). Removed by detaching."""
+    def hooks(self, config: ZipConfig) -> list[Hook]:
+        """Pre-hooks of ``forward`` that attaching registers, for what no attribute can do (Qwen's positions)."""
         return []
 
     # Numbers

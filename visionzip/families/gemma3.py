@@ -17,10 +17,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from visionzip.config import ZipConfig
-from visionzip.families.base import FAMILIES, VisualTokens, dtype_of
+from visionzip.families.base import FAMILIES, Hook, VisualTokens, dtype_of
 from visionzip.families.grouped import Grouped
 from visionzip.families.stand_ins import TokenTypes
 
@@ -47,8 +46,8 @@ class Gemma3(Grouped):
         """1 for visual tokens, 0 for text."""
         return (input_ids == self.image_token_id).long()
 
-    def hooks(self, config: ZipConfig) -> list[RemovableHandle]:
-        return [self.model.register_forward_pre_hook(TokenTypes(self), with_kwargs=True)]
+    def hooks(self, config: ZipConfig) -> list[Hook]:
+        return [(self.model, TokenTypes(self))]
 
     def project(self, visual_tokens: list[VisualTokens]) -> list[Tensor]:
         projector = self.model.model.multi_modal_projector

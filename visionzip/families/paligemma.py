@@ -11,10 +11,9 @@ conversation are suffix with the answers: as prefix they would see an earlier an
 from __future__ import annotations
 
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from visionzip.config import ZipConfig
-from visionzip.families.base import FAMILIES
+from visionzip.families.base import FAMILIES, Hook
 from visionzip.families.grouped import Grouped
 from visionzip.families.stand_ins import TokenTypes
 
@@ -33,8 +32,8 @@ class PaliGemma(Grouped):
         """0 for the prefix, 1 from the first supervised token on."""
         return None if labels is None else ((labels != -100).cumsum(dim=1) > 0).long()
 
-    def hooks(self, config: ZipConfig) -> list[RemovableHandle]:
-        return [self.model.register_forward_pre_hook(TokenTypes(self), with_kwargs=True)]
+    def hooks(self, config: ZipConfig) -> list[Hook]:
+        return [(self.model, TokenTypes(self))]
 
 
 FAMILIES.register("paligemma")(PaliGemma)

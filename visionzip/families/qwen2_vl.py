@@ -22,12 +22,11 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from visionzip.compress import Compressed, compress, listened, take
 from visionzip.config import Merge, ZipConfig
 from visionzip.encoders.qwen import Frames, QwenEncoder
-from visionzip.families.base import FAMILIES, Family, Patch, VisualTokens
+from visionzip.families.base import FAMILIES, Family, Hook, Patch, VisualTokens
 from visionzip.families.mrope import KINDS, ForwardPositions, GenerationPositions, GridOutput, RopeIndex
 from visionzip.families.stand_ins import FewerPlaceholders, FewerTokenCounts
 from visionzip.selectors import SELECTORS
@@ -141,8 +140,8 @@ class Qwen2VL(Family):
         ]
         return [*found, (processor, "_get_num_multimodal_tokens", FewerTokenCounts(processor, cut))]
 
-    def hooks(self, config: ZipConfig) -> list[RemovableHandle]:
-        return [self.model.model.register_forward_pre_hook(ForwardPositions(), with_kwargs=True)]
+    def hooks(self, config: ZipConfig) -> list[Hook]:
+        return [(self.model.model, ForwardPositions())]
 
     def budget(self, config: ZipConfig) -> tuple[int, int]:
         raise ValueError(
