@@ -32,12 +32,12 @@ def build_model(config: RunConfig) -> tuple[Any, Any]:
             load = partial(load_without, without=["encoder"])
         model = load(
             section.path,
-            revision=section.revision or "main",
+            **section.source_options,
             dtype=getattr(torch, section.dtype),
             attn_implementation=section.attn_implementation,
             **quantization(section),
         )
-        processor = AutoProcessor.from_pretrained(section.path, revision=section.revision or "main")
+        processor = AutoProcessor.from_pretrained(section.path, **section.source_options)
     except (OSError, ImportError, ValueError) as error:
         raise ConfigError(f"model.path: {section.path} can't be loaded: {error}") from error
     try:
@@ -69,7 +69,7 @@ def quantization(section: ModelSection) -> dict[str, Any]:
         raise ConfigError("model.quantization needs bitsandbytes; pip install 'visionzip-ft[quant]'") from None
     from transformers import AutoConfig, BitsAndBytesConfig
 
-    kind = AutoConfig.from_pretrained(section.path, revision=section.revision or "main").model_type
+    kind = AutoConfig.from_pretrained(section.path, **section.source_options).model_type
     family = FAMILIES.get(str(kind))
     if family is None:
         raise ConfigError(f"a {kind} model can't be compressed; supported: {', '.join(FAMILIES.names())}")

@@ -67,9 +67,7 @@ def check_cache(config: RunConfig, model: Any, processor: Any, folder: str) -> N
     tower = model.get_submodule(family.frozen["encoder"])
     whole = model
     if next(tower.parameters(), None) is None:
-        whole = load_without(
-            section.path, ["llm"], revision=section.revision or "main", dtype=getattr(torch, section.dtype)
-        )
+        whole = load_without(section.path, ["llm"], **section.source_options, dtype=getattr(torch, section.dtype))
     wanted = identity(whole, processor, config.zip, config.data, section.dtype)
     stored = check_identity(folder, wanted)
     if whole is not model:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from data.processes import own_device
 from train.build import build_model
-from train.config import RunConfig
+from train.config import ConfigError, RunConfig
 from train.held_out import score, tokens_a_picture
 from train.scores import Scores
 from visionzip import detach
@@ -24,13 +24,20 @@ def compare_models(config: RunConfig, rank: int = 0, world_size: int = 1) -> tup
     base = config.model_copy(update={"model": config.model.model_copy(update={"projector": None})})
     model, processor = build_model(base)
     model.to(own_device())
-    tokens = tokens_a_picture(model, processor, config)
-    results = {"training_free": score(model, processor, config, rank=rank, world_size=world_size)}
-    before = projector_state(model)
-    if start is not None:
-        load_into(model, start, force=config.model.force_projector)
+    try:
+        tokens = tokens_a_picture(model, processor, config)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"eval: {error}") from error
+    results = {}
+    if start is not None:  # first: a projector that can't be loaded ends it before anything is asked
+        before = projector_state(model)
+        try:
+            load_into(model, start, force=config.model.force_projector)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"model.projector: {error}") from error
         results["fine_tuned"] = score(model, processor, config, rank=rank, world_size=world_size)
         model.load_state_dict(before, strict=False)
+    results["training_free"] = score(model, processor, config, rank=rank, world_size=world_size)
     detach(model)
     results["full"] = score(model, processor, config, rank=rank, world_size=world_size)
     return results, tokens

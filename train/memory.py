@@ -17,6 +17,9 @@ from train.trainable import linear_layers, modules_of
 from visionzip.families import family_for
 
 GIB = 1 << 30
+USABLE = 0.9
+"""Share of a GPU's memory that a plan may fill: long samples and the allocator's fragments come on top of the averages here."""
+
 CONTEXT = 1.2 * GIB
 """CUDA context, NCCL's buffers and the allocator's slack."""
 
@@ -123,14 +126,16 @@ def model_without_weights(config: RunConfig, beside: Path) -> Any:
     found = beside / "model.json"
     try:
         local = Path(config.model.path).is_dir()
-        shape = AutoConfig.from_pretrained(found if found.is_file() and not local else config.model.path)
+        shape = AutoConfig.from_pretrained(
+            found if found.is_file() and not local else config.model.path, **config.model.source_options
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.path: no config of {config.model.path} here ({type(error).__name__}); put its config.json beside the run's "
             f"config as {found}, or set model.path to a directory"
         ) from error
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(shape)
+        return AutoModelForImageTextToText.from_config(shape, trust_remote_code=config.model.trust_remote_code)
 
 
 def plans(config: RunConfig) -> list[Plan]:
@@ -169,15 +174,25 @@ def plans(config: RunConfig) -> list[Plan]:
     return ways
 
 
-def table(ways: list[Plan], sizes: Sizes, gpus: int, room: float, length: int, llm_trains: bool) -> str:
-    """Markdown, GiB; ends with what to do."""
-    head = ["", "weights", "gradients", "optimizer", "activations", "other", "total", f"fits in {room:g} GiB"]
+def render_plans(ways: list[Plan], sizes: Sizes, gpus: int, room: float, length: int, llm_trains: bool) -> str:
+    """A Markdown table in GiB, then what to do. A way fits where it leaves a tenth of `room` (GiB) free."""
+    usable = USABLE * room
+    head = [
+        "",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "other",
+        "total",
+        f"fits in {usable:.1f} of {room:g} GiB",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     fitting = None
     for way in ways:
         parts = memory(way, sizes, gpus, length, llm_trains)
         total = sum(parts.values()) / GIB
-        fits = total <= room
+        fits = total <= usable
         fitting = fitting or (way if fits else None)
         cells = [way.name, *(f"{value / GIB:.1f}" for value in parts.values()), f"{total:.1f}", "yes" if fits else "no"]
         lines.append("| " + " | ".join(cells) + " |")

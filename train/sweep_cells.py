@@ -14,6 +14,7 @@ from train.config import ConfigError, RunConfig, load_config
 from train.digest import digest
 from visionzip import ZipConfig
 from visionzip.budgets import parse_budget
+from visionzip.selectors import SELECTORS
 
 SHORT = {"selector": "zip.selector", "seed": "seed"}
 BUDGET = "budget"
@@ -30,7 +31,7 @@ class Cell:
     name: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.name = "-".join(slug(name, value) for name, value in self.axes.items()) or "only"
+        self.name = "-".join(slug(name, value) for name, value in self.axes.items())
 
     @property
     def folder(self) -> Path:
@@ -100,6 +101,15 @@ def make_cells(path: str, out: Path, items: Sequence[str], cached: bool = True) 
         ConfigError: an axis or a value that the config does not take; no evaluation, which is all a sweep is for.
     """
     axes, overrides = axes_of(items)
+    if not axes:
+        raise ConfigError(
+            "nothing to compare: give selector=…, budget=…, seed=… or a key with several values, for example budget=8,16"
+        )
+    for name in axes.get("selector", []):
+        try:
+            SELECTORS[name]
+        except ValueError as error:
+            raise ConfigError(f"selector={name}: {error}") from None
     base = load_config(path, overrides)
     if base.eval is None:
         raise ConfigError(f"{path} has no eval section: a sweep compares answers to held-out questions")

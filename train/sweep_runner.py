@@ -77,7 +77,8 @@ class Sweep:
         found = ", ".join(f"{LABELS[name]} {100 * results[name]:.1f} %" for name in LABELS if name in results)
         what = found if not code else f"failed with exit code {code}; see {task.log}"
         self.say(f"[{self.done}/{len(self.cells)}] {task.name}: {what} ({seconds:.0f} s)")
-        self.write()
+        if cell.results:
+            self.write()
 
     def write(self) -> str:
         """`sweep.json`, `sweep.md` and `sweep.png` of what is finished; returns the table."""
@@ -97,7 +98,10 @@ def sweep(out: Path, cells: list[Cell], jobs: int) -> int:
     except KeyboardInterrupt:
         planned.say("stopped; the same command goes on")
         return Exit.STOPPED
+    if not any(cell.results for cell in cells):
+        planned.say("no cell finished: there is nothing to compare")
+        return Exit.ERROR
     print(planned.write())
-    if any(cell.config.wandb.enabled for cell in planned.cells):
+    if any(cell.config.wandb.enabled for cell in cells):
         log_summary(planned.cells[0].config, out)
     return Exit.ERROR if failed else Exit.DONE

@@ -16,6 +16,7 @@ from tests.train.workspace import ROOT, Ranks, config_of, environment, write_con
 from train import held_out as held_out_module
 from train import report
 from train.build import build_model
+from train.commands import start
 from train.config import EvalSection, parse_config
 from train.held_out import Numbered, gather, generate, score, tokens_a_picture
 from train.scores import Scores, normalise, table, won_back
@@ -208,6 +209,23 @@ def test_evaluation_alone(workspace: Path, ranks: Ranks, tmp_path: Path, process
         "training-free",
         "fine-tuned",
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["model.projector=/nonexistent"], "config error: model.projector: "),
+        (["eval.sources.0.path=/nonexistent.json"], "config error: eval: "),
+    ],
+)
+def test_what_can_not_be_evaluated_is_said_in_a_line(
+    changes: list[str], says: str, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(config_of(workspace, tmp_path / "run", eval=held_out(workspace)))
+    assert start("evaluate", ["--config", str(path), *changes]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(says)
+    assert "/nonexistent" in line
 
 
 def scores(**right: int) -> dict[str, Scores]:

@@ -11,7 +11,7 @@ import torch
 from tests.train.workspace import ROOT, config_of
 from train.commands import start
 from train.config import load_config, parse_config
-from train.memory import GIB, activation_bytes, memory, model_without_weights, plans, sizes_of
+from train.memory import GIB, activation_bytes, memory, model_without_weights, plans, render_plans, sizes_of
 from train.trainable import choose, count
 
 SEVEN = ROOT / "configs" / "llava-1.5-7b"
@@ -92,10 +92,31 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert start("plan", ["--config", str(SEVEN / "ft-64.yaml"), "--gpus", "8", "--gpu-memory", "24"]) == 0
     said = capsys.readouterr().out
     assert "252 MB" in said
-    assert "the least change that does: trainer.per_device_train_batch_size=4" in said
+    assert "the least change that does: trainer.per_device_train_batch_size=2" in said
     assert start("plan", ["--config", str(SEVEN / "ft-64.yaml"), "--gpu-memory", "80"]) == 0
     assert "It fits as it is." in capsys.readouterr().out
     assert start("plan", ["--config", str(SEVEN / "ft-64.yaml"), "--gpu-memory", "1"]) == 0
     assert "Nothing here fits" in capsys.readouterr().out
     assert start("plan", ["--config", str(ROOT / "configs/tiny-llava/demo.yaml"), f"model.path={tmp_path}/none"]) == 2
     assert "model.path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--gpus", "0"], ["--gpus", "two"], ["--gpu-memory", "-1"], ["--gpu-memory", "nan"], ["--length", "0"]]
+)
+def test_what_is_no_number_of_gpus_or_gib_is_said_in_a_line(
+    wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        start("plan", ["--config", str(SEVEN / "ft-64.yaml"), *wrong])
+    assert ended.value.code == 2
+    assert f"argument {wrong[0]}: must be" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_way_fits_where_a_tenth_of_the_memory_is_left_free() -> None:
+    config = load_config(SEVEN / "ft-64.yaml")
+    sizes = sizes_of(model_without_weights(config, SEVEN), config)
+    (way, *_) = plans(config)
+    total = sum(memory(way, sizes, 8, 364).values()) / GIB
+    assert "It fits as it is." in render_plans([way], sizes, 8, total / 0.899, 364, False)
+    assert "Nothing here fits" in render_plans([way], sizes, 8, total / 0.901, 364, False)

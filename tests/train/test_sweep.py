@@ -167,3 +167,29 @@ def test_rank_agreement() -> None:
     assert agreement(same) == [(8, 1.0)]
     same[0].fine_tuned = 0.9
     assert agreement(same) == [(8, pytest.approx(-1 / 3))]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ([], "nothing to compare: give selector="),
+        (["trainer.max_steps=4"], "nothing to compare: give selector="),
+        (["selector=nope"], "selector=nope: no selector is called 'nope'; known: "),
+    ],
+)
+def test_what_can_not_be_compared_is_said_before_anything_runs(
+    given: list[str], says: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start("sweep", ["--config", str(config), "--out", str(tmp_path / "out"), *given]) == 2
+    assert capsys.readouterr().err.startswith(f"config error: {says}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.launch
+def test_a_sweep_whose_cells_all_fail_logs_no_summary(config: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "train.sweep", "--config", str(config), "--out", str(tmp_path / "out"), "budget=8",
+               "zip.layer=99", "wandb.enabled=true"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "no cell finished: there is nothing to compare"
+    assert "W&B" not in done.stderr

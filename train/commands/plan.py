@@ -13,14 +13,27 @@ from pathlib import Path
 
 from train.commands import _config
 from train.guard import run_guarded
-from train.memory import TEXT, model_without_weights, plans, sizes_of, table
+from train.memory import TEXT, model_without_weights, plans, render_plans, sizes_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _config.add_arguments(parser)
-    parser.add_argument("--gpus", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--gpu-memory", type=float, default=24.0, help="GiB of one GPU (default: %(default)s)")
-    parser.add_argument("--length", type=int, help=f"tokens of a sample on average (default: a picture's + {TEXT})")
+    parser.add_argument("--gpus", type=_config.positive, default=8, help="number of GPUs (default: %(default)s)")
+    parser.add_argument("--gpu-memory", type=gibibytes, default=24.0, help="GiB of one GPU (default: %(default)s)")
+    parser.add_argument(
+        "--length", type=_config.positive, help=f"average tokens of a sample (default: {TEXT} of text and an image's)"
+    )
+
+
+def gibibytes(text: str) -> float:
+    """Raises argparse.ArgumentTypeError: not a number, or not greater than 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number greater than 0 (found {text!r})")
+    return value
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -32,10 +45,10 @@ def plan(arguments: argparse.Namespace) -> int:
     sizes = sizes_of(model_without_weights(config, Path(arguments.config).parent), config)
     length = arguments.length or sizes.visual + TEXT
     print(
-        f"{sizes.total / 1e9:.2f} billion parameters, {sizes.trained / 1e6:.1f} million train; {arguments.gpus} GPUs; "
+        f"{sizes.total / 1e9:.2f} billion parameters, {sizes.trained / 1e6:.1f} million train; {arguments.gpus} GPU{'s' if arguments.gpus > 1 else ''}; "
         f"{length} tokens a sample, {sizes.visual} of them visual\n"
         f"a checkpoint: {3 * 4 * sizes.trained / 1e6:.0f} MB (three float32 tensors a trained parameter; all weights in bf16 alone: "
         f"{2 * sizes.total / 1e9:.1f} GB)\n"
     )
-    print(table(plans(config), sizes, arguments.gpus, arguments.gpu_memory, length, "llm" in config.train.parts))
+    print(render_plans(plans(config), sizes, arguments.gpus, arguments.gpu_memory, length, "llm" in config.train.parts))
     return 0

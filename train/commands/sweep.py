@@ -26,7 +26,9 @@ from train.sweep_cells import make_cells
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _config.add_arguments(parser)
     parser.add_argument("--out", required=True, type=Path, help="folder of the sweep")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at once, a process each (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=_config.positive, default=1, help="cells at once, a process each (default: %(default)s)"
+    )
     parser.add_argument("--pixels", action="store_true", help="compute visual tokens in every run, in place of once")
 
 
