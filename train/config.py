@@ -6,11 +6,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from data.config import EvalSection, ModelSection, PipelineConfig, Section
 from data.config_file import ConfigError, parse, read_config_file, section_of
 from train.arguments import TrainerSection, trainer_mistakes
+from train.loss import DEFAULT, LOSSES
+from train.scores import METRICS
 
 __all__ = ["ConfigError", "DistillSection", "EvalSection", "LoraSection", "ModelSection", "ReportSection", "RunConfig",
            "TrainSection", "WandbSection", "describe", "load_config", "parse_config", "to_yaml"]  # fmt: skip
@@ -48,6 +50,7 @@ class TrainSection(Section):
 
     parts: list[Literal["projector", "llm"]] = Field(["projector"], description="trained in full: projector, llm")
     lora: LoraSection | None = Field(None, description="low-rank adapters through PEFT, beside what is trained in full")
+    loss: str = Field(DEFAULT, description=f"of the labels: {', '.join(LOSSES)}")
     distill: DistillSection | None = Field(
         None, description="learn what the uncompressed model answers; null: only labels"
     )
@@ -56,6 +59,13 @@ class TrainSection(Section):
         description="compute what all samples begin with once; only where the LLM is frozen and whole, exact there",
     )
     expect_parameters: int | None = Field(None, ge=1, description="stop when the trainable count is another")
+
+    @field_validator("loss")
+    @classmethod
+    def _loss_exists(cls, value: str) -> str:
+        if value not in LOSSES:
+            raise ValueError(f"there is no loss {value!r}; there are {', '.join(LOSSES)}")
+        return value
 
     @model_validator(mode="after")
     def _something_trains_once(self) -> TrainSection:
@@ -101,6 +111,8 @@ class RunConfig(PipelineConfig):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> RunConfig:
+        if self.eval is not None and self.eval.metric not in METRICS:
+            raise ValueError(f"eval.metric: there is no metric {self.eval.metric!r}; there are {', '.join(METRICS)}")
         if self.model.quantization and "llm" in self.train.parts:
             raise ValueError(
                 "model.quantization and train.parts: a quantised LLM can't be trained in full; use train.lora"

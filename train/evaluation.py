@@ -13,9 +13,11 @@ import torch.distributed as dist
 from train.cached import check_cache
 from train.config import ConfigError
 from train.digest import digest
+from train.doubts import doubt_answers
 from train.held_out import score, tokens_a_picture
 from train.scores import Scores
 from train.setup import Run
+from train.words import count_of
 from visionzip import attach, detach
 
 
@@ -84,7 +86,9 @@ def evaluate(run: Run, what: str) -> Scores:
     for bar in bars:
         bar.close()
     if scores.unread:
-        run.say(f"{scores.unread} held-out questions could not be read and do not count")
+        run.say(f"{count_of(scores.unread, 'held-out question')} not counted: could not be read")
+    if doubt := doubt_answers(what, scores):
+        run.say(doubt)
     return scores
 
 

@@ -17,7 +17,7 @@ from data.processes import own_device
 from data.questions import Question, QuestionCollator, build_questions
 from train import random_state
 from train.config import EvalSection, RunConfig
-from train.scores import ALL, Scores, normalise
+from train.scores import ALL, METRICS, Scores, runs_on
 from visionzip import Attachment, attached
 from visionzip.fingerprint import gathered
 
@@ -93,7 +93,8 @@ def score(
             last = batch["inputs"] or last  # under ZeRO-3 every process has to run the model as often as the others
             texts = generate(model, processor, last, config.eval) if last else []
             answered |= dict.fromkeys(batch["numbers"])
-            answered |= {n: record(q, text) for (n, q), text in zip(batch["asked"], texts, strict=False)}
+            asked = zip(batch["asked"], texts, strict=False)
+            answered |= {number: judge(question, text, config.eval.metric) for (number, question), text in asked}
             beat(f"answering held-out questions, batch {done} of {len(loader)}")
             bar(done, len(loader))
     model.train(training)
@@ -153,14 +154,17 @@ def on_device(value: Any, device: torch.device, dtype: torch.dtype | None = None
     return value.to(device, dtype if value.is_floating_point() else None) if torch.is_tensor(value) else value
 
 
-def record(question: Any, text: str) -> dict[str, Any]:
+def judge(question: Any, text: str, metric: str) -> dict[str, Any]:
+    """A row of `Scores.answers`; `right` is what the answer is worth."""
+    worth = METRICS[metric](text, question.answer)
     return {
         "id": question.id,
         "type": question.type or ALL,
         "question": question.question,
         "expected": question.answer,
         "answer": text.strip(),
-        "right": normalise(text) == normalise(question.answer),
+        "right": worth,
+        "ran_on": not worth and runs_on(text, question.answer),
     }
 
 

@@ -1,8 +1,17 @@
-"""The loss where there is a label, and nowhere else: cross-entropy, or a teacher's answers in its place or beside it."""
+"""The loss where there is a label, and nowhere else: one of `LOSSES`, a teacher's answers in its place or beside it.
+
+A new loss is a function with one registration, and `train.loss` in the config names it::
+
+    @register_loss("focal")
+    @with_autograd
+    def focal(logits, targets):  # (T, V) float32, (T,) → the sum over T
+        log_probs = -cross_entropy(logits, targets, reduction="none")
+        return -((1 - log_probs.exp()) ** 2 * log_probs).sum()
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +29,12 @@ product to be at its best."""
 
 PADDED = PaddedRows()
 
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Logits ``(T, V)`` and targets ``(T,)`` → the loss summed over ``T`` in float32; the logits are overwritten with its gradient."""
+
+LOSSES: dict[str, Loss] = {}
+DEFAULT = "cross_entropy"
+
 # What a text config calls an operation between head and loss; with one, logits are taken from the model itself.
 _AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
@@ -31,19 +46,21 @@ def summed_loss(
     labels: Tensor,
     layout: Layout = PADDED,
     teacher: Teacher | None = None,
+    loss: Loss | None = None,
 ) -> Tensor:
     """The loss in float32, summed over the supervised tokens of this batch; 0 with a gradient of 0 where there are none.
 
     Args:
         layout: how the collated samples are laid out for the forward.
         teacher: of the supervised tokens, row by row; the loss is then `weighted_loss_`.
+        loss: one of `LOSSES`; None: cross-entropy.
     """
     with layout.lay_out(inputs, labels) as (laid_out, targets):
-        return loss_of_rows(model, head, laid_out, targets, teacher)
+        return loss_of_rows(model, head, laid_out, targets, teacher, loss or LOSSES[DEFAULT])
 
 
 def loss_of_rows(
-    model: nn.Module, head: nn.Module, inputs: dict[str, Any], labels: Tensor, teacher: Teacher | None = None
+    model: nn.Module, head: nn.Module, inputs: dict[str, Any], labels: Tensor, teacher: Teacher | None, loss: Loss
 ) -> Tensor:
     """`summed_loss` of inputs that are laid out already."""
     keep = supervised(labels)
@@ -51,11 +68,11 @@ def loss_of_rows(
     if not fusible(model, head):
         with rows_of_head(head, keep):
             logits = model(**inputs, use_cache=False).logits  # (supervised tokens, vocabulary)
-        return RowsCrossEntropy.apply(logits, targets.to(logits.device), moved(teacher, logits.device))
+        return LogitsLoss.apply(logits, targets.to(logits.device), moved(teacher, logits.device), loss)
     with rows_of_head(head, keep, withhold=True) as taken:
         model(**inputs, use_cache=False)
     rows = taken[0]
-    return HeadCrossEntropy.apply(rows, head.weight, targets.to(rows.device), moved(teacher, rows.device))
+    return FrozenHeadLoss.apply(rows, head.weight, targets.to(rows.device), moved(teacher, rows.device), loss)
 
 
 def moved(teacher: Teacher | None, device: torch.device) -> Teacher | None:
@@ -103,7 +120,7 @@ def rows_of_head(head: nn.Module, keep: Tensor, withhold: bool = False) -> Itera
         handle.remove()
 
 
-class HeadCrossEntropy(torch.autograd.Function):
+class FrozenHeadLoss(torch.autograd.Function):
     """Frozen head and loss in one, in chunks: rows ``(T, D)``, weight ``(V, D)``, targets ``(T,)`` → the sum.
 
     Logits exist for one chunk at a time. The gradient of the rows is made on the way, while they are there (Hsu et al. 2024,
@@ -111,7 +128,14 @@ class HeadCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, teacher: Teacher | None = None) -> Tensor:
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        teacher: Teacher | None = None,
+        loss: Loss | None = None,
+    ) -> Tensor:
         size = max(1, CHUNK_BYTES // (4 * len(weight)))
         weight = weight.to(rows.dtype)
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
@@ -119,51 +143,85 @@ class HeadCrossEntropy(torch.autograd.Function):
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             logits = rows[part] @ weight.t()
-            total += weighted_loss_(logits, targets[part], None if teacher is None else teacher[part])
+            total += weighted_loss_(logits, targets[part], None if teacher is None else teacher[part], loss)
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[part])
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * above.to(gradient.dtype), None, None, None
+        return gradient * above.to(gradient.dtype), None, None, None, None
 
 
-class RowsCrossEntropy(torch.autograd.Function):
+class LogitsLoss(torch.autograd.Function):
     """Loss of logits ``(T, V)``, summed. The gradient is written over the logits; float32 copies are of a chunk."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, teacher: Teacher | None = None) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, teacher: Teacher | None = None, loss: Loss | None = None
+    ) -> Tensor:
         size = max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
         own = logits.detach() if ctx.needs_input_grad[0] else logits.detach().clone()
         for start in range(0, len(own), size):
             part = slice(start, start + size)
-            total += weighted_loss_(own[part], targets[part], None if teacher is None else teacher[part])
+            total += weighted_loss_(own[part], targets[part], None if teacher is None else teacher[part], loss)
         ctx.save_for_backward(own)
         return total
 
     @staticmethod
-    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * above.to(gradient.dtype), None, None
+        return gradient * above.to(gradient.dtype), None, None, None
 
 
-def weighted_loss_(logits: Tensor, targets: Tensor, teacher: Teacher | None) -> Tensor:
-    """Cross-entropy of ``(T, V)`` logits, or with a teacher ``weight · divergence + (1 − weight) · cross-entropy``; they are
-    overwritten with its gradient."""
+def weighted_loss_(logits: Tensor, targets: Tensor, teacher: Teacher | None, loss: Loss | None = None) -> Tensor:
+    """The `loss` of ``(T, V)`` logits, or with a teacher ``weight · divergence + (1 − weight) · loss``; they are overwritten with
+    its gradient."""
+    loss = loss or LOSSES[DEFAULT]
     if teacher is None:
-        return cross_entropy_(logits, targets)
+        return loss(logits, targets)
     if teacher.weight == 1.0:
         return divergence_(logits, teacher)
     hard = logits.clone()
-    loss = teacher.weight * divergence_(logits, teacher) + (1.0 - teacher.weight) * cross_entropy_(hard, targets)
+    total = teacher.weight * divergence_(logits, teacher) + (1.0 - teacher.weight) * loss(hard, targets)
     logits.mul_(teacher.weight).add_(hard, alpha=1.0 - teacher.weight)
-    return loss
+    return total
 
 
+def register_loss(name: str) -> Callable[[Loss], Loss]:
+    """Make a function one of `LOSSES`.
+
+    Raises:
+        ValueError: when the name is taken.
+    """
+
+    def add(loss: Loss) -> Loss:
+        if name in LOSSES:
+            raise ValueError(f"two losses are called {name!r}")
+        LOSSES[name] = loss
+        return loss
+
+    return add
+
+
+def with_autograd(function: Callable[[Tensor, Tensor], Tensor]) -> Loss:
+    """A differentiable function of float32 logits and targets, in the form of `LOSSES`: the gradient is autograd's."""
+
+    def loss_(logits: Tensor, targets: Tensor) -> Tensor:
+        exact = logits.detach().float().requires_grad_()
+        with torch.enable_grad():
+            total = function(exact, targets)
+            (gradient,) = torch.autograd.grad(total, exact)
+        logits.copy_(gradient)
+        return total.detach()
+
+    return loss_
+
+
+@register_loss(DEFAULT)
 def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     """The summed loss of ``(T, V)`` logits, which are overwritten with its gradient. Float32 inside whatever their type."""
     exact = logits.float()  # the same tensor where it is float32 already

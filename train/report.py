@@ -10,7 +10,7 @@ import numpy as np
 
 from train.config import RunConfig
 from train.held_out import one_a_picture, picture_inputs, questions_of
-from train.scores import LABELS, Scores, table, won_back
+from train.scores import LABELS, Scores, describe_scores
 from visionzip import attached
 
 # Okabe and Ito's palette: told apart by people who see red and green alike.
@@ -23,6 +23,7 @@ def results(scores: dict[str, Scores], tokens: int, of_tokens: int, seed: int, t
         **{name: scores[name].accuracy for name in LABELS if name in scores},
         "tokens": tokens,
         "of_tokens": of_tokens,
+        "ran_on": {name: found.ran_on / found.questions for name, found in scores.items() if found.questions},
         "questions": max((s.questions for s in scores.values()), default=0),
         "seed": seed,
         "trainable_parameters": trainable,
@@ -43,8 +44,7 @@ def write(
     if any("loss" in line for line in log):
         pictures.append(loss_curve(folder / "loss.png", log))
     if scores:
-        text = table(scores, facts["tokens"], facts["of_tokens"])
-        (folder / "table.md").write_text(f"{text}\n\n{won_back(scores)}\n")
+        (folder / "table.md").write_text(f"{describe_scores(scores, facts['tokens'], facts['of_tokens'])}\n")
         with open(folder / "answers.jsonl", "w", encoding="utf-8") as file:
             for name, result in scores.items():
                 file.writelines(json.dumps({"model": name, **row}) + "\n" for row in result.answers)
@@ -114,7 +114,7 @@ def kept_patches(folder: str | Path, model: Any, processor: Any, config: RunConf
     return paths
 
 
-def _share(pair: tuple[int, int]) -> float:
+def _share(pair: tuple[float, int]) -> float:
     return pair[0] / pair[1] if pair[1] else 0.0
 
 

@@ -18,6 +18,7 @@ from train.callbacks import Bar, Metrics, Speed, Wandb
 from train.compiled import compile_parts
 from train.config import ConfigError, RunConfig
 from train.digest import digest
+from train.doubts import doubt_loss
 from train.ending import Exit, RunEnded, StopRequest, Watchdog
 from train.evaluation import count_tokens, evaluate, evaluate_base
 from train.held_out import questions_of
@@ -26,12 +27,13 @@ from train.layout import PackedRow, choose_layout, find_prefix
 from train.outcome import export, write_report
 from train.output_dir import make_output_dir
 from train.resume import Resume, agree, find_resume
-from train.scores import Scores, table, won_back
+from train.scores import Scores, describe_scores
 from train.setup import Run, build_batches, build_data
 from train.state import shape_of
 from train.trainable import choose, count
 from train.trainer import Hooks, ProjectorTrainer
 from train.wandb_page import Look, end_of_run
+from train.words import count_of
 from visionzip import attached
 from visionzip.projector import fingerprint
 
@@ -85,8 +87,10 @@ def train_and_leave_behind(run: Run) -> int:
         raise
     if trainer.stopping and trainer.state.global_step < trainer.state.max_steps:
         end_early(run, trainer, wandb)
+    if doubt := doubt_loss(trainer.state.log_history):
+        run.say(doubt)
     if rejects is not None and rejects.rejected:
-        run.say(f"{rejects.rejected} records were not used ({rejects.summary()}); see {rejects.path}")
+        run.say(f"{count_of(rejects.rejected, 'record')} not used ({rejects.summary()}); see {rejects.path}")
     if run.config.eval is not None:
         scores["fine_tuned"] = evaluate(run, "fine-tuned")
     leave_behind(run, trainer, scores, tokens, wandb)
@@ -142,6 +146,7 @@ def identify(run: Run, dataset: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     }
     exact = {
         "data": digest([config.data.model_dump(), size_of(dataset), *distill_options(config).items()]),
+        "loss": config.train.loss,
         "seed": config.seed,
         "global_batch": args.per_device_train_batch_size * run.world_size * args.gradient_accumulation_steps,
         "zero": config.trainer.deepspeed,
@@ -183,6 +188,7 @@ def build_trainer(
         collator=dataset.collator(),
         batches=build_batches(run, dataset, tokens, packed=isinstance(layout, PackedRow)),
         layout=layout,
+        loss=config.train.loss,
         distill=distill_options(config),
         stop=run.stop,
         watchdog=run.watchdog,
@@ -238,14 +244,16 @@ def announce(run: Run, trainer: ProjectorTrainer, dataset: Any, tokens: Tokens) 
     args = run.args
     trainable, total = count(run.model), count(run.model, trainable=False)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * run.world_size
+    size = size_of(dataset)
+    samples = "streamed samples" if size is None else count_of(size, "sample")
     run.say(
         f"training {trainable:,} of {total:,} parameters ({', '.join(trained_parts(run.config))})\n"
-        f"{run.world_size} process{'es' if run.world_size > 1 else ''} x {args.per_device_train_batch_size} samples "
-        f"x {args.gradient_accumulation_steps} accumulated = {batch} a step; {size_of(dataset) or 'streamed'} samples; "
+        f"{count_of(run.world_size, 'process')} x {count_of(args.per_device_train_batch_size, 'sample')} "
+        f"x {args.gradient_accumulation_steps} accumulated = {batch} per step; {samples}; "
         f"{run.config.trainer.deepspeed}; {run.config.model.dtype} on {args.device.type}"
     )
     if tokens[1]:
-        run.say(f"{tokens[0]} of {tokens[1]} visual tokens a picture")
+        run.say(f"{tokens[0]} of {tokens[1]} visual tokens per image")
     compiled = ["norms and MLPs compiled"] if run.config.trainer.torch_compile else []
     run.say("; ".join([*trainer.layout.describe(), *compiled]))
 
@@ -310,7 +318,7 @@ def leave_behind(
     """Export, report, tables. Collective."""
     facts = report.results(scores, *tokens, run.config.seed, count(run.model))
     metadata = {
-        "results": {key: value for key, value in facts.items() if key != "by_type"},
+        "results": {key: value for key, value in facts.items() if key not in ("by_type", "ran_on")},
         "data": [source.label for source in run.config.data.sources],
         "steps": trainer.state.global_step,
         "trained": trained_parts(run.config),
@@ -326,7 +334,7 @@ def leave_behind(
 
 def show(run: Run, scores: dict[str, Scores], tokens: Tokens, pictures: list[Path], wandb: Wandb | None) -> None:
     if scores:
-        print(f"\n{table(scores, *tokens)}\n\n{won_back(scores)}", flush=True)
+        print(f"\n{describe_scores(scores, *tokens)}", flush=True)
     where = f"; report: {run.folder / 'report'}" if pictures else ""
     run.say(f"projector: {run.folder / 'projector'}{where}")
     if wandb:

@@ -1,31 +1,42 @@
-"""What answers are worth: exact match, by question type, and the tables that compare models."""
+"""What answers are worth: a metric, by question type, and the tables that compare models.
+
+A new metric is a function with one registration, and `eval.metric` in the config names it::
+
+    @register_metric("starts_right")
+    def starts_right(answer, expected):
+        return normalise(answer).startswith(normalise(expected))
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 LABELS = {"full": "full tokens", "training_free": "training-free", "fine_tuned": "fine-tuned"}
 ALL = "all"
 
+Metric = Callable[[str, str], float]
+"""A model's answer and the expected one → what it is worth, from 0 to 1."""
 
-@dataclass
-class Scores:
-    """Exact match of one model. `types`: type → (right, asked). `answers`: one dict a question, in the file's order."""
+METRICS: dict[str, Metric] = {}
 
-    types: dict[str, tuple[int, int]] = field(default_factory=dict)
-    answers: list[dict[str, Any]] = field(default_factory=list)
-    unread: int = 0
 
-    @property
-    def accuracy(self) -> float:
-        right, asked = (sum(column) for column in zip(*self.types.values(), strict=True)) if self.types else (0, 0)
-        return right / asked if asked else 0.0
+def register_metric(name: str) -> Callable[[Metric], Metric]:
+    """Make a function one of `METRICS`.
 
-    @property
-    def questions(self) -> int:
-        return sum(asked for _, asked in self.types.values())
+    Raises:
+        ValueError: when the name is taken.
+    """
+
+    def add(metric: Metric) -> Metric:
+        if name in METRICS:
+            raise ValueError(f"two metrics are called {name!r}")
+        METRICS[name] = metric
+        return metric
+
+    return add
 
 
 def normalise(text: str) -> str:
@@ -33,7 +44,45 @@ def normalise(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip().removesuffix(".").rstrip().casefold()
 
 
-def table(results: dict[str, Scores], tokens: int, of_tokens: int) -> str:
+@register_metric("exact_match")
+def exact_match(answer: str, expected: str) -> bool:
+    return normalise(answer) == normalise(expected)
+
+
+def runs_on(answer: str, expected: str) -> bool:
+    """Whether the answer is the expected one and then goes on: "top left left" for "top left"."""
+    return normalise(answer).startswith(f"{normalise(expected)} ")
+
+
+@dataclass
+class Scores:
+    """The score of one model.
+
+    Attributes:
+        types: question type → (sum of what the answers are worth, questions).
+        answers: one dict a question, in the file's order.
+        unread: questions that could not be asked.
+    """
+
+    types: dict[str, tuple[float, int]] = field(default_factory=dict)
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    unread: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        return sum(right for right, _ in self.types.values()) / self.questions if self.questions else 0.0
+
+    @property
+    def questions(self) -> int:
+        return sum(asked for _, asked in self.types.values())
+
+    @property
+    def ran_on(self) -> int:
+        """Answers that count as wrong because they did not stop after the right one."""
+        return sum(bool(row.get("ran_on")) for row in self.answers)
+
+
+def render_scores(results: dict[str, Scores], tokens: int, of_tokens: int) -> str:
     """One row a model, one column a question type, as Markdown."""
     names = [name for name in LABELS if name in results]
     types = sorted({kind for name in names for kind in results[name].types} - {ALL})
@@ -56,8 +105,23 @@ def table(results: dict[str, Scores], tokens: int, of_tokens: int) -> str:
     return "\n".join(lines)
 
 
-def percent(right: int, asked: int) -> str:
+def percent(right: float, asked: int) -> str:
     return f"{100 * right / asked:.1f} %" if asked else ""
+
+
+def describe_ran_on(results: dict[str, Scores]) -> str:
+    """How many answers were right but did not stop, in words; empty where there is none."""
+    counted = [(LABELS[name], results[name]) for name in LABELS if name in results]
+    if not any(scores.ran_on for _, scores in counted):
+        return ""
+    each = (f"{label} {percent(scores.ran_on, scores.questions)}" for label, scores in counted)
+    return f"Right but ran on, counted as wrong: {', '.join(each)}."
+
+
+def describe_scores(results: dict[str, Scores], tokens: int, of_tokens: int) -> str:
+    """The table, and below it what it says."""
+    said = [won_back(results), describe_ran_on(results)]
+    return "\n\n".join([render_scores(results, tokens, of_tokens), *filter(None, said)])
 
 
 def won_back(results: dict[str, Scores]) -> str:

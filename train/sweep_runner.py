@@ -14,6 +14,7 @@ from train.sweep_cells import Cell
 from train.sweep_results import log_summary, write
 from train.tasks import Task, run_all
 from train.teacher_answers import ask_teacher
+from train.words import count_of
 
 COMPLETE = "complete"
 """A file in the folder of a cache that was filled to the end."""
@@ -52,7 +53,7 @@ class Sweep:
 
     def run(self) -> int:
         missing = [cell for cell in self.cells if cell.results is None]
-        self.say(f"{len(self.cells)} cells, {len(self.cells) - len(missing)} finished before")
+        self.say(f"{count_of(len(self.cells), 'cell')}, {len(self.cells) - len(missing)} finished before")
         made = {}
         for config in (cell.config for cell in missing):
             teacher = config.train.distill.cache if config.train.distill else None

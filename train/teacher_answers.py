@@ -34,6 +34,7 @@ from train.config import ConfigError, RunConfig
 from train.distill import most_likely
 from train.labels import predicted_tokens, supervised
 from train.loss import rows_of_head
+from train.words import count_of
 from visionzip import attached, detach
 from visionzip.families import family_for
 from visionzip.fingerprint import differences, fingerprint
@@ -258,7 +259,7 @@ def ask_teacher(config: RunConfig) -> int:
     claim(folder, describe_teacher(model, processor, config))
     done = fill(folder, model.eval(), processor, config, process=process, processes=processes)
     print(
-        f"process {process} of {processes}: {done} records asked; {folder} holds {len(Store(folder, made_for(folder / MANIFEST)))}",
+        f"process {process} of {processes}: {count_of(done, 'record')} asked; {folder} holds {len(Store(folder, made_for(folder / MANIFEST)))}",
         file=sys.stderr,
     )
     return 0

@@ -26,7 +26,7 @@ from train.distill import Teacher
 from train.ending import Exit, RunEnded, StopRequest, Watchdog
 from train.labels import supervised
 from train.layout import Layout
-from train.loss import PADDED, summed_loss
+from train.loss import DEFAULT, LOSSES, PADDED, summed_loss
 from train.resume import Resume
 from train.state import MasterState, shape_of
 from train.trainable import check
@@ -67,6 +67,7 @@ class ProjectorTrainer(Trainer):
         batches: the sampler of this process: yields lists of indices, has `set_epoch`, and gives every process the same
             number of batches. None for a data set that is a stream.
         layout: how the samples of a micro-batch are laid out for the model.
+        loss: name of one of `train.loss.LOSSES`.
         distill: `temperature` and `weight` of a `train.distill.Teacher`, for data that brings its answers.
         hooks.identity: what a checkpoint must agree with to be resumed (base model, ZipConfig, data …).
     """
@@ -85,12 +86,13 @@ class ProjectorTrainer(Trainer):
         resume: Resume | None = None,
         data_timeout: float = 0.0,
         layout: Layout = PADDED,
+        loss: str = DEFAULT,
         distill: dict[str, float] | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
         self.trains = [name for name, p in model.named_parameters() if p.requires_grad]
         self.batches, self.stop, self.watchdog, self.hooks, self.resume = batches, stop, watchdog, hooks, resume
-        self.data_timeout, self.layout = data_timeout, layout
+        self.data_timeout, self.layout, self.loss = data_timeout, layout, LOSSES[loss]
         self.distill = distill or {}
         self.family, self.totals = family_for(unwrap(model)), Totals()
         self.stopping = False
@@ -183,7 +185,7 @@ class ProjectorTrainer(Trainer):
         DDP and DeepSpeed average gradients over processes, hence the factor; the sum over processes then is the mean.
         """
         inputs, labels = short_prompts(self.plain, inputs, inputs.pop("labels"))
-        loss = summed_loss(model, self.head, inputs, labels, self.layout, self.teacher(inputs))
+        loss = summed_loss(model, self.head, inputs, labels, self.layout, self.teacher(inputs), self.loss)
         if not torch.isfinite(loss):
             raise RunEnded(
                 Exit.NOT_FINITE,

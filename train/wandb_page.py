@@ -18,7 +18,7 @@ from data.questions import Question, QuestionCollator
 from train import random_state
 from train.config import EvalSection
 from train.held_out import generate, one_a_picture, picture_inputs
-from train.scores import ALL, LABELS, Scores, normalise
+from train.scores import ALL, LABELS, METRICS, Scores
 from visionzip import attached
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Look(TrainerCallback):
             logger.warning("no more pictures for W&B (%s: %s); the run goes on", type(error).__name__, error)
             self.count = 0
             return
-        self.log(lambda wandb: page_of(wandb, shown, step))
+        self.log(lambda wandb: page_of(wandb, shown, step, self.section.metric))
 
     def answer(self, model: Any, question: Question) -> tuple[str, Any]:
         """What the model says now, and a drawing of what is kept of the (last) picture; None where there are no pixels."""
@@ -131,13 +131,13 @@ class Look(TrainerCallback):
         return text.strip(), drawn
 
 
-def page_of(wandb: Any, shown: list[tuple[Question, str, Any]], step: int) -> dict[str, Any]:
+def page_of(wandb: Any, shown: list[tuple[Question, str, Any]], step: int, metric: str) -> dict[str, Any]:
     """Pictures with question, expected and given answer below, and how many are right."""
     table = wandb.Table(columns=["step", "question", "expected", "answered", "right"])
     values: dict[str, Any] = {"train/global_step": step}
-    right = 0
+    right = 0.0
     for place, (question, text, drawn) in enumerate(shown):
-        hit = normalise(text) == normalise(question.answer)
+        hit = METRICS[metric](text, question.answer)
         right += hit
         table.add_data(step, question.question, question.answer, text, hit)
         if drawn is not None:

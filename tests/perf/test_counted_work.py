@@ -13,7 +13,7 @@ from tests.tiny import tiny_llava, tiny_processor
 from tests.train.test_loss import batch, beginning
 from train.labels import count_supervised
 from train.layout import PackedRow
-from train.loss import HeadCrossEntropy, summed_loss
+from train.loss import FrozenHeadLoss, summed_loss
 from visionzip import attach, attached
 from visionzip.encoders.base import CHUNK, attention_received
 
@@ -49,9 +49,11 @@ def test_tokens_through_the_llm_are_the_real_ones_behind_the_prefix(zipped):
 def test_logits_are_computed_where_there_is_a_label_and_once(zipped, monkeypatch):
     inputs, labels = batch()
     counted: list[int] = []
-    inner = train.loss.cross_entropy_
-    monkeypatch.setattr(
-        train.loss, "cross_entropy_", lambda logits, targets: (counted.append(len(logits)), inner(logits, targets))[1]
+    inner = train.loss.LOSSES["cross_entropy"]
+    monkeypatch.setitem(
+        train.loss.LOSSES,
+        "cross_entropy",
+        lambda logits, targets: (counted.append(len(logits)), inner(logits, targets))[1],
     )
     monkeypatch.setattr(train.loss, "CHUNK_BYTES", 4 * 20 * 4)
     head = rows_seen(zipped.lm_head)
@@ -151,7 +153,7 @@ def test_bytes_kept_for_the_backward_pass(zipped):
 def test_nothing_of_the_vocabularys_size_is_kept():
     rows, head = torch.randn(6, 8, requires_grad=True), nn.Linear(8, 1000, bias=False).requires_grad_(False)
     with Saved(head) as saved:
-        HeadCrossEntropy.apply(rows, head.weight, torch.arange(6))
+        FrozenHeadLoss.apply(rows, head.weight, torch.arange(6))
     assert saved.bytes == rows.nbytes
 
 

@@ -15,7 +15,7 @@ from train.commands import start
 from train.config import load_config
 from train.distill import Teacher, divergence_, most_likely
 from train.ending import Exit
-from train.loss import HeadCrossEntropy, RowsCrossEntropy
+from train.loss import FrozenHeadLoss, LogitsLoss
 
 
 def slowly(student: torch.Tensor, teacher: torch.Tensor, top_k: int, heat: float) -> torch.Tensor:
@@ -71,8 +71,8 @@ def test_beside_cross_entropy_in_chunks_and_through_a_frozen_head(
     monkeypatch.setattr("train.loss.CHUNK_BYTES", 31 * 4 * 8)
     teacher = teacher_of(wanted, 5, 2.0, weight)
     for loss in (
-        HeadCrossEntropy.apply(rows, head, labels, teacher),
-        RowsCrossEntropy.apply(rows @ head.t(), labels, teacher),
+        FrozenHeadLoss.apply(rows, head, labels, teacher),
+        LogitsLoss.apply(rows @ head.t(), labels, teacher),
     ):
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(torch.autograd.grad(2 * loss, rows)[0], gradient, rtol=1e-4, atol=1e-4)

@@ -19,7 +19,7 @@ from train.build import build_model
 from train.commands import start
 from train.config import EvalSection, parse_config
 from train.held_out import Numbered, gather, generate, score, tokens_a_picture
-from train.scores import Scores, normalise, table, won_back
+from train.scores import Scores, normalise, render_scores, won_back
 from visionzip import Attachment
 
 
@@ -234,7 +234,7 @@ def scores(**right: int) -> dict[str, Scores]:
 
 def test_the_table_and_what_was_won_back() -> None:
     found = scores(full=100, training_free=60, fine_tuned=90)
-    text = table(found, 16, 81)
+    text = render_scores(found, 16, 81)
     assert "| full tokens   | 81     | 100.0 % | 50.0 % | 75.0 % |" in text
     assert "| fine-tuned    | 16     | 90.0 %  | 50.0 % | 70.0 % |" in text
     assert won_back(found) == ("Compression cost 20.0 points; fine-tuning the projector won 15.0 back: 75% of it.")

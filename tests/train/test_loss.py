@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional
 
 from tests.tiny import tiny_llava
+from train.config import TrainSection
 from train.layout import PaddedRows
-from train.loss import HeadCrossEntropy, RowsCrossEntropy, fusible, summed_loss
+from train.loss import LOSSES, FrozenHeadLoss, LogitsLoss, fusible, register_loss, summed_loss, with_autograd
 from train.prefix import Prefix, common_beginning
 from visionzip import attach, attached
 
@@ -158,8 +159,8 @@ def test_cross_entropy_gives_pytorchs_gradients():
     expected = functional.cross_entropy(rows @ weight.t(), targets, reduction="sum") * 3
     (gradient,) = torch.autograd.grad(expected, rows)
     for loss in (
-        HeadCrossEntropy.apply(rows, weight, targets) * 3,
-        RowsCrossEntropy.apply(rows @ weight.t(), targets) * 3,
+        FrozenHeadLoss.apply(rows, weight, targets) * 3,
+        LogitsLoss.apply(rows @ weight.t(), targets) * 3,
     ):
         (found,) = torch.autograd.grad(loss, rows)
         assert torch.allclose(loss, expected, rtol=1e-6)
@@ -170,4 +171,42 @@ def test_half_precision_logits_are_summed_in_float32():
     torch.manual_seed(0)
     logits, targets = (torch.randn(400, 31) * 9).bfloat16(), torch.randint(0, 31, (400,))
     expected = functional.cross_entropy(logits.float(), targets, reduction="sum")
-    assert torch.allclose(RowsCrossEntropy.apply(logits.requires_grad_() * 1, targets), expected, rtol=1e-6)
+    assert torch.allclose(LogitsLoss.apply(logits.requires_grad_() * 1, targets), expected, rtol=1e-6)
+
+
+@pytest.fixture
+def focal():
+    """Lin et al. 2017, gamma 2, as somebody would write a loss of their own."""
+
+    @register_loss("focal")
+    @with_autograd
+    def focal(logits, targets):
+        log_probs = -functional.cross_entropy(logits, targets, reduction="none")
+        return -((1 - log_probs.exp()) ** 2 * log_probs).sum()
+
+    yield focal
+    del LOSSES["focal"]
+
+
+def test_a_loss_is_a_function_and_a_registration(model, focal, monkeypatch):
+    monkeypatch.setattr("train.loss.CHUNK_BYTES", 20 * 4 * 3)
+    assert TrainSection.model_validate({"loss": "focal"}).loss == "focal"
+    inputs, labels = batch()
+    logits = model(**inputs, use_cache=False).logits[:, :-1][labels[:, 1:] != -100]
+    targets = labels[:, 1:][labels[:, 1:] != -100]
+    probs = logits.softmax(-1).gather(1, targets[:, None])
+    expected = -((1 - probs) ** 2 * probs.log()).sum()
+    gradient = torch.autograd.grad(expected, projector(model))
+    for head_trains in (False, True):  # with the head in one, and from its logits
+        model.lm_head.requires_grad_(head_trains)
+        loss = summed_loss(model, model.lm_head, dict(inputs), labels, loss=LOSSES["focal"])
+        assert abs(loss - expected) / expected < 1e-5
+        for found, wanted in zip(torch.autograd.grad(loss, projector(model)), gradient, strict=True):
+            assert (found - wanted).norm() / wanted.norm() < 1e-5
+
+
+def test_a_loss_that_does_not_exist_or_exists_twice(focal):
+    with pytest.raises(ValueError, match="two losses are called 'focal'"):
+        register_loss("focal")(focal)
+    with pytest.raises(ValueError, match="there is no loss 'nope'; there are cross_entropy, focal"):
+        TrainSection.model_validate({"loss": "nope"})

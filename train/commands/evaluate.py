@@ -13,7 +13,7 @@ import json
 
 from train.commands import _config
 from train.guard import run_guarded
-from train.scores import table
+from train.scores import describe_scores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     quiet(rank)
     results, tokens = compare_models(config, rank, world_size)
     if rank == 0:
-        print(table(results, *tokens))
+        print(describe_scores(results, *tokens))
         print(json.dumps({name: round(scores.accuracy, 4) for name, scores in results.items()}))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

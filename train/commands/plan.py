@@ -14,6 +14,7 @@ from pathlib import Path
 from train.commands import _config
 from train.guard import run_guarded
 from train.memory import TEXT, model_without_weights, plans, render_plans, sizes_of
+from train.words import count_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,7 @@ def plan(arguments: argparse.Namespace) -> int:
     sizes = sizes_of(model_without_weights(config, Path(arguments.config).parent), config)
     length = arguments.length or sizes.visual + TEXT
     print(
-        f"{sizes.total / 1e9:.2f} billion parameters, {sizes.trained / 1e6:.1f} million train; {arguments.gpus} GPU{'s' if arguments.gpus > 1 else ''}; "
+        f"{sizes.total / 1e9:.2f} billion parameters, {sizes.trained / 1e6:.1f} million train; {count_of(arguments.gpus, 'GPU')}; "
         f"{length} tokens a sample, {sizes.visual} of them visual\n"
         f"a checkpoint: {3 * 4 * sizes.trained / 1e6:.0f} MB (three float32 tensors a trained parameter; all weights in bf16 alone: "
         f"{2 * sizes.total / 1e9:.1f} GB)\n"
