@@ -92,7 +92,10 @@ class DataConfig(Section):
     overlong: Literal["cut", "reject"] = Field(
         default="cut", description="cut text behind the last picture as LLaVA does (never through a picture), or reject"
     )
-    max_rejected: float = Field(default=0.01, ge=0, le=1, description="share of bad records at which the run stops")
+    max_rejected: float = Field(
+        default=0.01, ge=0, le=1, description="a run stops when more than this share of the records is bad; 3 may always be, "
+        "or one in 20 of fewer than 60, unless this is 0",
+    )  # fmt: skip
     image_aspect_ratio: Literal["auto", "pad", "keep"] = Field(
         default="auto",
         description="pad to a square with the mean colour as LLaVA-1.5 does; auto: where the processor crops",

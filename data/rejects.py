@@ -1,4 +1,4 @@
-"""What was not used, and why: counted by reason, listed in a file, and a stop when it is too much."""
+"""Rejected records: counted by reason, listed in a file, and the end of a run when there are too many."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from data.storage import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,19 @@ REASONS = {
 SOONEST = 1000
 """Records. Until so many were read the share is taken of this many: one bad sample of the first ten stops nothing."""
 
+ALWAYS_ALLOWED = 3
+"""Records that may be rejected however small the data set, but no more than one in `SMALLEST_SHARE`."""
+
+SMALLEST_SHARE = 20
+
+
+def allowed(max_rejected: float, records: int) -> int:
+    """How many of so many records may be rejected: the share `max_rejected` of them, but at least `ALWAYS_ALLOWED`, or one in
+    `SMALLEST_SHARE` of a set so small that this is less. With `max_rejected=0` none."""
+    if max_rejected == 0:
+        return 0
+    return max(int(max_rejected * records), min(ALWAYS_ALLOWED, records // SMALLEST_SHARE))
+
 
 class TooManyRejected(RuntimeError):
     """More of the data is bad than `data.max_rejected` allows."""
@@ -75,28 +90,32 @@ class RejectLog:
         """`count` more records were read, used or not."""
         self.reads += count
 
-    def add(self, rejections: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    def add(self, rejections: Iterable[Mapping[str, Any]], looked_at: int = 0) -> list[Mapping[str, Any]]:
         """Note rejections (dicts with `id`, `source`, `reason`, and `index`, `detail`); returns those not known before.
 
-        Raises `TooManyRejected` once their share is above `max_rejected`; they are in the file by then.
+        Args:
+            looked_at: of so many records that were not read (`data.precheck`); only for the message.
+
+        Raises `TooManyRejected` once there are more than `allowed`; they are in the file by then.
         """
         new = [rejection for rejection in rejections if self._note(rejection)]
         if new:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(dict(rejection), ensure_ascii=False) + "\n" for rejection in new)
-            self.check()
+            self.check(looked_at)
         return new
 
-    def check(self) -> None:
-        """Raises `TooManyRejected` where too much is bad already, whatever comes."""
+    def check(self, looked_at: int = 0) -> None:
+        """Raises `TooManyRejected` where too many are bad already, whatever comes."""
         soonest = SOONEST if self.total is None else min(SOONEST, self.total)
         reads = self.reads if self.total is None else min(self.reads, self.total)
         of = max(reads, soonest)
-        if self.rejected > self.max_rejected * of:
+        if self.rejected > allowed(self.max_rejected, of):
             raise TooManyRejected(
-                f"{self.rejected} bad record{'s' if self.rejected > 1 else ''} among the first {max(reads, self.rejected)} read; "
-                f"data.max_rejected={self.max_rejected:g} allows {int(self.max_rejected * of)} of {of}. "
-                f"{self.summary()}. Each is listed in {self.path}; mend or remove them, or raise data.max_rejected"
+                f"{self.rejected} bad record{'s' if self.rejected > 1 else ''} among the first "
+                f"{max(reads, looked_at, self.rejected)} read; "
+                f"data.max_rejected={self.max_rejected:g} allows {allowed(self.max_rejected, of)} of {of}. "
+                f"{self.summary()}. Each is listed in {self.path}; fix or remove them, or raise data.max_rejected"
             )
 
     def summary(self) -> str:
@@ -121,4 +140,5 @@ class RejectLog:
                 continue
             if isinstance(rejection, dict) and self._note(rejection):
                 whole.append(json.dumps(rejection, ensure_ascii=False) + "\n")
-        self.path.write_text("".join(whole), encoding="utf-8")
+        with replacing(self.path) as file:
+            file.write("".join(whole).encode())

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data.dataset import InstructionDataset
+from data.precheck import check_records
 from data.rejects import RejectLog, TooManyRejected
 from data.stream import is_streamed
 from train import report
@@ -270,10 +272,15 @@ def open_rejects(run: Run, dataset: Any, resume: Resume | None, global_batch: in
     )
     if resume is not None:
         log.read(resume.progress["step"] * global_batch)
+    elif isinstance(dataset, InstructionDataset):  # too many are known before anything is computed
+        looked_at, rejected = check_records(dataset)
+        note_rejected(run, log, [rejection.as_dict() for rejection in rejected], read=0, looked_at=looked_at)
     return log
 
 
-def note_rejected(run: Run, log: RejectLog | None, rejected: list[dict[str, Any]], read: int) -> None:
+def note_rejected(
+    run: Run, log: RejectLog | None, rejected: list[dict[str, Any]], read: int, looked_at: int = 0
+) -> None:
     """Rank 0 counts what was read and lists what was not used.
 
     Raises:
@@ -282,7 +289,7 @@ def note_rejected(run: Run, log: RejectLog | None, rejected: list[dict[str, Any]
     assert log is not None
     log.read(read)
     try:
-        new = log.add(rejected)
+        new = log.add(rejected, looked_at)
     except TooManyRejected as error:
         raise RunEnded(Exit.DATA, str(error)) from error
     for row in new[:3]:

@@ -1,1 +1,4 @@
-"""Command lines of the data package: one file a command, each with `main(arguments) -> exit code`."""
+"""Command lines of the data package, one file each: a docstring whose first line is the summary, `add_arguments`, `run`.
+
+`run(arguments)` returns an exit code; what went wrong has been said by then. `main(arguments)` parses as well: `python -m data.<name>`.
+"""

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from data.config_file import ConfigError
 from data.storage import STORAGE_EXIT, is_storage_error, storage_message
 
 
-def make_parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
-    """A parser whose help shows the description as it is written, and examples at the end."""
-    return argparse.ArgumentParser(
-        prog=program,
-        description=description,
-        epilog=f"examples:\n{examples}",
+def start(command: Any, program: str, arguments: Sequence[str] | None) -> int:
+    """Parse `arguments` (default: the process's own) for the module `command` and run it; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        program,
+        description=command.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    command.add_arguments(parser)
+    return int(command.run(parser.parse_intermixed_args(arguments)))
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,7 @@
-"""Compute the compressed visual tokens of every image of a config once; every epoch, run and rank then reads them.
+"""compute the visual tokens of every image of a config once; every epoch, run and rank then reads them
+
+  python -m data.cache --config configs/llava-1.5-7b/ft-64.yaml data.cache=/data/tokens-64
+  torchrun --nproc_per_node 8 -m data.cache --config ... data.cache=...        one process for each GPU
 
 Interrupted or damaged, the same command goes on or repairs. Several processes share the work; several nodes write into one shared
 folder, or each into its own, whose shards are then copied together.
@@ -6,18 +9,14 @@ folder, or each into its own, whose shards are then copied together.
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Sequence
 
-from data.commands._shared import add_config, at_least, make_parser, run_guarded
-
-EXAMPLES = """\
-  python -m data.cache --config configs/llava-1.5-7b/ft-64.yaml data.cache=/data/tokens-64
-  torchrun --nproc_per_node 8 -m data.cache --config ... data.cache=...        one process for each GPU
-"""
+from data.commands._shared import add_config, at_least, run_guarded, start
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = make_parser("python -m data.cache", __doc__ or "", EXAMPLES)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument(
         "--batch", type=at_least(1), default=64, help="images through the encoder at once (default: %(default)s)"
@@ -25,13 +24,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--workers", type=at_least(0), default=4, help="processes that read images (default: %(default)s)"
     )
-    options = parser.parse_intermixed_args(arguments)
 
-    def action() -> int:
-        from data.cache.build import build_cache
-        from data.config import load_config
 
-        build_cache(load_config(options.config, options.overrides), options.batch, options.workers)
-        return 0
+def run(arguments: argparse.Namespace) -> int:
+    return run_guarded("data.cache", lambda: cache(arguments))
 
-    return run_guarded("data.cache", action)
+
+def cache(arguments: argparse.Namespace) -> int:
+    from data.cache.build import build_cache
+    from data.config import load_config
+
+    build_cache(load_config(arguments.config, arguments.overrides), arguments.batch, arguments.workers)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return start(sys.modules[__name__], "python -m data.cache", arguments)

@@ -1,4 +1,7 @@
-"""Look at a run's data before renting GPUs.
+"""look at a run's data before renting GPUs
+
+  python -m data.inspect --config configs/llava-1.5-7b/ft-64.yaml
+  python -m data.inspect --config configs/llava-1.5-7b/ft-64.yaml --all data.max_length=1024
 
 Makes items exactly as training does (no weights are loaded), says how long they are, what would be rejected and why, and shows a
 few with the supervised part in colour. Ends with 1 where a run would stop because too much is bad.
@@ -18,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.cache.identity import check_identity, settings
-from data.commands._shared import add_config, at_least, make_parser, run_guarded
+from data.commands._shared import add_config, at_least, run_guarded, start
 from data.config import DataConfig, PipelineConfig, load_config
 from data.dataset import InstructionDataset, build_dataset
 from data.inspect.survey import Survey, survey
@@ -27,14 +30,9 @@ from data.sample import Rejection, Sample
 from data.stream import StreamedDataset, build_stream, is_streamed
 
 LIMIT = 2000
-EXAMPLES = """\
-  python -m data.inspect --config configs/llava-1.5-7b/ft-64.yaml
-  python -m data.inspect --config configs/llava-1.5-7b/ft-64.yaml --all data.max_length=1024
-"""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = make_parser("python -m data.inspect", __doc__ or "", EXAMPLES)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument("--limit", type=at_least(1), default=LIMIT, help="samples looked at (default: %(default)s)")
     parser.add_argument("--all", action="store_true", help="look at every sample of an epoch")
@@ -42,8 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=at_least(0), default=2, help="processes reading (default: %(default)s)")
     parser.add_argument("--uncompressed", action="store_true", help="count all visual tokens, leaving zip out")
     parser.add_argument("--out", default="runs/inspect", help="folder for plot and lists (default: %(default)s)")
-    options = parser.parse_intermixed_args(arguments)
-    return run_guarded("data.inspect", lambda: inspect(options))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    return run_guarded("data.inspect", lambda: inspect(arguments))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return start(sys.modules[__name__], "python -m data.inspect", arguments)
 
 
 def inspect(options: argparse.Namespace) -> int:

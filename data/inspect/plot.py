@@ -20,16 +20,16 @@ BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 
 
 def plot(result: Survey, longest: int, path: Path) -> None:
-    figure, ((length, pictures), (share, dropped)) = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    figure, ((length, pictures), (share, rejected)) = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     figure.suptitle(
-        f"{result.read:,} records: {len(result.facts):,} used, {len(result.rejections):,} dropped, {len(result.cut):,} cut",
+        f"{result.read:,} records: {len(result.facts):,} used, {len(result.rejections):,} rejected, {len(result.cut):,} cut",
         fontsize=13,
     )
     lengths(length, result, longest)
     pictures_a_sample(pictures, result)
     supervised(share, result)
-    reasons(dropped, result)
-    for axes in (length, pictures, share, dropped):
+    reasons(rejected, result)
+    for axes in (length, pictures, share, rejected):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -66,7 +66,7 @@ def supervised(axes: Axes, result: Survey) -> None:
 
 
 def reasons(axes: Axes, result: Survey) -> None:
-    axes.set(title="Dropped", xlabel="records")
+    axes.set(title="Rejected", xlabel="records")
     found = result.reasons.most_common(10)
     if rest := len(result.rejections) - sum(count for _, count in found):
         found.append(("other reasons", rest))

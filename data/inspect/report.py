@@ -1,4 +1,4 @@
-"""A survey on the terminal: tables, a histogram, what would be dropped."""
+"""A survey on the terminal: tables, a histogram, what would be rejected."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from data.config import DataConfig
 from data.dataset import InstructionDataset
 from data.inspect.samples import visible
 from data.inspect.survey import Survey, quantiles
+from data.rejects import SOONEST, allowed
 from data.stream import StreamedDataset
 
 BAR = 60
@@ -31,7 +32,7 @@ def report(console: Console, config: DataConfig, data: InstructionDataset | Stre
     part = "" if result.share is None else f", {result.share:.1%} of an epoch"
     console.print(
         f"\n[bold]{result.read:,}[/bold] read{part}: [bold]{len(result.facts):,}[/bold] used, "
-        f"[bold]{len(result.rejections):,}[/bold] dropped"
+        f"[bold]{len(result.rejections):,}[/bold] rejected"
     )
     if result.facts:
         console.print(per_sample(result))
@@ -42,12 +43,13 @@ def report(console: Console, config: DataConfig, data: InstructionDataset | Stre
         )
         console.print(Text("\ntokens a sample", style="bold"))
         console.print(histogram(result))
-    return dropped(console, config, result)
+    total = SOONEST if isinstance(data, StreamedDataset) else min(SOONEST, len(data))
+    return rejected(console, config, result, max(result.read, total))
 
 
 def sources(data: InstructionDataset | StreamedDataset, result: Survey) -> Table:
     table = Table(title="sources", title_justify="left", title_style="bold")
-    for name in ("source", "records", "used of them", "weight", "looked at", "dropped"):
+    for name in ("source", "records", "used of them", "weight", "looked at", "rejected"):
         table.add_column(name, justify="left" if name == "source" else "right")
     for source in data.sources:
         looked = sum(facts.source == source.label for facts in result.facts)
@@ -99,11 +101,12 @@ def histogram(result: Survey) -> Text:
     )
 
 
-def dropped(console: Console, config: DataConfig, result: Survey) -> bool:
+def rejected(console: Console, config: DataConfig, result: Survey, of: int) -> bool:
+    """Print what is rejected; True where that is more than a run allows of so many records."""
     if not result.rejections:
-        console.print("\n[green]nothing would be dropped[/green]")
+        console.print("\n[green]nothing would be rejected[/green]")
         return False
-    table = Table(title="\nwould be dropped", title_justify="left", title_style="bold")
+    table = Table(title="\nwould be rejected", title_justify="left", title_style="bold")
     table.add_column("reason")
     table.add_column("records", justify="right")
     table.add_column("share", justify="right")
@@ -113,7 +116,10 @@ def dropped(console: Console, config: DataConfig, result: Survey) -> bool:
         where = f"{example.source} #{example.index} ({example.id}) {example.detail}"
         table.add_row(reason, f"{count:,}", f"{count / result.read:.2%}", Text(visible(where[:200])))
     console.print(table)
-    too_many = result.rejected > config.max_rejected
+    limit = allowed(config.max_rejected, of)
+    too_many = len(result.rejections) > limit
     verdict = "[bold red]a run would stop[/bold red]" if too_many else "[green]a run would go on[/green]"
-    console.print(f"{result.rejected:.2%} dropped, data.max_rejected is {config.max_rejected:.2%}: {verdict}")
+    console.print(
+        f"{result.rejected:.2%} rejected; data.max_rejected is {config.max_rejected:.2%} and allows {limit:,} of {of:,}: {verdict}"
+    )
     return too_many

@@ -33,7 +33,7 @@ def show_samples(console: Console, data: InstructionDataset | StreamedDataset, s
         try:
             encoded, _, before = data.encoder.encode(sample)
         except Reject as error:
-            console.print(Text(visible(f"dropped: {error}"), style="red"))
+            console.print(Text(visible(f"rejected: {error}"), style="red"))
             continue
         console.print(coloured(data.encoder.template.tokenizer, encoded))
         if before > len(encoded.input_ids):

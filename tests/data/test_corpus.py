@@ -1,4 +1,4 @@
-"""Every kind of bad input, end to end: used or dropped as documented, with a reason, and never an exception."""
+"""Every kind of bad input, end to end: used or rejected as documented, with a reason, and never an exception."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_file_that_shrinks_under_the_reader_is_no_exception(tmp_path):
 
 def test_the_documentation_says_the_same(bad):
     """The table in docs/data.md has a row for each case of the corpus, in words and with the reason."""
-    table = DOCS.read_text(encoding="utf-8").partition("## What bad input gets")[2].partition("\n## ")[0]
+    table = DOCS.read_text(encoding="utf-8").partition("## Rejected records")[2].partition("\n## ")[0]
     rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|", table, re.MULTILINE))
     for case in bad[0]:
         assert case.name in rows, f"docs/data.md has no row for {case.name!r}"

@@ -57,14 +57,14 @@ def run(folder: Path, capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 def test_everything_is_said(folder, capsys):
-    code, out, _ = run(folder, capsys, "--samples", "8")
-    assert code == 1, "2 of 42 are bad, more than one in a hundred"
+    code, out, _ = run(folder, capsys, "--samples", "8", "data.max_rejected=0")
+    assert code == 1, "2 of 42 are bad"
     for expected in (
-        "42 read, 100.0% of an epoch: 40 used, 2 dropped",
+        "42 read, 100.0% of an epoch: 40 used, 2 rejected",
         "file missing",
         "absent.png",
         "empty conversation",
-        "4.76% dropped, data.max_rejected is 1.00%: a run would stop",
+        "4.76% rejected; data.max_rejected is 0.00% and allows 0 of 42: a run would stop",
         "[picture 1: 7 tokens]",
         "tokens a sample",
     ):
@@ -79,6 +79,13 @@ def test_everything_is_said(folder, capsys):
     rejected = [json.loads(line) for line in (folder / "out" / "rejected.jsonl").read_text().splitlines()]
     assert sorted(rejection["index"] for rejection in rejected) == [40, 41]
     assert Image.open(folder / "out" / "inspect.png").size == (1320, 900)
+
+
+def test_a_few_bad_records_of_a_small_set_stop_nothing_as_in_training(folder, capsys):
+    for limit in ("42", "5"):
+        code, out, _ = run(folder, capsys, "--limit", limit)
+        assert code == 0
+        assert "allows 2 of 42: a run would go on" in out or "nothing would be rejected" in out
 
 
 def test_overrides_and_a_limit(folder, capsys):

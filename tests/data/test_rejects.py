@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.rejects import REASONS, SOONEST, RejectLog, TooManyRejected
+from data.rejects import REASONS, SOONEST, RejectLog, TooManyRejected, allowed
 from data.sample import LONGEST, Rejection
 
 ROOT = Path(__file__).parents[2]
@@ -64,11 +64,33 @@ def test_the_share_is_of_what_was_read(tmp_path):
 
 
 def test_a_small_data_set_is_judged_by_its_size_and_not_by_its_epochs(tmp_path):
-    log = RejectLog(tmp_path / "rejected.jsonl", 0.01, total=200)
-    log.add([bad(1), bad(2)])
+    log = RejectLog(tmp_path / "rejected.jsonl", 0.02, total=200)
+    log.add([bad(1), bad(2), bad(3), bad(4)])
     log.read(100_000)
     with pytest.raises(TooManyRejected):
-        log.add([bad(3)])
+        log.add([bad(5)])
+
+
+@pytest.mark.parametrize(
+    ("total", "share", "count"),
+    [
+        (60, 0.01, 3),
+        (59, 0.01, 2),
+        (24, 0.01, 1),
+        (19, 0.01, 0),
+        (19, 0.2, 3),
+        (300, 0.01, 3),
+        (900, 0.01, 9),
+        (60, 0, 0),
+    ],
+)
+def test_some_bad_records_of_a_small_set_stop_nothing(tmp_path, total, share, count):
+    assert allowed(share, total) == count
+    log = RejectLog(tmp_path / "rejected.jsonl", share, total=total)
+    log.read(total)
+    log.add([bad(number) for number in range(count)])
+    with pytest.raises(TooManyRejected, match=rf"allows {count} of {total}\."):
+        log.add([bad(count)])
 
 
 def test_none_allowed_means_none(tmp_path):

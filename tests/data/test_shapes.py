@@ -212,7 +212,7 @@ def test_command_line(tmp_path, capsys):
     arguments = ["--out", str(tmp_path / "s"), "--train", "2", "--eval", "1", "--seed", "7"]
     assert main(arguments) == main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("2 training and 1 held-out pictures")
+    assert lines[0].endswith("2 training and 1 held-out images")
     assert lines[1].endswith("there already")
     assert json.loads((tmp_path / "s" / "eval.json").read_text())[0] == shapes.record("eval", 7, 0)
 

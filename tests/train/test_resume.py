@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,18 @@ def test_rejected_records_are_listed_once_over_a_resume(workspace: Path, ranks: 
     listed = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
     assert sorted(row["id"] for row in listed) == ["r1", "r2"]
     assert {row["reason"] for row in listed} == {"file missing"}
+    strict = config_of(workspace, tmp_path / "early", data__sources=source, data__max_rejected=0.05)
+    ranks.start(strict)
+    assert 65 in ranks.wait()
+    assert "2 bad records among the first 24 read; data.max_rejected=0.05 allows 1 of 24" in ranks.output()
+    assert not (tmp_path / "early" / "metrics.jsonl").exists(), (
+        "nothing was computed: files that are missing show at once"
+    )
+    shutil.copytree(workspace / "images", tmp_path / "images")
+    (tmp_path / "images" / "damaged.png").write_bytes(b"only decoding shows what this is")
+    rows[1]["image"] = rows[2]["image"] = "damaged.png"
+    (tmp_path / "bad.json").write_text(json.dumps(rows))
+    source[0]["images"] = str(tmp_path / "images")
     strict = config_of(workspace, tmp_path / "strict", data__sources=source, data__max_rejected=0.05)
     ranks.start(strict)
     assert 65 in ranks.wait()
