@@ -56,15 +56,6 @@ def listened() -> bool:
     return not torch.compiler.is_compiling() and _listener.get() is not None  # dynamo can't trace a ContextVar
 
 
-Chooser = Callable[[Features, int], Tensor]
-_chooser: Scoped[Chooser] = Scoped("visionzip_chooser")
-
-
-def choosing(chooser: Chooser) -> AbstractContextManager[None]:
-    """Inside, `chooser` stands for every selector in this thread: patches kept by hand, to ask what they are worth."""
-    return _chooser.set(chooser)
-
-
 def compress(
     features: Features, dominant: int, contextual: int, *, selector: str = "visionzip", merge: Merge = "add"
 ) -> Compressed:
@@ -97,8 +88,7 @@ def _compress(features: Features, dominant: int, contextual: int, selector: str,
     batch, total = features.hidden_states.shape[:2]
     if not features.cls <= dominant <= total or not 0 <= contextual <= total - dominant:
         raise ValueError(f"dominant={dominant} + contextual={contextual} of {total} tokens can't be kept")
-    by_hand = None if torch.compiler.is_compiling() else _chooser.get()
-    patches = (by_hand or SELECTORS[selector].choose)(features, dominant - features.cls)
+    patches = SELECTORS[selector].choose(features, dominant - features.cls)
     kept = F.pad(patches + features.cls, (features.cls, 0))  # CLS is token 0
     rest = complement(kept, total)  # (B, R)
 

@@ -9,7 +9,7 @@ from tests.tiny import picture as noise
 from tests.tiny import tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, attached
 from visionzip.analysis.trace import KEPT, image_inputs, to_model, trace, trace_inputs, trace_video
-from visionzip.compress import DROPPED, choosing
+from visionzip.compress import DROPPED
 
 CASES = cases()
 
@@ -120,15 +120,6 @@ def test_listening_changes_nothing(model, processor):
     before = attached(model).compress(**inputs)[0]
     trace(model, noise(4))
     assert torch.equal(before, attached(model).compress(**inputs)[0])
-
-
-def test_patches_chosen_by_hand(model, processor):
-    attach(model, processor, ZipConfig(dominant=4, contextual=2))
-    hand = torch.tensor([[1, 7, 15]])
-    with choosing(lambda features, keep: hand):
-        (tile,) = trace(model, noise(5)).tiles
-    assert tile.kept.tolist() == [0, 2, 8, 16]  # CLS is token 0, so patch p is token p + 1
-    assert not torch.equal(trace(model, noise(5)).tiles[0].kept, tile.kept)
 
 
 def test_nothing_attached():

@@ -2,21 +2,27 @@
 
 import io
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import httpx
 import pytest
-import torch
 from PIL import Image
 
 from tests.tiny import picture, tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, attached, detach
 from visionzip.analysis.ask import ask
-from visionzip.app.looker import Looker, painted, patch_at
-from visionzip.app.ui import build, refuse_taken, serve
+from visionzip.app.looker import Looker, patch_at
+from visionzip.app.server import Guard, check_port, serve
+from visionzip.app.ui import build
 from visionzip.cli import main
 
 BUDGET = ZipConfig(dominant=5, contextual=3)
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -55,25 +61,9 @@ def test_another_budget_is_asked_with(looker, look):
     assert attached(looker.model).config == BUDGET
 
 
-def test_patches_kept_by_hand_are_what_the_model_is_given(looker, look):
-    best = look.trace.tiles[0].kept[1:] - 1
-    same = looker.answers(look, "what is this", BUDGET, (0, best), length=6)
-    assert same.compressed.text == answer(BUDGET).text  # painting what the selector takes changes nothing
-    others = torch.tensor([0, 1, 2, 3, 4, 5, 6])
-    pair = looker.answers(look, "what is this", BUDGET, (0, others), length=6)
-    assert pair.tokens == 1 + 7 + 3
-    tile = looker.by_hand(look.trace.tiles[0], others, look.trace.tiles[0])
-    assert tile.kept.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert len(tile.targets) == 3
-
-
-@pytest.mark.parametrize(
-    ("question", "by_hand", "message"),
-    [("  ", None, "ask something"), ("what", (0, torch.tensor([], dtype=torch.long)), "no patch is painted")],
-)
-def test_what_can_not_be_asked(looker, look, question, by_hand, message):
-    with pytest.raises(ValueError, match=message):
-        looker.answers(look, question, BUDGET, by_hand)
+def test_an_empty_question(looker, look):
+    with pytest.raises(ValueError, match="ask something"):
+        looker.answers(look, "  ", BUDGET)
 
 
 def test_the_model_is_as_it_was_after_a_failure(looker, look, monkeypatch):
@@ -91,14 +81,6 @@ def test_a_picture_that_is_none(looker, tmp_path):
     (tmp_path / "a.png").write_text("x")
     with pytest.raises(ValueError, match="no picture of a known format"):
         looker.look(tmp_path / "a.png")
-
-
-def test_paint_to_patches():
-    layer = Image.new("RGBA", (80, 80))
-    layer.paste((213, 94, 0, 153), (0, 0, 40, 20))  # patches 0 and 1 of a 4 × 4 grid
-    layer.paste((213, 94, 0, 153), (60, 60, 64, 64))  # a speck in patch 15: too little
-    assert painted([layer], (4, 4)).tolist() == [0, 1]
-    assert painted([], (4, 4)).tolist() == []
 
 
 def test_points_to_patches(look):
@@ -126,9 +108,9 @@ def address(tmp_path_factory):
     picture(0).save(folder / "a.png")
     model, processor = tiny_llava(), tiny_processor()
     looker = Looker(attach(model, processor, BUDGET), processor)
-    found, page = serve(build(looker, "tiny", str(folder / "a.png")), port=free_port(), block=False)
-    yield found.rstrip("/")
-    page.close()
+    server = serve(build(looker, "tiny", str(folder / "a.png")), port=free_port())
+    yield server.address
+    server.close()
 
 
 @pytest.fixture
@@ -174,9 +156,7 @@ def test_upload_budget_ask(client, address):
     assert moved["output"]["data"][3].startswith("**11 of 16 visual tokens.**")
     drawn = client.get(moved["output"]["data"][1]["url"])
     assert Image.open(io.BytesIO(drawn.content)).size == (420, 420)
-    asked = call(
-        client, address, "ask", [None, 0, "what is this", 6, "chosen by the selector", None, 5, 3, "visionzip", "add"]
-    )
+    asked = call(client, address, "ask", [None, 0, "what is this", 6, 5, 3, "visionzip", "add"])
     full, few, times = asked["output"]["data"]
     assert (full, few) == (answer(None).text, answer(BUDGET).text)
     assert [row[1] for row in times["data"]] == [16, 8]
@@ -219,7 +199,7 @@ def test_a_port_in_use(model_folder_for_app, capsys):
         assert main(["app", str(model_folder_for_app), "--port", str(port)]) == 2
     assert f"port {port} on 127.0.0.1 can't be used" in capsys.readouterr().err
     with pytest.raises(ValueError, match="does not exist"):
-        refuse_taken("127.0.0.1", 99999)
+        check_port("127.0.0.1", 99999)
 
 
 @pytest.fixture(scope="module")
@@ -231,5 +211,95 @@ def model_folder_for_app(tmp_path_factory):
 
 
 def test_a_picture_that_does_not_exist(model_folder_for_app, capsys):
-    assert main(["app", str(model_folder_for_app), "--port", str(free_port()), "--picture", "nowhere.png"]) == 2
+    assert main(["app", str(model_folder_for_app), "--port", str(free_port()), "--image", "nowhere.png"]) == 2
     assert "nowhere.png can't be used" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- whom it answers
+
+
+FOREIGN = [
+    "http://evil.example",
+    "https://127.0.0.1:7860.evil.example",
+    "http://127.0.0.1:1",
+    "null",
+    "https://localhost",
+]
+
+
+@pytest.mark.parametrize("path", ["/", "/config", "/gradio_api/queue/data?session_hash=s"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:{port}", "127.0.0.1:1", "127.0.0.1.evil.example:{port}", ""]
+)
+def test_other_host_names_are_refused(client, address, host, path):
+    """A name that was made to resolve to this machine makes a foreign page the app's own (DNS rebinding)."""
+    port = address.rsplit(":", 1)[1]
+    refused = client.get(address + path, headers={"Host": host.format(port=port)})
+    assert refused.status_code == 403
+    assert "--public-url" in refused.text
+
+
+@pytest.mark.parametrize("origin", FOREIGN)
+def test_other_sites_are_refused(client, address, origin):
+    headers = {"Origin": origin}
+    upload = client.post(f"{address}/gradio_api/upload", files={"files": ("a.png", png())}, headers=headers)
+    preflight = client.options(
+        f"{address}/gradio_api/upload", headers={**headers, "Access-Control-Request-Method": "POST"}
+    )
+    for answered in (upload, preflight, client.get(f"{address}/config", headers=headers)):
+        assert answered.status_code == 403
+        assert not [name for name in answered.headers if name.startswith("access-control")]
+
+
+def test_its_own_names_are_answered(client, address):
+    port = address.rsplit(":", 1)[1]
+    for name in ("127.0.0.1", "localhost", "LOCALHOST", "[::1]"):
+        headers = {"Host": f"{name}:{port}", "Origin": f"http://{name}:{port}"}
+        assert client.get(f"{address}/config", headers=headers).status_code == 200
+
+
+def guard(host, urls=(), port=7860):
+    return Guard(None, host, port, urls)
+
+
+def test_all_addresses_of_a_machine_but_no_name_of_another():
+    every = guard("0.0.0.0")
+    for host in ("10.0.0.7:7860", "[fe80::1]:7860", "localhost:7860", f"{socket.gethostname().lower()}:7860"):
+        assert every.is_ours(host)
+    for host in ("evil.example:7860", "10.0.0.7:80", "10.0.0.7", ""):
+        assert not every.is_ours(host)
+    one = guard("10.0.0.7")
+    assert one.is_ours("10.0.0.7:7860")
+    assert not one.is_ours("localhost:7860")
+    assert not one.is_ours("10.0.0.8:7860")
+
+
+def test_a_reverse_proxy():
+    """With its host handed on or not; its own origin alone is added."""
+    behind = guard("127.0.0.1", ["https://look.example.org"])
+    assert behind.is_ours("look.example.org")
+    assert behind.is_ours("127.0.0.1:7860")
+    assert behind.is_own_origin("https://look.example.org")
+    for origin in ("http://evil.example", "https://look.example.org.evil.example", "https://127.0.0.1:7860"):
+        assert not behind.is_own_origin(origin)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_uploads_are_gone_when_it_ends(name, model_folder_for_app, tmp_path):
+    port = free_port()
+    command = [sys.executable, "-m", "visionzip", "app", str(model_folder_for_app), "--port", str(port)]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "DS_ACCELERATOR": "cpu"}
+    environment.pop("GRADIO_TEMP_DIR", None)
+    app = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert "Ctrl+C" in app.stdout.readline(), app.stderr.read()
+        with httpx.Client(timeout=60, trust_env=False) as client:
+            (path,) = upload(client, f"http://127.0.0.1:{port}", png()).json()
+        assert tmp_path in Path(path).parents
+        app.send_signal(getattr(signal, name))
+        assert app.wait(60) == {"SIGTERM": 143, "SIGHUP": 129, "SIGINT": 130}[name]
+    finally:
+        app.kill()
+    assert not [left for left in tmp_path.iterdir() if left.name.startswith("visionzip-app-")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,14 +74,13 @@ def ask(
     question: str,
     *,
     max_new_tokens: int = 128,
-    around: AbstractContextManager[None] | None = None,
 ) -> Answer:
-    """Answer greedily. `around` is entered while the model runs (`visionzip.compress.choosing`, say)."""
+    """Answer greedily."""
     inputs = to_model(model, dict(processor(text=prompt(processor, question), images=[picture], return_tensors="pt")))
     tokenizer = getattr(processor, "tokenizer", processor)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     watch = Stopwatch(model.device)
-    with torch.no_grad(), around or nullcontext():
+    with torch.no_grad():
         output = model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, streamer=watch
         )

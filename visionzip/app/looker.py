@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -17,12 +16,7 @@ from visionzip.analysis.ask import Answer, ask
 from visionzip.analysis.attention import attention_map
 from visionzip.analysis.trace import Tile, Trace, image_inputs, trace
 from visionzip.attach import attach, attached, detach
-from visionzip.compress import choosing
 from visionzip.config import ZipConfig
-from visionzip.selectors import Features
-
-TOUCHED = 0.1
-"""Share of a patch that paint must cover for the patch to be kept."""
 
 
 @dataclass
@@ -85,13 +79,6 @@ class Looker:
         named = {key: value for key, value in (("selector", selector), ("merge", merge)) if value}
         return ZipConfig(**{**self.config.model_dump(), **changes, **named})
 
-    def by_hand(self, tile: Tile, patches: Tensor, under: Tile) -> Tile:
-        """`tile` with `patches` kept and the rest merged into as many tokens as `under` has."""
-        total = tile.features.hidden_states.shape[1]
-        config = self.with_budget(len(patches) + tile.cls, min(len(under.targets), total - tile.cls - len(patches)))
-        with choosing(keeping(0, patches, 1)):
-            return tile.again(config)
-
     def attention_of(self, look: Look, number: int, patch: int) -> tuple[np.ndarray, np.ndarray]:
         """What a patch of tile `number` attends to, and what attends to it: both ``(rows, columns)``.
 
@@ -114,30 +101,14 @@ class Looker:
         found = look.maps[number]
         return found[token, first:].reshape(tile.grid).numpy(), found[first:, token].reshape(tile.grid).numpy()
 
-    def answers(
-        self, look: Look, question: str, config: ZipConfig, by_hand: tuple[int, Tensor] | None = None, length: int = 64
-    ) -> Pair:
+    def answers(self, look: Look, question: str, config: ZipConfig, length: int = 64) -> Pair:
         """The question with all visual tokens, then with `config`'s.
 
-        Args:
-            by_hand: tile number and the patches of it to keep, ascending; the budget's dominant tokens are then as many
-                as these, and other tiles keep their best of that number.
-
         Raises:
-            ValueError: for an empty question, a budget that can't be met, or an empty painting.
+            ValueError: for an empty question, or a budget that can't be met.
         """
         if not question.strip():
             raise ValueError("ask something first")
-        around = None
-        if by_hand is not None:
-            number, patches = by_hand
-            tile = look.trace.tiles[number]
-            if not len(patches):
-                raise ValueError("no patch is painted; paint some, or let the selector choose")
-            total = tile.features.hidden_states.shape[1]
-            contextual = min(int(config.contextual), total - tile.cls - len(patches))
-            config = self.with_budget(len(patches) + tile.cls, contextual, config.selector, config.merge)
-            around = choosing(keeping(number, patches, len(look.trace.tiles)))
         with self.lock:
             before = self._attachment().config
             if not self.warm:  # the first run of a process pays for what no other pays for
@@ -147,9 +118,7 @@ class Looker:
                 attach(self.model, self.processor, config)
                 inputs = image_inputs(self.processor, look.picture)
                 ((full_tokens, tokens),) = self._attachment().token_counts(**inputs)
-                compressed = ask(
-                    self.model, self.processor, look.picture, question, max_new_tokens=length, around=around
-                )
+                compressed = ask(self.model, self.processor, look.picture, question, max_new_tokens=length)
                 detach(self.model)
                 full = ask(self.model, self.processor, look.picture, question, max_new_tokens=length)
             finally:
@@ -160,36 +129,6 @@ class Looker:
         attachment = attached(self.model)
         assert attachment is not None
         return attachment
-
-
-def keeping(number: int, patches: Tensor, tiles: int) -> Any:
-    """A chooser for `choosing`: tile `number` of `tiles` keeps `patches`, the others their most attended ones."""
-
-    def choose(features: Features, keep: int) -> Tensor:
-        batch = features.hidden_states.shape[0]
-        ranked = features.scores
-        if ranked is None:
-            ranked = (
-                -torch.arange(features.hidden_states.shape[1], device=features.hidden_states.device)
-                .expand(batch, -1)
-                .float()
-            )
-        chosen = ranked[:, features.cls :].argsort(dim=-1, descending=True, stable=True)[:, :keep].sort(dim=-1).values
-        if batch != tiles or keep != len(patches):
-            raise ValueError("patches were painted on another picture than the one that is asked about; paint again")
-        chosen[number] = patches.to(chosen.device)
-        return chosen
-
-    return choose
-
-
-def painted(layers: list[Image.Image], grid: tuple[int, int]) -> Tensor:
-    """Patches that paint covers, ascending. `layers` are what was painted, transparent elsewhere, any size."""
-    cover = np.zeros(grid, dtype=np.float32)
-    for layer in layers:
-        alpha = layer.convert("RGBA").getchannel("A").resize((grid[1], grid[0]), Image.Resampling.BOX)
-        cover = np.maximum(cover, np.asarray(alpha, dtype=np.float32) / 255)
-    return torch.from_numpy(np.flatnonzero(cover >= TOUCHED))
 
 
 def patch_at(tile: Tile, size: tuple[int, int], x: float, y: float) -> int:

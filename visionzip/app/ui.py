@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import os
-import shutil
-import socket
-import tempfile
 from typing import Any
 
 import numpy as np
@@ -15,35 +10,12 @@ from PIL import Image
 from visionzip.analysis import draw, pictures
 from visionzip.analysis.trace import Tile
 from visionzip.analysis.visualize import note
-from visionzip.app.looker import Look, Looker, painted, patch_at
+from visionzip.app.looker import Look, Looker, patch_at
+from visionzip.app.server import gradio
 from visionzip.selectors import SELECTORS
 
 SIDE = 420
-UPLOAD = "20mb"
 QUESTION = "What is in the picture?"
-
-_CSS = """
-.answer textarea { font-size: 1.1rem; }
-#look img { cursor: crosshair; }
-footer { display: none !important; }
-"""
-
-
-def gradio() -> Any:
-    """The library, told to call nobody and to keep uploads in a folder of this process.
-
-    Raises:
-        ValueError: where it is not installed.
-    """
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    if "GRADIO_TEMP_DIR" not in os.environ:  # read when components are made; only what lies in it is served
-        folder = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="visionzip-app-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    try:
-        import gradio
-    except ImportError as error:
-        raise ValueError("the app needs Gradio: pip install 'visionzip-ft[viz]'") from error
-    return gradio
 
 
 def build(looker: Looker, title: str, picture: str | None = None) -> Any:
@@ -65,7 +37,7 @@ def build(looker: Looker, title: str, picture: str | None = None) -> Any:
     def opened(path: str | None, selector: str, merge: str) -> list[Any]:
         """A new picture: run the encoder, set the sliders to what there is, draw."""
         if not path:
-            return [None, *[gr.skip()] * 3, None, None, None, None, "", None, None, None, ""]
+            return [None, *[gr.skip()] * 3, None, None, None, "", None, None, None, ""]
         try:
             look = looker.look(path)
         except ValueError as error:
@@ -80,15 +52,15 @@ def build(looker: Looker, title: str, picture: str | None = None) -> Any:
             gr.Slider(maximum=total, minimum=1 + tile.cls, value=dominant),
             gr.Slider(maximum=total - 1 - tile.cls, value=contextual),
             *shown(look, 0, dominant, contextual, selector, merge),
-            picture, canvas(picture), None, None, "",
+            picture, None, None, "",
         ]  # fmt: skip
 
     def turned(look: Look | None, number: int, *budget: Any) -> list[Any]:
         """Another tile of the same picture."""
         if look is None:
-            return [None, None, None, "", None, None, None, None, ""]
+            return [None, None, None, "", None, None, None, ""]
         picture = draw.enlarged(look.trace.tiles[number], SIDE)
-        return [*shown(look, number, *budget), picture, canvas(picture), None, None, ""]
+        return [*shown(look, number, *budget), picture, None, None, ""]
 
     def clicked(
         look: Look | None, number: int, dominant: float, contextual: float, selector: str, merge: str, event: Any
@@ -109,29 +81,13 @@ def build(looker: Looker, title: str, picture: str | None = None) -> Any:
 
     clicked.__annotations__["event"] = gr.SelectData  # how Gradio knows to pass the click; not importable at the top
 
-    def counted(look: Look | None, number: int, editor: dict[str, Any] | None) -> list[Any]:
-        """What painting comes to: drawing, and how many patches. Not given the sliders: a new picture moves those as well."""
-        if look is None or look.shown is None or not editor:
-            return [None, ""]
-        tile = look.trace.tiles[number]
-        patches = painted(editor["layers"], tile.grid)
-        if not len(patches):
-            return [None, "Nothing is painted yet."]
-        hand = looker.by_hand(tile, patches, look.shown)
-        return [draw.merged(hand, SIDE), note(hand) + "."]
-
-    def asked(
-        look: Look | None, number: int, question: str, length: float, choice: str, editor: Any, *budget: Any
-    ) -> list[Any]:
+    def asked(look: Look | None, number: int, question: str, length: float, *budget: Any) -> list[Any]:
         if look is None:
             raise gr.Error("Upload a picture first.")
         try:
             tile = budgeted(looker, look, number, *budget)
             config = looker.with_budget(len(tile.kept), len(tile.targets), *budget[2:])
-            by_hand = None
-            if choice == HAND:
-                by_hand = (number, painted((editor or {}).get("layers") or [], tile.grid))
-            pair = looker.answers(look, question, config, by_hand, int(length))
+            pair = looker.answers(look, question, config, int(length))
         except ValueError as error:
             raise gr.Error(str(error)) from error
         rows = [
@@ -185,32 +141,14 @@ def build(looker: Looker, title: str, picture: str | None = None) -> Any:
                     kept = _image(gr, "Kept as they are", "kept")
                     merged = _image(gr, "Merged (frame: target)", "merged")
                 words = gr.Markdown(elem_id="words")
-        with gr.Tabs():
-            with gr.Tab("Click a patch"):
-                with gr.Row():
-                    look_at = _image(gr, "What the encoder saw: click a patch", "look")
-                    attends = _image(gr, "What this patch attends to", "attends")
-                    attended = _image(gr, "What attends to this patch", "attended")
-                patch_words = gr.Markdown("Click a patch of the picture on the left.", elem_id="patch")
-            with gr.Tab("Keep by hand"):
-                gr.Markdown(
-                    f"Paint the patches to keep; below, ask with “{HAND}”. What is not painted is merged as the budget says."
-                )
-                with gr.Row():
-                    editor = gr.ImageEditor(
-                        type="pil", show_label=False, sources=[], transforms=[], layers=False, elem_id="editor", buttons=[],
-                        brush=gr.Brush(default_size=30, colors=["#D55E0099"], default_color="#D55E0099", color_mode="fixed"),
-                        height=SIDE + 80, image_mode="RGBA", scale=2,
-                    )  # fmt: skip
-                    with gr.Column(scale=1, min_width=240):
-                        by_hand = gr.Image(
-                            show_label=False, interactive=False, format="png", elem_id="by_hand", buttons=["fullscreen"]
-                        )
-                        paint_words = gr.Markdown("Nothing is painted yet.", elem_id="painted")
+        with gr.Row():
+            look_at = _image(gr, "What the encoder saw: click a patch", "look")
+            attends = _image(gr, "What this patch attends to", "attends")
+            attended = _image(gr, "What attends to this patch", "attended")
+        patch_words = gr.Markdown("Click a patch of the image on the left.", elem_id="patch")
         gr.Markdown("## Ask")
         with gr.Row():
             question = gr.Textbox(QUESTION, label="Question", scale=3, elem_id="question", max_length=2000)
-            choice = gr.Radio([SELECTOR, HAND], value=SELECTOR, label="Kept tokens", scale=2, elem_id="choice")
             length = gr.Slider(1, 256, 32, step=1, label="Longest answer, tokens", scale=1, elem_id="length")
         button = gr.Button("Ask with all tokens and with few", variant="primary", elem_id="ask")
         with gr.Row():
@@ -223,7 +161,7 @@ def build(looker: Looker, title: str, picture: str | None = None) -> Any:
 
         budget = [dominant, contextual, selector, merge]
         drawings = [heat, kept, merged, words]
-        patch_views = [look_at, editor, attends, attended, patch_words]
+        patch_views = [look_at, attends, attended, patch_words]
         everything = [state, tile_choice, dominant, contextual, *drawings, *patch_views]
         upload.change(opened, [upload, selector, merge], everything, api_name="open")
         if picture:
@@ -235,14 +173,9 @@ def build(looker: Looker, title: str, picture: str | None = None) -> Any:
         look_at.select(
             clicked, [state, tile_choice, *budget], [look_at, attends, attended, patch_words], api_name=False
         )
-        gr.on([editor.change, editor.input], counted, [state, tile_choice, editor], [by_hand, paint_words],
-              trigger_mode="always_last", show_progress="hidden", api_name=False)  # fmt: skip
-        asking = [state, tile_choice, question, length, choice, editor, *budget]
+        asking = [state, tile_choice, question, length, *budget]
         gr.on([button.click, question.submit], asked, asking, [full, few, times], api_name="ask")
     return page
-
-
-SELECTOR, HAND = "chosen by the selector", "painted by hand"
 
 
 def budgeted(
@@ -253,11 +186,6 @@ def budgeted(
     total = tile.features.hidden_states.shape[1]
     kept = min(max(int(dominant), 1 + tile.cls), total)
     return tile.again(looker.with_budget(kept, min(int(contextual), total - kept), selector, merge))
-
-
-def canvas(picture: Image.Image) -> dict[str, Any]:
-    """What the editor is given: a picture and nothing painted on it."""
-    return {"background": picture, "layers": [], "composite": picture}
 
 
 def framed(tile: Tile, picture: Image.Image, patch: int) -> Image.Image:
@@ -300,41 +228,3 @@ def _image(gr: Any, caption: str, name: str) -> Any:
         return gr.Image(
             label=caption, show_label=False, interactive=False, elem_id=name, format="png", buttons=["fullscreen"]
         )
-
-
-def serve(
-    page: Any, host: str = "127.0.0.1", port: int = 7860, *, block: bool = True, open_browser: bool = False
-) -> tuple[str, Any]:
-    """Serve the page; returns its address and what `close` ends it.
-
-    Uploads are limited in size and go to a folder of its own, and no other file is served.
-
-    Raises:
-        ValueError: when the port is taken or can't be bound.
-    """
-    gr = gradio()
-    refuse_taken(host, port)
-    page.queue(default_concurrency_limit=1, max_size=32)
-    _, address, _ = page.launch(
-        server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, inbrowser=open_browser,
-        max_file_size=UPLOAD, allowed_paths=[], css=_CSS, show_error=True, footer_links=[], run_history=False, ssr_mode=False,
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-    )  # fmt: skip
-    if block:
-        print(f"{address}  (Ctrl+C ends it)")
-        page.block_thread()
-    return address, page
-
-
-def refuse_taken(host: str, port: int) -> None:
-    if not 0 < port < 65536:
-        raise ValueError(f"port {port} does not exist; choose one from 1 to 65535")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ValueError(
-                f"port {port} on {host} can't be used ({error.strerror}); choose another with --port"
-            ) from error

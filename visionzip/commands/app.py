@@ -2,13 +2,16 @@
 
   visionzip app data/tiny-llava
   visionzip app llava-hf/llava-1.5-7b-hf --image photo.jpg --port 7861
+  visionzip app runs/demo/projector --public-url https://look.example.org     behind a reverse proxy
 
-Only this machine can reach it, unless --host says otherwise.
+Only this machine can reach it, unless --host says otherwise. Requests for other host names, and those that other web sites make
+a browser send, are refused.
 """
 
 from __future__ import annotations
 
 import argparse
+from urllib.parse import urlsplit
 
 from visionzip.commands import _model
 
@@ -17,19 +20,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _model.add_arguments(parser)
     parser.add_argument("--image", "--picture", help="shown from the start")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
+    parser.add_argument(
+        "--public-url",
+        type=public_url,
+        action="append",
+        default=[],
+        metavar="URL",
+        help="address that a reverse proxy serves the app at; can be given again",
+    )
     parser.add_argument("--open", action="store_true", help="open it in a browser")
+
+
+def public_url(text: str) -> str:
+    """``https://look.example.org``, without a slash at its end."""
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise argparse.ArgumentTypeError(f"expected an address such as https://look.example.org, got {text!r}")
+    return text.rstrip("/")
 
 
 def run(arguments: argparse.Namespace) -> None:
     from visionzip.analysis import pictures
     from visionzip.app.looker import Looker
-    from visionzip.app.ui import build, gradio, refuse_taken, serve
+    from visionzip.app.server import check_port, exit_on_signals, gradio, serve
+    from visionzip.app.ui import build
 
+    exit_on_signals()
     gradio()
-    refuse_taken(arguments.host, arguments.port)  # both before a model is loaded for nothing
+    check_port(arguments.host, arguments.port)  # both before a model is loaded for nothing
     if arguments.image:
         pictures.read_one(arguments.image)
     model, processor = _model.load(arguments)
     page = build(Looker(model, processor), arguments.model, arguments.image)
-    serve(page, arguments.host, arguments.port, open_browser=arguments.open)
+    server = serve(page, arguments.host, arguments.port, arguments.public_url)
+    if arguments.open:
+        import webbrowser
+
+        webbrowser.open(server.address)
+    print(f"{server.address}  (Ctrl+C ends it)", flush=True)
+    try:
+        server.wait()
+    finally:
+        server.close()
