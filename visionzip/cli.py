@@ -120,7 +120,8 @@ def program_commands() -> dict[str, str]:
     """The same of the training program; empty where only the wheel is installed."""
     if not has_program():
         return {}
-    return {name: summary(CHECKOUT / f"{module.replace('.', '/')}.py") for name, module in PROGRAM.items()}
+    files = {name: CHECKOUT / f"{module.replace('.', '/')}.py" for name, module in PROGRAM.items()}
+    return {name: summary(file) for name, file in files.items() if file.is_file()}
 
 
 def summary(path: Path) -> str:
