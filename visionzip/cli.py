@@ -126,7 +126,8 @@ def program_commands() -> dict[str, str]:
 
 def summary(path: Path) -> str:
     """The first line of a file's docstring, read without importing it (and torch with it)."""
-    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
+    line = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
+    return line[:1].lower() + line[1:].rstrip(".")
 
 
 class _FrontDoor(argparse.ArgumentParser):

@@ -1,6 +1,6 @@
-"""compute the visual tokens of every image of a config once; every epoch, run and rank then reads them
+"""compute the visual tokens of a config's images once, for all epochs, runs and ranks to read
 
-  python -m data.cache --config configs/llava-1.5-7b/ft-64.yaml data.cache=/data/tokens-64
+  visionzip cache --config configs/llava-1.5-7b/ft-64.yaml data.cache=/data/tokens-64
   torchrun --nproc_per_node 8 -m data.cache --config ... data.cache=...        one process for each GPU
 
 Interrupted or damaged, the same command goes on or repairs. Several processes share the work; several nodes write into one shared

@@ -168,3 +168,49 @@ class TestExport:
         assert "was trained for something else" in error
         assert "llm: " in error
         assert main([*command, "--force"]) == 0
+
+
+class TestProgram:
+    """Commands of the training program, found in the checkout."""
+
+    def test_all_are_there(self):
+        assert list(cli.program_commands()) == list(cli.PROGRAM)
+
+    @pytest.mark.parametrize("name", cli.PROGRAM)
+    def test_help(self, name, capsys):
+        with pytest.raises(SystemExit) as left:
+            main([name, "--help"])
+        assert left.value.code == 0
+        usage, _, rest = capsys.readouterr().out.partition("\n\n")
+        assert usage.startswith(f"usage: visionzip {name} ")
+        assert f"\n  visionzip {name} " in rest, "an example"
+
+    @pytest.mark.parametrize("name", [name for name in cli.PROGRAM if name != "init"])
+    def test_a_config_that_is_not_there(self, name, tmp_path):
+        """In a process of its own: a training run ends the one it is in."""
+        out = ["seed=0,1", "--out", str(tmp_path / "out")] if name == "sweep" else []
+        command = [sys.executable, "-m", "visionzip", name, "--config", str(tmp_path / "no.yaml"), *(out or ["key=1"])]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert (
+            done.stderr
+            == f"config error: there is no config file {tmp_path / 'no.yaml'}; see configs/ for the ready ones\n"
+        )
+
+    def test_train_and_its_script_are_one(self, capsys):
+        path, change = "configs/tiny-llava/demo.yaml", "trainer.learning_rate=1.0e-3"
+        script = [sys.executable, "train.py", "--config", path, "--print-config", change]
+        done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert main(["train", "--config", str(ROOT / path), change, "--print-config"]) == 0
+        assert capsys.readouterr().out == done.stdout
+        assert "learning_rate: 0.001" in done.stdout
+
+    def test_from_another_directory(self, tmp_path):
+        """The console script has its own directory on the path, not the checkout."""
+        script = f"import sys; sys.path[:] = [p for p in sys.path if p] + [{str(tmp_path)!r}]\nfrom visionzip.cli import main\nmain()"
+        (tmp_path / "data.py").write_text("raise SystemExit('another data')")
+        done = subprocess.run(
+            [sys.executable, "-c", script, "plan", "--config", "no.yaml"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert "no.yaml" in done.stderr
+        assert "another data" not in done.stderr

@@ -1,6 +1,6 @@
-"""ask full tokens, training-free compression and a fine-tuned projector the held-out questions, outside of a run
+"""compare full tokens, training-free compression and a fine-tuned projector on held-out questions
 
-  python -m train.evaluate --config configs/tiny-llava/demo.yaml model.projector=runs/demo/projector
+  visionzip evaluate --config configs/tiny-llava/demo.yaml model.projector=runs/demo/projector
   torchrun --nproc_per_node 8 -m train.evaluate --config ... model.projector=...                    a share of them for each GPU
 
 One table by question type. Without `model.projector` the first two are compared.

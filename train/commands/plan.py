@@ -1,6 +1,6 @@
-"""say whether a run fits into the memory of a GPU, under every ZeRO stage, before anything is rented
+"""say whether a run fits into the memory of its GPUs, under every ZeRO stage
 
-  python -m train.plan --config configs/llava-1.5-7b/ft-64.yaml --gpus 8 --gpu-memory 24
+  visionzip plan --config configs/llava-1.5-7b/ft-64.yaml --gpus 8 --gpu-memory 24
 
 Sizes come from the model's config alone; no weights are read. Where the model is not on this machine, a `model.json` (its
 `config.json`) beside the run's config is used.

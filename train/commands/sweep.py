@@ -1,6 +1,6 @@
-"""run a config over selectors, budgets, seeds and any other key: what each keeps, and what fine-tuning adds
+"""run a config over selectors, budgets, seeds and other keys, and compare what came of it
 
-  python -m train.sweep --config configs/tiny-llava/sweep.yaml --out runs/sweep selector=visionzip,divprune budget=8,16 seed=0,1,2
+  visionzip sweep --config configs/tiny-llava/sweep.yaml --out runs/sweep selector=visionzip,divprune budget=8,16 seed=0,1,2
 
 `selector`, `budget` and `seed` are axes; so is any key of the config with several values (`trainer.learning_rate=1e-3,3e-3`,
 `train.distill.weight=0.5,1.0`); other `key=value` are put over the file, as for `train.py`. A budget is a number of tokens, split

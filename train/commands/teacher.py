@@ -1,6 +1,6 @@
-"""ask the uncompressed model the training questions, for compressed runs to learn from its answers
+"""ask the uncompressed model the training questions, for compressed runs to learn from
 
-  python -m train.teacher --config configs/tiny-llava/demo.yaml train.distill.cache=runs/demo/teacher
+  visionzip teacher --config configs/tiny-llava/demo.yaml train.distill.cache=runs/demo/teacher
   torchrun --nproc_per_node 8 -m train.teacher --config ...                         a share of the records for each GPU
 
 Every record goes through the untouched model once, with all its visual tokens and its whole conversation; of each supervised token

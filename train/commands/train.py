@@ -1,9 +1,11 @@
 """fine-tune the projector of a compressed vision-language model
 
-deepspeed train.py --config configs/llava-1.5-7b/ft-64.yaml trainer.learning_rate=1e-5     several GPUs (or CPU processes)
-python train.py --config configs/tiny-llava/demo.yaml                                       one process
-torchrun --nproc_per_node 2 train.py --config ...                                           the same under torchrun
-python train.py --config configs/llava-1.5-7b/ft-64.yaml --print-config                     the resolved config, and stop
+  visionzip train --config configs/tiny-llava/demo.yaml                                      one process
+  visionzip train --config configs/llava-1.5-7b/ft-64.yaml --print-config                    the resolved config, and stop
+  deepspeed train.py --config configs/llava-1.5-7b/ft-64.yaml trainer.learning_rate=1e-5     several GPUs (or CPU processes)
+  torchrun --nproc_per_node 2 train.py --config ...                                          the same under torchrun
+
+`python train.py` is `visionzip train`.
 """
 
 from __future__ import annotations
