@@ -14,13 +14,13 @@ LIBRARY = [
     {"compress", "adaptive"},
     {"encoders"},
     {"families"},
-    {"shorten", "fingerprint"},
+    {"shorten", "fingerprint", "manifest", "pretrained"},
     {"attach"},
     {"projector"},
     {"export", "hub"},
-    {"loading"},
+    {"loading", "description", "inspect_runs"},
     {"analysis"},
-    {"cli", "commands", "chat", "app", "benchmark", "describe", "lmms", "table", "__main__"},
+    {"cli", "commands", "chat", "app", "benchmark", "inspect", "lmms", "table", "__main__"},
 ]
 PROGRAM = [{"visionzip"}, {"data"}, {"train"}]
 

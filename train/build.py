@@ -43,7 +43,7 @@ def build_model(config: RunConfig) -> tuple[Any, Any]:
     try:
         attach(model, processor, config.zip)
         if section.projector is not None:
-            load_into(model, section.projector, force=section.force_projector)
+            load_into(model, section.projector, force=section.force_projector, adapters=False)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"zip / model: {error}") from error
     model.config.use_cache = False

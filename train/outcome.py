@@ -10,10 +10,9 @@ from torch.nn import Parameter
 from train import random_state, report
 from train.config import RunConfig
 from train.scores import Scores
-from visionzip.export import FORMATS, Trained
+from visionzip.export import FORMATS, Trained, save_projector
 from visionzip.export.files import staged
 from visionzip.fingerprint import gathered
-from visionzip.projector import save_projector
 
 
 def export(model: Any, processor: Any, config: RunConfig, metadata: dict[str, Any], write: bool) -> None:

@@ -53,6 +53,21 @@ def fingerprint_of_state(state: Mapping[str, Tensor], parts: dict[str, str]) -> 
     }
 
 
+def check(stored: Fingerprint) -> Fingerprint:
+    """`stored` if `differences` can read it.
+
+    Raises:
+        ValueError: naming the entry that is incomplete.
+    """
+    for part, names in stored.items():
+        for name, entry in names.items():
+            shape, values = entry.get("shape", [None]), entry.get("values", [None])
+            numbers = all(isinstance(n, int) for n in shape) and all(isinstance(v, int | float) for v in values)
+            if not numbers or len(values) not in (0, VALUES):
+                raise ValueError(f"the entry for {part}: {name} is incomplete")
+    return stored
+
+
 def differences(here: Fingerprint, stored: Fingerprint) -> list[str]:
     """What differs, in words; empty where both are of the same model."""
     found = []

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from visionzip.export.base import recognise
+from visionzip.export.base import FORMATS, recognise, run_result
 from visionzip.export.card import HERE, card
+from visionzip.export.files import NOTE
+from visionzip.pretrained import looks_like_id
 
-#: what tells an export from a plain model, in a list of file names
-MARKS = ("visionzip.json", "projector.safetensors", "mm_projector.bin", "adapter_config.json")
 CARD = "README.md"
 TIMEOUT = 15.0  # seconds for a question to the hub
 
@@ -29,11 +29,13 @@ def push(
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    place = Path(directory)
+    place = run_result(directory)
     files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else []
     names = [path.relative_to(place).as_posix() for path in files]
-    if not set(names) & set(MARKS):
-        raise ValueError(f"{directory} is no directory that visionzip export wrote (none of {', '.join(MARKS)} in it)")
+    if not set(names) & markers():
+        raise ValueError(
+            f"{directory} is no directory that visionzip export wrote (none of {', '.join(sorted(markers()))} in it)"
+        )
     form = recognise(place)
     if form is None:
         raise ValueError(f"{directory} is no whole export: what was trained is not in it, only {', '.join(names[:4])}")
@@ -41,7 +43,7 @@ def push(
     if CARD in names:
         text = (place / CARD).read_text(encoding="utf-8").replace(HERE, repo_id)
     else:  # a run's own folder, which has none
-        text = card(header, form.name, repo_id)
+        text = card(header, form, repo_id)
     operations = [CommitOperationAdd(CARD, text.encode())] + [
         CommitOperationAdd(name, path)
         for name, path in zip(names, files, strict=True)
@@ -80,24 +82,23 @@ def pull(repo_id: str, out: str | os.PathLike[str] | None = None, *, revision: s
 
 
 def local_copy(path: str | os.PathLike[str], revision: str | None = None) -> Path | str:
-    """`path` where it exists; an export on a hub downloaded; the id of a plain model as it is, for transformers to load.
+    """`path` where it exists, or the result in it if it is the directory of a run; an export on a hub downloaded; the id of a
+    plain model as it is, for transformers to load.
 
     Raises:
-        ValueError: for what is neither a path nor the id of something.
+        ValueError: for what is neither a path nor the id of something, and for a run without a result.
     """
     if str(path) and Path(path).exists():
-        return Path(path)
+        return run_result(path)
     if not looks_like_id(path):
         raise ValueError(f"there is nothing at {str(path) or repr('')}, and it is no hub id (owner/name)")
     names = _files(str(path), revision)
-    return pull(str(path), revision=revision) if set(names) & set(MARKS) else str(path)
+    return pull(str(path), revision=revision) if set(names) & markers() else str(path)
 
 
-def looks_like_id(path: str | os.PathLike[str]) -> bool:
-    """``owner/name``, as opposed to a path that was mistyped."""
-    text = str(path)
-    plain = isinstance(path, str) and text.count("/") == 1 and not text.startswith((".", "/", "~")) and "\\" not in text
-    return plain and not Path(text.split("/")[0]).is_dir()
+def markers() -> set[str]:
+    """File names that tell an export from a plain model."""
+    return {NOTE, *(marker for _, form in FORMATS for marker in form.markers)}
 
 
 def _files(repo_id: str, revision: str | None) -> list[str]:

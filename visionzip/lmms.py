@@ -88,7 +88,7 @@ class VisionZip(lmms):
         self.model, self.processor = load(pretrained, self.device, dtype, config=config, base=base, **more)
         attachment = attached(self.model)
         assert attachment is not None
-        self.budget = "all visual tokens" if full else budget_words(attachment.config.model_dump())
+        self.budget = "all visual tokens" if full else budget_words(attachment.config)
         if full:
             detach(self.model)
         self.template, self.pad = template, pad

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from visionzip.attach import Attachment, attach, attached, unwrap
+from visionzip.attach import attach, attached, unwrap
 from visionzip.config import ZipConfig
-from visionzip.export.base import FORMATS, Format, Trained, put, read, recognise, with_metadata
+from visionzip.export.base import FORMATS, Format, Trained, read, recognise
 from visionzip.export.card import write_card
 from visionzip.export.files import free, staged
+from visionzip.export.header import check_belongs
+from visionzip.export.insert import insert
 from visionzip.hub import local_copy
-from visionzip.projector import plain_state, refuse_strangers
+from visionzip.pretrained import known_dtype, load_model, load_processor, usable_device
+from visionzip.projector import check_finite, plain_state, required
 
 
 def load(
@@ -29,16 +31,17 @@ def load(
     trust_remote_code: bool = False,
     **model_kwargs: Any,
 ) -> tuple[Any, Any]:
-    """A compressed model and its processor: ``model, processor = visionzip.load("runs/demo/projector")``.
+    """A compressed model and its processor: ``model, processor = visionzip.load("runs/demo")``.
 
     Args:
-        path: what was fine-tuned, in any export format (file, directory or hub id), or a model (directory or hub id).
+        path: what was fine-tuned, in any export format (file, directory or hub id), the directory of a run, or a model
+            (directory or hub id).
         device: where to put it; default: the GPU if there is one.
         dtype: of the frozen weights, as in ``from_pretrained``.
         config: what to keep; default: what the projector was trained with, or what the model's config says.
         base: the model a projector goes into, if not the one it names.
         force: load a projector although encoder, LLM or ZipConfig differ from what it was trained with.
-        trust_remote_code: run Python code that comes with the (base) model. Never asked for on the terminal.
+        trust_remote_code: run Python code from the base model's files, where it needs some. Exports never do.
         model_kwargs: passed on to ``from_pretrained``.
 
     Raises:
@@ -47,134 +50,75 @@ def load(
             without a `config`, or there is no such device or dtype.
     """
     place, target, dtype = local_copy(path), usable_device(device), known_dtype(dtype)
-    found = recognise(place)
-    if found is None and Path(place).is_file():
-        read(place)  # says what was expected of a file
-    trained = read(place) if found is not None else None
-    whole = found is not None and found.whole and base is None
-    source = base_of(place, found, trained, base)
-    named = trained is not None and base is None
-    model, processor = _from_pretrained(
-        source, path, dtype, named=named, trust_remote_code=trust_remote_code, **model_kwargs
-    )
-    stored = trained.header["zip"] if trained else model.config.__dict__.get("visionzip")
+    form = recognise(place)
+    trained = read(place) if form is not None or Path(place).is_file() else None  # of a file, says what was expected
+    whole = form is not None and form.whole and base is None
+    source = base_of(place, form, trained, base)
+    try:
+        trust = trust_remote_code and not whole
+        model = load_model(source, dtype=dtype, trust_remote_code=trust, **model_kwargs)
+        processor = load_processor(source, trust_remote_code=trust)
+    except ValueError as error:
+        if trained is None or base is not None or whole:
+            raise
+        raise ValueError(f"{error} (the base model that {path} names; pass base=... if it is elsewhere)") from error
+    stored = trained.header.zip if trained else model.config.__dict__.get("visionzip")
     for name in ("visionzip", "auto_map"):  # written by attach, and only meant for the files
         model.config.__dict__.pop(name, None)
-    config = config or (ZipConfig(**stored) if stored else None)
+    config = config or (ZipConfig.model_validate(stored) if stored else None)
     if config is None:
         raise ValueError(f"{path} does not say what to keep; pass config=ZipConfig(dominant=..., contextual=...)")
-    attachment = attached(attach(model, processor, config))
-    if trained and whole:  # its weights are in the model already
-        refuse_strangers(cast(Attachment, attachment), trained.header, str(path), force=force)
+    attachment = required(attach(model, processor, config))
+    if trained is not None and form is not None and whole:  # its weights are in the model already
+        check_belongs(attachment, trained.header, str(path), force=force)
+        damage = [] if force else form.problems(Path(place))
+        if damage:
+            raise ValueError(f"{path}: {'; '.join(damage)}. Export or download it again, or pass force=True (--force)")
     elif trained:
-        put(model, trained, str(path), force=force)
+        insert(model, trained, str(path), force=force)
     if device is not None or not {"device_map", "quantization_config"} & model_kwargs.keys():
         model.to(target)
     return model.eval(), processor
 
 
-def usable_device(device: str | torch.device | None) -> torch.device:
-    """`device`, or the GPU if there is one.
-
-    Raises:
-        ValueError: when there is no such device, or nothing can be put on it.
-    """
-    try:
-        found = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-        torch.empty(
-            1, device=found
-        )  # each backend that is not there raises one of its own: mps NotImplementedError, xpu AssertionError
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {device} can't be used here: {str(error).splitlines()[0]}") from error
-    return found
-
-
-def known_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """`dtype` if weights can have it, or ``"auto"``.
-
-    Raises:
-        ValueError: for any other.
-    """
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ValueError(f"weights can't be of dtype {dtype}; expected auto, float32, bfloat16 or float16")
-    return dtype
-
-
-def _from_pretrained(
-    source: str, path: Any, dtype: Any, *, named: bool, trust_remote_code: bool, **model_kwargs: Any
-) -> tuple[Any, Any]:
-    """The plain model and its processor. `named`: it is `path` that says its base model is `source`."""
-    from transformers import AutoModelForImageTextToText
-
-    hint = (
-        f" (the base model that {path} names; pass base=... if it lies elsewhere)"
-        if named and source != str(path)
-        else ""
-    )
-    try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            source,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # said below, by name
-            **model_kwargs,
-        )
-        processor = _processor(source, trust_remote_code)
-    except SafetensorError as error:
-        raise ValueError(f"the weights in {source} are damaged: {error}") from error
-    except OSError as error:
-        raise ValueError(f"{source} can't be loaded{hint}: {error}") from error
-    model, weights = loaded
-    missing, wrong = sorted(weights["missing_keys"]), sorted(weights["mismatched_keys"])
-    if missing or wrong:
-        shapes = [f"{name} {list(there)}, expected {list(here)}" for name, there, here in wrong]
-        raise ValueError(
-            f"{source} can't be loaded{hint}: of its weights {len(missing)} are missing ({', '.join(missing[:3])}) "
-            f"and {len(wrong)} of another shape ({'; '.join(shapes[:3])})"
-        )
-    return model, processor
-
-
-def _processor(source: str, trust_remote_code: bool) -> Any:
-    """Raises ``ImportError``, or ``ValueError`` for files that can't be read."""
-    from transformers import AutoProcessor
-
-    try:
-        return AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except ImportError as error:
-        needs = "; pip install torchvision" if "torchvision" in str(error).lower() else ""
-        raise ImportError(
-            f"the processor of {source} can't be made: {str(error).strip().splitlines()[0]}{needs}"
-        ) from error
-    except OSError:
-        raise
-    except Exception as error:  # of a damaged tokenizer: KeyError, TypeError, a bare Exception …
-        raise ValueError(f"the processor in {source} can't be read ({type(error).__name__}: {error})") from error
-
-
 def base_of(
-    place: str | os.PathLike[str], found: Format | None, trained: Trained | None, base: str | os.PathLike[str] | None
+    place: str | os.PathLike[str], form: Format | None, trained: Trained | None, base: str | os.PathLike[str] | None
 ) -> str:
-    """Where the frozen weights are: `base` if given, else what the export names, looked for around it as well.
+    """Where the frozen weights are: `base` if given, else what the export names.
 
     Raises:
-        ValueError: when nothing names it.
+        ValueError: when nothing names it, or it is a folder that is not there.
     """
-    if base is not None or found is None:
+    if base is not None or form is None or form.whole:
         return str(base if base is not None else place)
-    if found.whole:
-        return str(place)
     assert trained is not None
-    named = found.base(Path(place), trained.header)
+    named = trained.header.base_model
     if not named:
         raise ValueError(f"{place} does not name its base model; pass base=...")
-    # A run names its base as its config did, relative to where it was started: the checkout, which holds the run.
-    for parent in Path(place).resolve().parents:
-        if not Path(named).is_absolute() and (parent / named / "config.json").is_file():
-            return str(named if Path(named).is_dir() else parent / named)
-    return named
+    found = find_folder(named, Path(place))
+    if found is not None:
+        return str(found)
+    if Path(named).is_absolute():
+        raise ValueError(
+            f"{place} was trained on the model in {named}, which is not there; pass base=... if it lies elsewhere"
+        )
+    try:
+        return str(local_copy(named))  # one question to the hub; transformers would ask for each file, several times
+    except ValueError as error:
+        raise ValueError(f"{error} (the base model that {place} names; pass base=... if it lies elsewhere)") from error
+
+
+def find_folder(named: str, place: Path) -> Path | None:
+    """The folder `named`, or the one that has its place in the checkout that `place` is in: checkouts are moved and copied."""
+    if Path(named).is_dir():
+        return Path(named)
+    parts = [part for part in Path(named).parts if part != Path(named).anchor]
+    for parent in place.resolve().parents:
+        for start in range(len(parts)):
+            found = parent.joinpath(*parts[start:])
+            if (found / "config.json").is_file():
+                return found
+    return None
 
 
 def save(
@@ -193,7 +137,7 @@ def save(
     """Write what was trained, in any of the formats, with a model card: ``visionzip.save(model, "out", "merged")``.
 
     Args:
-        source: an attached model, or the path or hub id of an earlier export, which is converted.
+        source: an attached model, or the path or hub id of an earlier export (or of a run), which is converted.
         out: a directory that does not exist yet, or is empty.
         format: safetensors, llava, merged or peft.
         processor: of a model given as `source`; default: the one it was attached with.
@@ -209,10 +153,12 @@ def save(
 
     Raises:
         FileExistsError: when there is something at `out` already, and `overwrite` is not set or it is no export.
-        ValueError: when the format can't hold what was trained, or `source` is no export.
+        OSError: when the disk is full or can't be written; nothing is left at `out` then, or what was there.
+        ValueError: when the format can't hold what was trained, a weight is not finite, or `source` is no export.
     """
     form = FORMATS[format]
-    free(out, overwrite=overwrite, ours=recognise(out) is not None)  # before a model is loaded for nothing
+    if write:
+        free(out, overwrite=overwrite, ours=recognise(out) is not None)  # before a model is loaded for nothing
     if isinstance(source, str | os.PathLike):
         place = local_copy(source)
         trained = read(place)
@@ -220,7 +166,7 @@ def save(
         if form.whole or (trained.adapters and form.name != "peft"):
             model, processor = load(place, "cpu", base=base, force=force)
             fresh = Trained.of(model)
-            header = {**trained.header, "fingerprint": fresh.header["fingerprint"]}
+            header = trained.header.model_copy(update={"fingerprint": fresh.header.fingerprint})
             trained = Trained(header, {**fresh.projector, **trained.projector}, fresh.adapters, fresh.adapter_config)
         if base is not None:
             options["base"] = base
@@ -228,12 +174,13 @@ def save(
         attachment = attached(source)
         model, processor = source, processor or (attachment.processor if attachment else None)
         trained = Trained.of(source)
-    trained = with_metadata(trained, metadata or {})
+        check_finite({**trained.projector, **trained.adapters}, f"nothing is written to {out}")  # on every rank alike
+    trained = trained.with_metadata(metadata or {})
     if not write:
         if form.whole and model is not None:
-            plain_state(unwrap(model))  # takes part in gathering what the writing rank needs
+            plain_state(unwrap(model), keep=False)  # takes part in gathering what the writing rank needs
         return Path(out)
     with staged(out, overwrite=overwrite) as aside:
         form.write(trained, aside, model=model, processor=processor, name=Path(out).name, **options)
-        write_card(aside, trained.header, form.name)
+        write_card(aside, trained.header, form)
     return Path(out)

@@ -15,7 +15,7 @@ from tests.tiny import tiny_llava, tiny_processor
 from train.checkpoint import Writer
 from visionzip import ZipConfig, attach, save
 from visionzip.cli import main
-from visionzip.describe import size
+from visionzip.inspect import format_size
 
 BUDGET = ZipConfig(dominant=5, contextual=3)
 RESULTS = {
@@ -61,7 +61,7 @@ def test_a_projector(model, tmp_path, inspect):
     for part in (
         "is a projector fine-tuned with visionzip-ft.",
         f"Base model {tmp_path / 'base'}",
-        "Kept of a picture 8 visual tokens (5 dominant + 3 contextual)",
+        "Budget 8 visual tokens (5 dominant + 3 contextual)",
         "Data a tenth",
         "Steps 519",
         "Measured all tokens 98.7 %, compressed 83.9 %, fine-tuned 93.4 % (of 2,000 questions)",
@@ -110,7 +110,7 @@ def test_models(model, tmp_path, inspect):
     said = inspect(tmp_path / "base")
     assert "is a model, LlavaForConditionalGeneration." in said
     assert "encoder 32.5 k, llm 42.7 k, projector model.multi_modal_projector 3,936" in said
-    assert "Tokens a picture 16" in said
+    assert "Visual tokens per image 16" in said
     (tmp_path / "base" / "model.safetensors").unlink()
     (tmp_path / "base" / "processor_config.json").unlink()
     said = inspect(tmp_path / "base")
@@ -142,7 +142,7 @@ class TestCheckpoint:
 
     def test_complete(self, checkpoint, inspect):
         said = inspect(checkpoint)
-        assert "is a checkpoint of a run, complete." in said
+        assert "is a complete checkpoint of a run." in said
         assert "Step 4 of 6 (epoch 1.33)" in said
         assert f"trainer.resume={checkpoint}" in said
 
@@ -152,12 +152,12 @@ class TestCheckpoint:
         flipped = bytearray(whole)
         flipped[-3] ^= 1
         for content, message in (
-            (bytes(flipped), "was changed (its checksum differs)"),
+            (bytes(flipped), "was changed after it was written (its checksum differs)"),
             (whole[:-1], f"bytes; expected {len(whole):,}"),
         ):
             tensors.write_bytes(content)
             said = inspect(checkpoint)
-            assert "is a damaged checkpoint, which resuming passes over." in said
+            assert "is a damaged checkpoint, which resuming skips." in said
             assert message in said
         tensors.unlink()
         assert "tensors-00000.safetensors is missing" in inspect(checkpoint)
@@ -173,7 +173,7 @@ class TestCheckpoint:
         said = inspect(run)
         assert "is a training run, not finished." in said
         assert "Last step logged 4, loss 2.25" in said
-        assert "# goes on from checkpoint-4" in said
+        assert "# resumes from checkpoint-4" in said
         save(model, run / "projector")
         (run / "report").mkdir()
         (run / "report" / "results.json").write_text(json.dumps({**RESULTS, "trainable_parameters": 18_624}))
@@ -187,13 +187,13 @@ def test_a_token_cache(model, tmp_path, inspect):
     folder = tmp_path / "cache"
     data = DataConfig.model_validate({"sources": [{"path": str(tmp_path / "x.json")}]})
     claim(folder, identity(model, tiny_processor(), BUDGET, data, "bfloat16"))
-    assert "there is no shard in it yet" in inspect(folder)
+    assert "it has no shards yet" in inspect(folder)
     writer = TokenWriter(folder)
     writer.add((1, 2), {}, {"tokens": torch.ones(8, 32)})
     writer.close()
     said = inspect(folder)
-    assert "is a cache of compressed tokens, to train from without the vision tower." in said
-    assert "Kept of a picture 8 visual tokens (5 dominant + 3 contextual)" in said
+    assert "is a cache of compressed visual tokens, to train from without the vision tower." in said
+    assert "Budget 8 visual tokens (5 dominant + 3 contextual)" in said
     assert "Stored as bfloat16" in said
     assert "Shards 1 (" in said
     (folder / "cache.json").write_text("[]")
@@ -213,7 +213,7 @@ def test_loose_files(tmp_path, inspect):
 
     save_file({"b": torch.ones(5), "s": torch.tensor(1.0)}, tmp_path / "z.safetensors")
     said = inspect(tmp_path / "z.safetensors")
-    assert "a safetensors file that is no projector of this toolkit's" in said
+    assert "a safetensors file, but not a projector of this toolkit" in said
     assert "Parameters 6 in 2 tensors, float32 Tensors b [5], s []" in said
     torch.save({"a": torch.ones(3, 4)}, tmp_path / "pytorch_model.bin")
     assert "a dict of tensors that torch.save wrote" in inspect(tmp_path / "pytorch_model.bin")
@@ -224,7 +224,7 @@ def test_loose_files(tmp_path, inspect):
 def test_what_it_does_not_know(tmp_path, inspect):
     Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
     assert "a file of a kind this toolkit does not know. Size" in inspect(tmp_path / "a.png")
-    assert "a directory of a kind this toolkit does not know. Holds a.png" in inspect(tmp_path)
+    assert "a directory of a kind this toolkit does not know. Contains a.png" in inspect(tmp_path)
     shutil.rmtree(tmp_path)
     assert "visionzip inspect: there is nothing at" in inspect(tmp_path, code=1)
 
@@ -234,11 +234,11 @@ def test_as_json(model, tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "out"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["what"] == "a projector fine-tuned with visionzip-ft"
-    assert found["facts"]["Kept of a picture"] == "8 visual tokens (5 dominant + 3 contextual)"
+    assert found["facts"]["Budget"] == "8 visual tokens (5 dominant + 3 contextual)"
 
 
 @pytest.mark.parametrize(
     ("count", "text"), [(0, "0 B"), (999, "999 B"), (13_200_000, "13.2 MB"), (14e9, "14 GB"), (2e15, "2e+03 TB")]
 )
 def test_sizes(count, text):
-    assert size(count) == text
+    assert format_size(count) == text

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.export.conftest import BUDGET
+from tests.export.reseal import rewrite
 from tests.families.case import cases
 from tests.tiny import tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, attached, load, save
@@ -30,22 +31,6 @@ def export(request, trained, tmp_path):
     options = {"vision_tower": "x"} if request.param == "llava" else {}
     out = save(trained, tmp_path / f"llava-{request.param}", request.param, **options)
     return request.param, out, out / FILES[request.param]
-
-
-def rewrite(file, change):
-    """Change the dict of tensors in a file of any format."""
-    if file.suffix == ".bin":
-        state = torch.load(file, weights_only=True)
-        change(state)
-        torch.save(state, file)
-        return
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as opened:
-        header = opened.metadata()
-    state = load_file(file)
-    change(state)
-    save_file(state, file, metadata=header)
 
 
 def key(state, ending):

@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from tests.families import slow
 from tests.tiny import tiny_processor
 from visionzip import ZipConfig, attach, attached, detach, visionzip
-from visionzip.projector import load_projector, save_projector
+from visionzip.export import load_into, save_projector
 
 MARKER = -200
 SIDE, SQUARE = 6, 4  # patches along a side, and pixels of the detailed map along a side of each patch's square
@@ -211,7 +211,7 @@ def test_detach_copies_and_projector_files(tmp_path: Any) -> None:
         parameter.add_(0.1)
     save_projector(twin, tmp_path)
     attach(model, config=BUDGET)
-    load_projector(model, tmp_path)
+    load_into(model, tmp_path)
     assert torch.equal(model(**inputs).logits, twin(**inputs).logits)
     assert not torch.equal(model(**inputs).logits, compressed)
 

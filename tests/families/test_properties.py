@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tests.families.case import Case, cases, picture, video
 from visionzip import attach, attached, detach, load
-from visionzip.projector import load_projector, projector_state, save_projector
+from visionzip.export import load_into, save_projector
+from visionzip.projector import projector_state
 
 CASES = cases()
 
@@ -228,7 +229,7 @@ def test_save_load(case: Case, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -
 
     fresh, _ = ready(case)
     assert not torch.equal(fresh(**inputs).logits, expected)
-    load_projector(fresh, tmp_path / "out")
+    load_into(fresh, tmp_path / "out")
     assert all(torch.equal(value, projector_state(fresh)[key]) for key, value in projector_state(model).items())
     assert torch.equal(fresh(**inputs).logits, expected)
 

@@ -10,7 +10,10 @@ from safetensors.torch import load_file, save_file
 import visionzip
 from tests.tiny import picture, tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, load
-from visionzip.projector import FILE, load_projector, projector_state, read_header, save_projector
+from visionzip.export import load_into, read, save_projector
+from visionzip.export.header import digest_of
+from visionzip.export.safetensors import FILE, unpack
+from visionzip.projector import projector_state
 
 BUDGET = ZipConfig(dominant=5, contextual=3)
 
@@ -35,10 +38,10 @@ def test_round_trip_is_bit_exact_and_complete(trained, tmp_path):
         f"model.multi_modal_projector.linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")
     }
     fresh = attach(tiny_llava(), tiny_processor(), BUDGET)
-    header = load_projector(fresh, tmp_path / "out")
-    assert header["metadata"] == {"steps": 7}
-    assert ZipConfig(**header["zip"]) == BUDGET
-    assert header["toolkit_version"] == visionzip.__version__
+    header = load_into(fresh, tmp_path / "out")
+    assert header.metadata == {"steps": 7}
+    assert header.zip == BUDGET
+    assert header.toolkit_version == visionzip.__version__
     for key, value in projector_state(trained).items():
         assert torch.equal(value, projector_state(fresh)[key])
 
@@ -76,8 +79,8 @@ def test_another_base_is_refused(trained, tmp_path, part):
     attach(other, tiny_processor(), BUDGET)
     name = {"language_model": "llm", "vision_tower": "encoder"}[part]
     with pytest.raises(ValueError, match=rf"trained for something else:\n  {name}: \S+ has values"):
-        load_projector(other, tmp_path / "out")
-    load_projector(other, tmp_path / "out", force=True)
+        load_into(other, tmp_path / "out")
+    load_into(other, tmp_path / "out", force=True)
     assert torch.equal(*(next(iter(projector_state(m).values())) for m in (other, trained)))
 
 
@@ -86,20 +89,20 @@ def test_another_zip_config_is_refused(trained, tmp_path, changes):
     save_projector(trained, tmp_path / "out")
     other = attach(tiny_llava(), tiny_processor(), BUDGET.model_copy(update=changes))
     with pytest.raises(ValueError, match=f"ZipConfig.{next(iter(changes))}"):
-        load_projector(other, tmp_path / "out")
+        load_into(other, tmp_path / "out")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_same_base_in_another_dtype_is_the_same_base(trained, tmp_path, dtype):
     save_projector(trained, tmp_path / "out")
-    load_projector(attach(tiny_llava().to(dtype), tiny_processor(), BUDGET), tmp_path / "out")
+    load_into(attach(tiny_llava().to(dtype), tiny_processor(), BUDGET), tmp_path / "out")
 
 
 def test_other_architecture_is_refused_even_by_force(trained, tmp_path):
     save_projector(trained, tmp_path / "out")
     other = attach(tiny_llava(multimodal_projector_bias=False), tiny_processor(), BUDGET)
     with pytest.raises(ValueError, match=r"unknown \['model.multi_modal_projector.linear_1.bias'"):
-        load_projector(other, tmp_path / "out", force=True)
+        load_into(other, tmp_path / "out", force=True)
 
 
 class TestDamaged:
@@ -111,40 +114,41 @@ class TestDamaged:
         with safe_open(path, "pt") as file:
             state, header = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
         change(state, header)
+        header["digest"] = digest_of(unpack(header, path), state)  # a mistake of the writer, not damage
         save_file(state, path, metadata=header)
 
     def test_truncated(self, path, trained):
         path.write_bytes(path.read_bytes()[:-20])
         with pytest.raises(ValueError, match="damaged"):
-            load_projector(trained, path)
+            load_into(trained, path)
 
     def test_not_safetensors(self, path, trained):
         path.write_bytes(b"\x80\x04pickle")
         with pytest.raises(ValueError, match="damaged or no safetensors"):
-            load_projector(trained, path)
+            load_into(trained, path)
 
     def test_renamed_key(self, path, trained):
         key = "model.multi_modal_projector.linear_1.weight"
         self.rewrite(path, lambda state, _: state.__setitem__("model.mm_projector.0.weight", state.pop(key)))
         with pytest.raises(ValueError, match=rf"missing \['{key}'\], unknown \['model.mm_projector.0.weight'\]"):
-            load_projector(trained, path)
+            load_into(trained, path)
 
     def test_changed_shape_changes_nothing(self, path, trained):
         before = projector_state(trained)
         key = "model.multi_modal_projector.linear_2.weight"
         self.rewrite(path, lambda state, _: state.__setitem__(key, state[key][:-1].clone()))
         with pytest.raises(ValueError, match=r"linear_2.weight has shape \[47, 48\], the model's has \[48, 48\]"):
-            load_projector(trained, path)
+            load_into(trained, path)
         assert all(torch.equal(value, before[key]) for key, value in projector_state(trained).items())
 
     def test_someone_elses_file(self, path, trained):
         self.rewrite(path, lambda _, header: header.pop("format"))
         with pytest.raises(ValueError, match="expected a projector"):
-            read_header(path)
+            read(path)
 
     def test_nothing_there(self, trained, tmp_path):
-        with pytest.raises(FileNotFoundError, match="no projector at"):
-            load_projector(trained, tmp_path / "nowhere")
+        with pytest.raises(FileNotFoundError, match="there is nothing at"):
+            load_into(trained, tmp_path / "nowhere")
 
 
 def test_saving_needs_something_attached(model, tmp_path):
@@ -155,11 +159,11 @@ def test_saving_needs_something_attached(model, tmp_path):
 def test_a_failed_write_leaves_the_old_file(trained, tmp_path, monkeypatch):
     path = save_projector(trained, tmp_path / "out")
     before = path.read_bytes()
-    monkeypatch.setattr("visionzip.projector.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("visionzip.export.files.sync", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save_projector(trained, tmp_path / "out")
     assert path.read_bytes() == before
-    assert json.loads(json.dumps(read_header(path)["zip"])) == BUDGET.model_dump()
+    assert json.loads(json.dumps(read(path).header.zip.model_dump())) == BUDGET.model_dump()
 
 
 @torch.no_grad()

@@ -136,7 +136,7 @@ class Terminal:
         from visionzip.export.card import budget_words
 
         attachment = attached(self.chat.model)
-        return budget_words(attachment.config.model_dump()) + " a picture" if attachment else "all visual tokens"
+        return budget_words(attachment.config) + " a picture" if attachment else "all visual tokens"
 
     def note(self, text: str) -> None:
         print(f"{self.dim}{text}{self.plain}", flush=True)

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from visionzip import save
-    from visionzip.describe import size
+    from visionzip.inspect import format_size
 
     options: dict[str, Any] = {}
     if arguments.vision_tower:
@@ -47,4 +47,4 @@ def run(arguments: argparse.Namespace) -> None:
     )
     print(f"{out}  ({arguments.format})")
     for path in sorted(Path(out).iterdir()):
-        print(f"  {path.name:<28} {size(path.stat().st_size):>9}")
+        print(f"  {path.name:<28} {format_size(path.stat().st_size):>9}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,11 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from visionzip.describe import describe, show
     from visionzip.hub import local_copy
+    from visionzip.inspect import describe, print_description
 
-    found = describe(local_copy(arguments.path))
+    place = arguments.path
+    found = describe(place if Path(place).exists() else local_copy(place))
     if arguments.json:
         print(json.dumps(asdict(found), indent=2, default=str))
     else:
-        show(found)
+        print_description(found)

@@ -17,9 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from visionzip.describe import describe, show
     from visionzip.hub import pull
+    from visionzip.inspect import describe, print_description
 
     path = pull(arguments.repository, arguments.out, revision=arguments.revision)
     print(path)
-    show(describe(path))
+    print_description(describe(path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from abc import ABC, abstractmethod
@@ -11,15 +10,14 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
+from visionzip.export.header import Header
 from visionzip.fingerprint import gathered
-from visionzip.projector import header_of, projector_state, put_state, refuse_strangers, required
+from visionzip.projector import projector_state, required
 from visionzip.registry import Registry
 
 LORA = re.compile(r"\.(lora_\w+)\.([^.]+)\.weight$")
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,13 +25,13 @@ class Trained:
     """The result of a run, without the frozen weights it was trained against.
 
     Attributes:
-        header: base model, ZipConfig, fingerprint, metadata (`visionzip.projector.Header`, as a dict).
+        header: base model, budget, fingerprint, metadata.
         projector: by name in the plain model, adapters in it merged; empty where only adapters are stored.
         adapters: LoRA tensors by name in the plain model, ``….q_proj.lora_A.weight``; empty where none were trained.
         adapter_config: PEFT's, for the adapters.
     """
 
-    header: dict[str, Any]
+    header: Header
     projector: dict[str, Tensor]
     adapters: dict[str, Tensor] = field(default_factory=dict)
     adapter_config: dict[str, Any] | None = None
@@ -52,13 +50,17 @@ class Trained:
         if len(names) > 1:
             raise ValueError(f"the model has adapters {sorted(names)}; expected one, merge or delete the others")
         config = inner.peft_config[names.pop()].to_dict() if names else None
-        return cls(header_of(model, metadata), projector_state(model), adapters, config)
+        return cls(Header.of(model, metadata), projector_state(model), adapters, config)
+
+    def with_metadata(self, metadata: dict[str, Any]) -> Trained:
+        """The same with more said about it."""
+        return replace(self, header=self.header.with_metadata(metadata))
 
     @property
     def modules(self) -> list[str]:
         """Dotted names of the projector's modules; where the file does not say, what its names have in common."""
-        if self.header["modules"] or not self.projector:
-            return list(self.header["modules"])
+        if self.header.modules or not self.projector:
+            return list(self.header.modules)
         parts = [name.split(".")[:-1] for name in self.projector]
         shared = [same[0] for same in takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))]
         return [".".join(shared)]
@@ -83,21 +85,29 @@ class Trained:
 
 
 class Format(ABC):
-    """One way to keep what was trained. Stateless."""
+    """One way to store what was trained: one file in this folder that says everything about it. Stateless."""
 
     name: ClassVar[str]
-    #: for `visionzip export --help` and `visionzip inspect`
+    #: for `visionzip export --help` and error messages: what is written
     summary: ClassVar[str]
+    #: for `visionzip inspect`: what such an export is
+    what: ClassVar[str]
+    #: file names that tell a directory of this format from others, also in a hub's list of files
+    markers: ClassVar[tuple[str, ...]]
+    #: for the model card: how it is used; ``{here}`` is its place, ``{budget}`` the arguments of its budget
+    usage: ClassVar[str]
+    #: for the model card: tags beside the usual ones
+    tags: ClassVar[tuple[str, ...]] = ()
     #: writing needs the whole model, not only what was trained
     whole: ClassVar[bool] = False
 
-    @abstractmethod
     def recognises(self, path: Path) -> bool:
         """Is this a file or directory of this format? Looks at names and at small files only."""
+        return all((path / marker).is_file() for marker in self.markers)
 
     @abstractmethod
     def read(self, path: Path) -> Trained:
-        """Read it back; nothing that is stored is run.
+        """Read it back, checked; nothing that is stored is run.
 
         Raises:
             ValueError: for a file that is damaged or not what it says it is.
@@ -109,22 +119,23 @@ class Format(ABC):
 
         Args:
             model, processor: given where `whole` is set.
-            options: the format's own (`visionzip export --option key=value`).
+            options: the format's own (`visionzip export --vision-tower …`).
 
         Raises:
-            ValueError: when the format can't hold what was trained.
+            OSError: when the disk is full or can't be written.
+            ValueError: when the format can't hold what was trained, or a weight is not finite.
         """
 
-    def base(self, path: Path, header: dict[str, Any]) -> str:
-        """Where the frozen weights come from."""
-        return str(header["base_model"])
+    def problems(self, path: Path) -> list[str]:
+        """What else is wrong with an export that `read` accepts, one sentence each."""
+        return []
 
 
 FORMATS: Registry[Format] = Registry("export format", "visionzip.export")
 
 
 def recognise(path: str | os.PathLike[str]) -> Format | None:
-    """The format of what lies at `path`; None for anything else, a plain model included."""
+    """The format of what lies at `path`; None for anything else, a plain model or a run directory included."""
     place = Path(path)
     if not place.exists():
         return None
@@ -132,7 +143,7 @@ def recognise(path: str | os.PathLike[str]) -> Format | None:
 
 
 def read(path: str | os.PathLike[str]) -> Trained:
-    """What was trained, from a file or directory of any format.
+    """What was trained, from a file or directory of any format, or from a run directory.
 
     Raises:
         FileNotFoundError: where there is nothing.
@@ -141,95 +152,51 @@ def read(path: str | os.PathLike[str]) -> Trained:
     place = Path(path)
     if not place.exists():
         raise FileNotFoundError(f"there is nothing at {path}")
+    place = run_result(place)
     found = recognise(place)
     if found is None:
         known = "; ".join(f"{name}: {entry.summary}" for name, entry in FORMATS)
         raise ValueError(f"{path} is no export of a projector. Known formats: {known}")
+    check_complete(place)
     return found.read(place)
 
 
-def load_into(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False) -> dict[str, Any]:
-    """Load a projector of any format into an attached model: the start of a run, or its result put to use.
-
-    Adapters are not loaded here: they add modules to a model, which `put` does where that is wanted.
-
-    Args:
-        force: load although encoder, LLM or ZipConfig differ. Names and shapes must match all the same.
-
-    Returns:
-        The header: what it was trained with.
-
-    Raises:
-        FileNotFoundError, ValueError: no export, damaged, trained for something else, or with adapters.
-    """
-    trained = read(path)
-    if trained.adapters:
-        raise ValueError(
-            f"{path} holds {len(trained.adapters)} adapter tensors beside the projector. Export it as merged first "
-            f"(visionzip export {path} --format merged --out …), and start from that as the model"
-        )
-    put(model, trained, str(path), force=force)
-    return trained.header
+#: format → folder of a run directory that holds the run's result in it; the first that is there is all that was trained
+RESULTS = {"merged": "model", "peft": "adapter", "safetensors": "projector"}
+RUN_CONFIG = "config.yaml"
 
 
-def put(model: nn.Module, trained: Trained, source: str, *, force: bool = False) -> None:
-    """Load what was trained into an attached model in place, adapters included.
+def is_run(path: Path) -> bool:
+    """Is this the directory of a training run?"""
+    return (path / RUN_CONFIG).is_file() and not (path / "config.json").is_file()
+
+
+def run_result(path: str | os.PathLike[str]) -> Path:
+    """The folder with everything a run trained, for the run's directory; any other path as it is.
 
     Raises:
-        ImportError: adapters need peft.
-        ValueError: as `load_into`.
+        ValueError: when the run has no result yet.
     """
-    attachment = required(model)
-    refuse_strangers(attachment, trained.header, source, force=force)
-    if not trained.header["fingerprint"]:
-        log.warning("%s does not say what it was trained with: only names and shapes can be checked", source)
-    if trained.adapters:
-        _put_adapters(attachment.model, trained, source)
-    else:
-        put_state(attachment, trained.projector, source)
+    place = Path(path)
+    if not is_run(place) or recognise(place) is not None:
+        return place
+    for folder in RESULTS.values():
+        if (place / folder).is_dir():
+            return place / folder
+    checkpoints = [found.name for found in place.glob("checkpoint-*")]
+    newest = max(checkpoints, key=lambda name: (len(name), name), default=None)
+    raise ValueError(
+        f"{path} is the directory of a run that has not finished, so there is no projector in it yet"
+        + (f"; start it again and it continues from {newest}" if newest else "")
+    )
 
 
-def _put_adapters(model: Any, trained: Trained, source: str) -> None:
-    config = lora_config(trained.adapter_config or {}, modules_to_save=None, inference_mode=True)
-    if trained.projector and not trained.adapters_inside():
-        put_state(required(model), trained.projector, source)
-    try:
-        model.add_adapter(config)
-    except ValueError as error:
-        raise ValueError(f"{source}: its adapters do not fit this model: {error}") from error
-    targets = {}
-    for name, parameter in model.named_parameters():
-        found = LORA.search(name)
-        if found:
-            targets[f"{name[: found.start()]}.{found[1]}.weight"] = parameter
-    missing, unknown = sorted(targets.keys() - trained.adapters), sorted(trained.adapters.keys() - targets)
-    wrong = [
-        name for name in targets if name in trained.adapters and targets[name].shape != trained.adapters[name].shape
-    ]
-    if missing or unknown or wrong:
-        model.delete_adapter("default")
-        raise ValueError(
-            f"{source}: adapters missing {missing[:3]}, unknown {unknown[:3]}, of another shape {wrong[:3]}"
-        )
-    with torch.no_grad(), gathered(list(targets.values()), write=True):
-        for name, parameter in targets.items():
-            parameter.copy_(trained.adapters[name])
-
-
-def lora_config(stored: dict[str, Any], **changes: Any) -> Any:
-    """PEFT's config from what a file or another version of PEFT holds; keys this one does not know are left out.
-
-    Raises:
-        ImportError: without peft.
-    """
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ImportError("adapters need peft: pip install peft") from error
-    known = LoraConfig.__dataclass_fields__.keys() - {"peft_type"}
-    return LoraConfig(**{name: value for name, value in {**stored, **changes}.items() if name in known})
-
-
-def with_metadata(trained: Trained, metadata: dict[str, Any]) -> Trained:
-    """`trained` with more said about it."""
-    return replace(trained, header={**trained.header, "metadata": {**trained.header["metadata"], **metadata}})
+def check_complete(place: Path) -> None:
+    """Raise ``ValueError`` for a run's folder that holds only a part of what was trained together."""
+    run = (place if place.is_dir() else place.parent).parent
+    if is_run(run) and place != run:
+        part, whole = (place if place.is_dir() else place.parent), run_result(run)
+        if part != whole and part.name in RESULTS.values():
+            raise ValueError(
+                f"{place} is only a part of what {run} trained, and gives wrong answers alone; use {whole}"
+            )

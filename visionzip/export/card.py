@@ -5,79 +5,40 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from visionzip.config import ZipConfig
+from visionzip.export.base import Format
+from visionzip.export.header import Header
+from visionzip.pretrained import looks_like_id
+
 #: stands for the place of an export until it has one; `visionzip push` puts the repository's id in
 HERE = "<this directory>"
 
-USE = {
-    "safetensors": """```python
-import visionzip  # pip install visionzip-ft
 
-model, processor = visionzip.load("{here}")
-```
-
-In a terminal: `visionzip chat {here} --image photo.jpg`.""",
-    "merged": """This directory is a whole model. With the toolkit installed (`pip install visionzip-ft`) it compresses by itself:
-
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained("{here}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{here}", trust_remote_code=True)
-```
-
-`visionzip.load("{here}")` does the same without running code from this repository.
-
-**Without `trust_remote_code=True`, or without the toolkit, it loads as a plain model that uses every visual token.** It then
-works, but slowly, and with a projector that was tuned for the compressed sequence. Load model and processor the same way.""",
-    "peft": """```python
-import visionzip  # pip install visionzip-ft peft
-
-model, processor = visionzip.load("{here}")
-```
-
-Or with PEFT alone, which loads the weights and does not compress:
-
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "{here}")
-```""",
-    "llava": """In LLaVA's own repository, as any projector that was trained there (the directory's name must keep its "llava"):
-
-```python
-from llava.model.builder import load_pretrained_model
-
-tokenizer, model, image_processor, _ = load_pretrained_model("{here}", "<the base LLM>", "llava")
-```
-
-LLaVA does not compress by itself; the authors' package does: `from visionzip import visionzip; model = visionzip(model, {budget})`.
-With Hugging Face's version of the base model: `visionzip.load("{here}")` (`pip install visionzip-ft`).""",
-}
-
-
-def write_card(directory: Path, header: dict[str, Any], form: str, here: str | None = None) -> Path:
+def write_card(directory: Path, header: Header, form: Format, here: str | None = None) -> Path:
     """``README.md`` for an export of format `form`; `here` is how readers will refer to it (a path or a hub id)."""
     path = directory / "README.md"
     path.write_text(card(header, form, here or HERE), encoding="utf-8")
     return path
 
 
-def card(header: dict[str, Any], form: str, here: str) -> str:
+def card(header: Header, form: Format, here: str) -> str:
     """Markdown with the front matter that hubs read."""
-    base, metadata = header["base_model"], header["metadata"]
-    title = f"{Path(base).name or 'A vision-language model'}, {budget_words(header['zip'])}"
+    base, metadata = header.base_model, header.metadata
+    local = Path(base).is_absolute()  # says nothing to others, and more than they need to know
+    title = f"{Path(base).name or 'A vision-language model'}, {budget_words(header.zip)}"
     front = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text"]
-    if "/" in base and not base.startswith((".", "/")) and base.count("/") == 1:
+    if looks_like_id(base):
         front.append(f"base_model: {base}")
-    front += ["tags:", "- visionzip", "- vision-language", *(["- peft"] if form == "peft" else []), "---"]
+    front += ["tags:", *(f"- {tag}" for tag in ("visionzip", "vision-language", *form.tags)), "---"]
+    named = f"`{Path(base).name}`, a local model" if local else f"`{base}`" if base else "not recorded"
     facts = [
-        ("Base model", f"`{base}`" if base else "not recorded"),
-        ("Kept of a picture", budget_words(header["zip"])),
-        ("Settings", f"`{settings(header['zip'])}`" if header["zip"] else "not recorded"),
+        ("Base model", named),
+        ("Kept of a picture", budget_words(header.zip)),
+        ("Settings", f"`{settings(header.zip)}`" if header.zip else "not recorded"),
         ("What was trained", words(metadata.get("trained", "the projector"))),
         ("Data", words(metadata.get("data", "not recorded"))),
         ("Steps", words(metadata.get("steps", "not recorded"))),
-        ("Made with", f"visionzip-ft {header['toolkit_version']}" if header["toolkit_version"] else "another toolkit"),
+        ("Made with", f"visionzip-ft {header.toolkit_version}" if header.toolkit_version else "another toolkit"),
     ]
     parts = [
         "\n".join(front),
@@ -88,31 +49,31 @@ def card(header: dict[str, Any], form: str, here: str) -> str:
         "## Measured",
         results_table(metadata.get("results")),
         "## Use",
-        USE[form].format(here=here, budget=budget_arguments(header["zip"])),
+        form.usage.format(here=here, budget=budget_arguments(header.zip)),
         "## Limits",
-        "It belongs to exactly this base model, encoder and budget; loading it onto another is refused by the toolkit. "
+        "It belongs to exactly this base model, encoder and budget; the toolkit refuses to load it onto another one. "
         "The base model's licence and limits apply.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def budget_words(stored: dict[str, Any] | None) -> str:
-    """``64 visual tokens (54 + 10)``."""
-    if not stored:
+def budget_words(config: ZipConfig | None) -> str:
+    """``64 visual tokens (54 dominant + 10 contextual)``."""
+    if config is None:
         return "compressed visual tokens"
-    dominant, contextual = stored["dominant"], stored["contextual"]
+    dominant, contextual = config.dominant, config.contextual
     if isinstance(dominant, float) or isinstance(contextual, float):
         return f"{dominant:.0%} + {contextual:.0%} of the visual tokens"
     return f"{dominant + contextual} visual tokens ({dominant} dominant + {contextual} contextual)"
 
 
-def budget_arguments(stored: dict[str, Any] | None) -> str:
-    stored = stored or {"dominant": 54, "contextual": 10}
-    return f"dominant={stored['dominant']}, contextual={stored['contextual']}"
+def budget_arguments(config: ZipConfig | None) -> str:
+    config = config or ZipConfig.model_validate({})
+    return f"dominant={config.dominant}, contextual={config.contextual}"
 
 
-def settings(stored: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in stored.items() if value is not None)
+def settings(config: ZipConfig) -> str:
+    return ", ".join(f"{name}={value}" for name, value in config.model_dump().items() if value is not None)
 
 
 def words(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import pickle
@@ -14,11 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-
-from visionzip.projector import Header
 
 #: says what a directory holds and what it belongs to, in every format that has no room for it of its own
 NOTE = "visionzip.json"
@@ -46,21 +44,100 @@ def free(out: str | os.PathLike[str], *, overwrite: bool = False, ours: bool = T
 def staged(out: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """A hidden directory that becomes `out` when the block ends well, and nothing when it does not.
 
+    What a writer left that was killed is removed, or put back where `out` was about to be replaced.
+
     Raises:
         FileExistsError: as `free`.
+        OSError: when the disk is full or can't be written, whatever the writing library made of it.
     """
+    recover(Path(out))
     target = free(out, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside, old = (target.with_name(f".{target.name}.{kind}.{os.getpid()}") for kind in ("new", "old"))
     try:
-        aside.mkdir()
-        yield aside
+        with storage_errors(target):
+            aside.mkdir()
+            yield aside
+            for path in aside.rglob("*"):
+                sync(path)
         if target.exists():
             os.replace(target, old)
         os.replace(aside, target)
+        sync(target.parent)
     finally:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(target: Path) -> None:
+    """Remove what dead processes of this machine left beside `target`; restore it where one died while replacing it."""
+    for path in sorted(target.parent.glob(f".{glob.escape(target.name)}.*")):
+        found = re.fullmatch(r"(new|old|file)\.(\d+)", path.name[len(target.name) + 2 :])
+        if found is None or is_running(int(found[2])):
+            continue
+        if found[1] == "old" and not target.exists():
+            os.replace(path, target)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def write_file(target: Path, content: bytes) -> Path:
+    """Write a file under a hidden name and rename it, so that `target` is never half written.
+
+    Raises:
+        OSError: when it can't be written; `target` is as it was then.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    recover(target)
+    aside = target.with_name(f".{target.name}.file.{os.getpid()}")
+    try:
+        with storage_errors(target):
+            aside.write_bytes(content)
+            sync(aside)
+        os.replace(aside, target)
+        sync(target.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+    return target
+
+
+def sync(path: Path) -> None:
+    """Make sure a file or a directory's list of files has reached the disk: a rename can get there before what it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def storage_errors(target: Path) -> Iterator[None]:
+    """What libraries raise when the disk is full, as the ``OSError`` it was, for `target`."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(target)) from error
+    except OSError as error:
+        if error.errno is not None:
+            error.filename, error.filename2 = str(target), None  # not the hidden name it has meanwhile
+        raise
 
 
 def unpickle(path: Path) -> dict[str, Tensor]:
@@ -102,8 +179,8 @@ def unpickle(path: Path) -> dict[str, Tensor]:
     return content
 
 
-def tensors(path: Path, wanted: list[str] | None = None) -> dict[str, Tensor]:
-    """Of a safetensors file all tensors, or those that are `wanted` and there.
+def read_safetensors(path: Path, wanted: list[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Of a safetensors file all tensors, or those that are `wanted` and there; and its metadata.
 
     Raises:
         ValueError: when it is damaged.
@@ -111,8 +188,9 @@ def tensors(path: Path, wanted: list[str] | None = None) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names if wanted is None or name in wanted}
-    except SafetensorError as error:
+            kept = {name: file.get_tensor(name) for name in names if wanted is None or name in wanted}
+            return kept, dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
@@ -136,21 +214,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_note(directory: Path) -> dict[str, Any]:
-    """The header that `write_note` left; one that says nothing where there is no note (somebody else's export).
+    """The stored header of an export; empty where there is none (somebody else's export).
 
     Raises:
-        ValueError: when the note can't be read.
+        ValueError: when it is no JSON object.
     """
     path = directory / NOTE
-    if not path.is_file():
-        return Header(format="").model_dump()
-    content = read_json(path)
-    try:
-        return {**content, **Header.model_validate(content).model_dump()}
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-
-
-def write_note(directory: Path, header: dict[str, Any], form: str, **more: Any) -> None:
-    write_json(directory / NOTE, {**header, "format": f"visionzip-{form}/1", **more})
+    return read_json(path) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""`merged`: a whole Hugging Face model directory, processor included, that compresses by itself.
+"""`merged`: a whole model directory for from_pretrained, with its processor, that compresses by itself
 
 ``AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True)`` runs a small file in the directory, which hands
 over to the two classes below. They are no subclasses of a model: transformers would skip its key conversions for a class
@@ -18,9 +18,11 @@ from torch import Tensor
 from visionzip.attach import attach
 from visionzip.config import ZipConfig
 from visionzip.export.base import FORMATS, Format, Trained
-from visionzip.export.files import NOTE, read_json, read_note, tensors, write_json, write_note
+from visionzip.export.files import NOTE, read_json, read_note, read_safetensors, write_json
+from visionzip.export.header import open_header
 from visionzip.fingerprint import fingerprint_of_state
-from visionzip.projector import halves, plain_state, required
+from visionzip.manifest import find_damage, list_files
+from visionzip.projector import check_finite, halves, plain_state, required
 
 SCRIPT = "visionzip_auto.py"
 CODE = '''"""Loads this model compressed: it reads {kept} of a picture's visual tokens (see README.md)."""
@@ -42,20 +44,30 @@ _HUB = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "forc
 class Merged(Format):
     name = "merged"
     summary = "a whole model directory for from_pretrained that compresses by itself"
+    what = "a whole model with a fine-tuned projector, which compresses by itself"
+    markers = (NOTE, SCRIPT)
     whole = True
+    usage = """This directory is a whole model. With the toolkit installed (`pip install visionzip-ft`) it compresses by itself:
 
-    def recognises(self, path: Path) -> bool:
-        return (path / NOTE).is_file() and (path / SCRIPT).is_file()
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    def base(self, path: Path, header: dict[str, Any]) -> str:
-        return str(path)
+model = AutoModelForImageTextToText.from_pretrained("{here}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{here}", trust_remote_code=True)
+```
+
+`visionzip.load("{here}")` does the same without running code from this repository.
+
+**Without `trust_remote_code=True`, or without the toolkit, it loads as a plain model that uses every visual token.** It then
+works, but slowly, and with a projector that was tuned for the compressed sequence. Load model and processor the same way."""
 
     def read(self, path: Path) -> Trained:
-        header = read_note(path)
-        names = read_json(path / NOTE).get("projector")
+        facts = read_note(path)
+        names = facts.get("projector")
         if not isinstance(names, list) or not names:
             raise ValueError(f"{path / NOTE} does not name the projector's tensors")
-        return Trained(header, find_tensors(path, [str(name) for name in names]))
+        tensors = find_tensors(path, [str(name) for name in names])
+        return Trained(open_header(facts, tensors, path, path / NOTE), tensors)
 
     def write(self, trained: Trained, out: Path, *, model: Any = None, processor: Any = None, **options: Any) -> None:
         from transformers import AutoModelForImageTextToText
@@ -68,6 +80,7 @@ class Merged(Format):
         dtype = attachment.model.config.dtype
         state = plain_state(attachment.model)
         state |= trained.projector  # in the precision it was trained in, where the model holds a rounded copy
+        check_finite(state, "nothing is exported")
         with _bare(attachment.model.config), torch.device("meta"):
             shell = AutoModelForImageTextToText.from_config(attachment.model.config)
         shell.config.dtype = dtype
@@ -79,8 +92,27 @@ class Merged(Format):
         config = attachment.config
         (out / SCRIPT).write_text(CODE.format(kept=f"{config.dominant} + {config.contextual}"), encoding="utf-8")
         # The LLM may have been trained too: what lies here belongs to what lies here.
-        header = {**trained.header, "fingerprint": fingerprint_of_state(state, halves(attachment))}
-        write_note(out, header, "merged", projector=sorted(trained.projector))
+        header = trained.header.model_copy(update={"fingerprint": fingerprint_of_state(state, halves(attachment))})
+        files = list_files(out, sorted(path.name for path in out.iterdir() if is_guarded(path)))
+        names = sorted(trained.projector)
+        write_json(out / NOTE, header.sealed("merged", trained.projector, projector=names, files=files))
+
+    def problems(self, path: Path) -> list[str]:
+        try:
+            found = find_damage(path, read_note(path).get("files", {}))
+        except (KeyError, TypeError, AttributeError):
+            return [f"the list of files in {NOTE} can't be read"]
+        for name in ("config.json", "processor_config.json"):
+            try:
+                read_json(path / name)
+            except ValueError as error:
+                found.append(str(error))
+        return found
+
+
+def is_guarded(path: Path) -> bool:
+    """Is this a file whose change would change answers, and which nobody edits by hand?"""
+    return path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json")
 
 
 @contextmanager
@@ -117,7 +149,7 @@ def find_tensors(directory: Path, names: list[str]) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
-        stored = tensors(file, [part for name in names for part in endings(name)])
+        stored, _ = read_safetensors(file, [part for name in names for part in endings(name)])
         for name in names:
             written = [part for part in endings(name) if part in stored]
             if written:
@@ -151,6 +183,9 @@ class CompressedModel:
 
         kwargs.pop("trust_remote_code", None)
         hub = {name: kwargs[name] for name in _HUB if name in kwargs}
+        damage = FORMATS["merged"].problems(Path(path)) if Path(path).is_dir() else []  # a hub checks what it sends
+        if damage:
+            raise ValueError(f"{path}: {'; '.join(damage)}. Export or download it again")
         config = config if config is not None else AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
         stored = getattr(config, "visionzip", None)
         if stored is None:

@@ -1,0 +1,40 @@
+"""Sizes and SHA-256 of files, as a directory's manifest lists them: ``{name: {"bytes": 12, "sha256": "…"}}``."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def list_files(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The manifest's entries for `names` in `directory`."""
+    return {name: {"bytes": (directory / name).stat().st_size, "sha256": hash_file(directory / name)} for name in names}
+
+
+def find_damage(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One sentence for each listed file that is missing, cut off or changed; empty where all are as listed.
+
+    Raises:
+        KeyError, TypeError: when an entry is not of the form above.
+    """
+    found = []
+    for name, entry in files.items():
+        file = directory / name
+        if not file.is_file():
+            found.append(f"{name} is missing")
+        elif file.stat().st_size != entry["bytes"]:
+            found.append(f"{name} has {file.stat().st_size:,} bytes; expected {entry['bytes']:,}")
+        elif hash_file(file) != entry["sha256"]:
+            found.append(f"{name} was changed after it was written (its checksum differs)")
+    return found
+
+
+def hash_file(file: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    total = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while piece := opened.read(1 << 20):
+            total.update(piece)
+    return total.hexdigest()
