@@ -12,10 +12,12 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from data import formats, templates
+from data import formats
 from data.config_file import ConfigError, Section, parse, read_config_file
 from data.formats.common import Columns
 from visionzip.config import ZipConfig
+from visionzip.images import MAX_PIXELS
+from visionzip.prompts import template_names
 
 __all__ = ["Columns", "ConfigError", "DataConfig", "EvalSection", "ModelSection", "PipelineConfig", "Section", "SourceConfig",
            "load_config"]  # fmt: skip
@@ -87,7 +89,7 @@ class DataConfig(Section):
     """What is read and how it becomes token ids."""
 
     sources: list[SourceConfig] = Field(min_length=1)
-    template: str = Field(default="chat", description="chat (the processor's own), llava_v1, plain")
+    template: str = Field(default="chat", description="chat (the processor's own), llava_v1, plain, paligemma")
     max_length: int = Field(default=2048, ge=16, description="tokens, pictures included")
     overlong: Literal["cut", "reject"] = Field(
         default="cut", description="cut text behind the last picture as LLaVA does (never through a picture), or reject"
@@ -96,11 +98,12 @@ class DataConfig(Section):
         default=0.01, ge=0, le=1, description="a run stops when more than this share of the records is bad; 3 may always be, "
         "or one in 20 of fewer than 60, unless this is 0",
     )  # fmt: skip
-    image_aspect_ratio: Literal["auto", "pad", "keep"] = Field(
+    pad_images: bool | Literal["auto"] = Field(
         default="auto",
-        description="pad to a square with the mean colour as LLaVA-1.5 does; auto: where the processor crops",
+        description="pad to a square with the mean colour as LLaVA-1.5 does; auto: where the image processor would crop. "
+        "What is trained keeps it (ZipConfig.pad_images)",
     )
-    max_pixels: int = Field(default=100_000_000, gt=0, description="a picture with more is rejected unread")
+    max_pixels: int = Field(default=MAX_PIXELS, gt=0, description="an image with more is rejected unread")
     frames: int = Field(default=8, ge=1, description="frames taken from a video, uniformly")
     subset_seed: int = Field(
         default=0, description="draws `fraction` and `max_samples`; apart from the run's seed on purpose"
@@ -118,10 +121,19 @@ class DataConfig(Section):
         default=None, description="where indexes of JSON files are kept; default ~/.cache/visionzip-ft"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "image_aspect_ratio" in given:
+            raise ValueError(
+                "image_aspect_ratio is called pad_images now: true for pad, false for keep, auto (the default) for auto"
+            )
+        return given
+
     @field_validator("template")
     @classmethod
     def _template_exists(cls, value: str) -> str:
-        return _one_of(value, templates.names(), "template")
+        return _one_of(value, template_names(), "template")
 
     @model_validator(mode="after")
     def _names_differ(self) -> DataConfig:
@@ -160,6 +172,21 @@ class PipelineConfig(Section):
     )
     data: DataConfig
     eval: EvalSection | None = Field(None, description="held-out questions; null: no evaluation")
+
+    @model_validator(mode="after")
+    def _pad_images_is_one_switch(self) -> PipelineConfig:
+        """What is trained keeps it in `zip`; whoever prepares images goes by `data`."""
+        told = {section.pad_images for section in (self.zip, self.data) if "pad_images" in section.model_fields_set}
+        if len(told) > 1:
+            raise ValueError(
+                f"zip.pad_images is {self.zip.pad_images} and data.pad_images {self.data.pad_images}: they are the same switch, "
+                "leave one of them out"
+            )
+        if told:
+            (value,) = told
+            self.data.pad_images = value
+            self.zip = self.zip.model_copy(update={"pad_images": value})
+        return self
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:

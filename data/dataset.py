@@ -18,12 +18,13 @@ from data.collate import Collator, text_item
 from data.config import DataConfig, SourceConfig
 from data.formats import parse
 from data.formats.common import RecordSource, record_id
+from data.images import LoadImages, PixelImages
 from data.index import cache_folder
 from data.mixture import EpochSampler, subset_table
-from data.pictures import LoadPictures, Pictures, PixelPictures
 from data.records import image_root, open_records
 from data.sample import NO_SAMPLE, NO_SAMPLE_INDEX, NoSample, Reject, Rejection, Sample
-from data.template import BaseTemplate, Encoded, get_template
+from data.template import Encoded, LabelledTemplate, get_template
+from visionzip.inputs import ImageInputs
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -54,10 +55,10 @@ class Source:
 class Encoder:
     """A sample → an item: its pictures, its text around their placeholders, its labels."""
 
-    def __init__(self, config: DataConfig, processor: Any, pictures: LoadPictures | None = None) -> None:
+    def __init__(self, config: DataConfig, processor: Any, pictures: LoadImages | None = None) -> None:
         self.processor = processor
-        self.template: BaseTemplate = get_template(config.template, processor)
-        self.pictures: LoadPictures = pictures or PixelPictures(config, processor)
+        self.template: LabelledTemplate = get_template(config.template, processor)
+        self.pictures: LoadImages = pictures or PixelImages(config, processor)
         self.max_length = config.max_length
         self.cut = config.overlong == "cut"
 
@@ -66,7 +67,7 @@ class Encoder:
         encoded, pictures, _ = self.encode(sample)
         return {**text_item(self.processor, encoded.input_ids, encoded.labels), **pictures.inputs}
 
-    def encode(self, sample: Sample) -> tuple[Encoded, Pictures, int]:
+    def encode(self, sample: Sample) -> tuple[Encoded, ImageInputs, int]:
         """The sample's tokens within `max_length`, its pictures, and how many tokens it had before it was cut to that."""
         before = 0
         while True:
@@ -77,7 +78,7 @@ class Encoder:
             before = before or length
             if length <= self.max_length:
                 break
-            behind = [index for index, (_, end) in encoded.pictures.items() if end > self.max_length]
+            behind = [index for index, (_, end) in encoded.images.items() if end > self.max_length]
             shorter = rounds_before(sample, min(behind)) if behind else None
             if shorter and self.cut:
                 sample = shorter
@@ -92,8 +93,8 @@ class Encoder:
 
 
 def check_pictures(encoded: Encoded, media: int) -> None:
-    if len(encoded.pictures) != media:
-        raise Reject("template", f"{media} pictures, but the template shows {len(encoded.pictures)}")
+    if len(encoded.images) != media:
+        raise Reject("template", f"{media} pictures, but the template shows {len(encoded.images)}")
 
 
 def rounds_before(sample: Sample, media: int) -> Sample | None:
@@ -112,7 +113,7 @@ class InstructionDataset(Dataset):
     A worker's copy holds paths, open files and counts: no records, no offsets, no pictures.
     """
 
-    def __init__(self, config: DataConfig, processor: Any, seed: int, pictures: LoadPictures | None = None) -> None:
+    def __init__(self, config: DataConfig, processor: Any, seed: int, pictures: LoadImages | None = None) -> None:
         self.config, self.seed = config, seed
         self.sources = [Source(source, config) for source in config.sources]
         self.encoder = Encoder(config, processor, pictures)
@@ -120,7 +121,7 @@ class InstructionDataset(Dataset):
         self.starts = [0, *itertools.accumulate(len(source) for source in self.sources)]
 
     @property
-    def pictures(self) -> LoadPictures:
+    def pictures(self) -> LoadImages:
         return self.encoder.pictures
 
     def making(self, make: Callable[[Sample], Any]) -> InstructionDataset:
@@ -188,7 +189,7 @@ def as_rejection(error: Exception, name: str, source: str, index: int) -> Reject
 
 
 def build_dataset(
-    config: DataConfig, processor: Any, seed: int, pictures: LoadPictures | None = None
+    config: DataConfig, processor: Any, seed: int, pictures: LoadImages | None = None
 ) -> InstructionDataset:
     """The data set of a config. `pictures` replaces reading and preprocessing of pictures (a cache of visual tokens).
 

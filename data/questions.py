@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from data.collate import TEXT_KEYS, merge_pictures, pad, text_item
+from data.collate import text_item
 from data.config import DataConfig
 from data.dataset import InstructionDataset, check_pictures
-from data.pictures import LoadPictures
+from data.images import LoadImages
 from data.sample import NO_SAMPLE, NO_SAMPLE_INDEX, Message, NoSample, Reject, Rejection, Sample, Slot
+from visionzip.inputs import batch_prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,30 +98,17 @@ class QuestionCollator:
     """
 
     def __init__(self, processor: Any) -> None:
-        tokenizer = getattr(processor, "tokenizer", processor)
-        self.pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        self.processor = processor
 
     def __call__(self, items: Sequence[Question | Rejection | NoSample]) -> dict[str, Any]:
         questions = [item for item in items if isinstance(item, Question)]
-        rows = [question.inputs for question in questions]
-        inputs: dict[str, Any] = {}
-        if rows:
-            length = max(len(row["input_ids"]) for row in rows)
-            inputs = {
-                key: torch.stack(
-                    [pad(row[key], length, self.pad_id if key == "input_ids" else 0, left=True) for row in rows]
-                )
-                for key in TEXT_KEYS
-                if key in rows[0]
-            }
-            masks = [pad(torch.ones_like(row["input_ids"]), length, 0, left=True) for row in rows]
-            inputs = {**inputs, "attention_mask": torch.stack(masks), **merge_pictures(rows)}
+        inputs = batch_prompts(self.processor, [question.inputs for question in questions]) if questions else {}
         rejections = [item.as_dict() for item in items if isinstance(item, Rejection)]
         return {"inputs": inputs, "questions": questions, "rejections": rejections}
 
 
 def build_questions(
-    config: DataConfig, processor: Any, limit: int | None = None, pictures: LoadPictures | None = None
+    config: DataConfig, processor: Any, limit: int | None = None, pictures: LoadImages | None = None
 ) -> Questions:
     """The questions of a data config, `limit` of them at most. Sources, templates and lengths are those of training."""
     return Questions(InstructionDataset(config, processor, seed=0, pictures=pictures), limit)

@@ -1,38 +1,27 @@
-"""The one form every record takes, and how a record that can't be used is told apart from one that can.
-
-A text never has to be searched for a marker: where a picture stands is a `Slot` between two strings, so whatever a user wrote
-in a message stays text.
-"""
+"""The one form every record takes, and how a record that can't be used is told apart from one that can."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-Role = Literal["system", "user", "assistant"]
+from visionzip.images import ImageError
+from visionzip.prompts import Message, PromptError, Role, Slot
 
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """Where a picture or a video stands in a message; `index` counts over `Sample.media`."""
-
-    kind: Literal["image", "video"]
-    index: int
-
-
-@dataclass(slots=True)
-class Message:
-    role: Role
-    parts: list[str | Slot]
-
-    @property
-    def text(self) -> str:
-        """The words alone, pictures left out."""
-        return "".join(part for part in self.parts if isinstance(part, str))
-
-    @property
-    def slots(self) -> list[Slot]:
-        return [part for part in self.parts if isinstance(part, Slot)]
+__all__ = [
+    "NO_SAMPLE",
+    "NO_SAMPLE_INDEX",
+    "Media",
+    "Message",
+    "NoSample",
+    "Reject",
+    "Rejection",
+    "Role",
+    "Sample",
+    "Slot",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +61,15 @@ class Reject(Exception):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail
+
+
+@contextmanager
+def rejecting() -> Iterator[None]:
+    """What the library says of an image or a conversation that can't be used, as a `Reject`."""
+    try:
+        yield
+    except (ImageError, PromptError) as error:
+        raise Reject(error.reason, error.detail) from error
 
 
 LONGEST = 500

@@ -19,7 +19,7 @@ from data.collate import Collator
 from data.config import DataConfig, SourceConfig
 from data.dataset import Encoder, as_rejection, guarded_parse, single_threaded_tokenizers
 from data.formats.common import RecordSource
-from data.pictures import LoadPictures
+from data.images import LoadImages
 from data.records import image_root, open_records, reader_of
 from data.sample import Rejection, Sample
 
@@ -86,7 +86,7 @@ class StreamedDataset(IterableDataset):
         config: DataConfig,
         processor: Any,
         seed: int,
-        pictures: LoadPictures | None = None,
+        pictures: LoadImages | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -167,7 +167,7 @@ def is_streamed(config: DataConfig) -> bool:
 
 
 def build_stream(
-    config: DataConfig, processor: Any, seed: int, rank: int, world_size: int, pictures: LoadPictures | None = None
+    config: DataConfig, processor: Any, seed: int, rank: int, world_size: int, pictures: LoadImages | None = None
 ) -> StreamedDataset:
     """The endless data set of a config with streamed sources. See `build_dataset`."""
     single_threaded_tokenizers()

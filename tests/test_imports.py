@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 # Each layer may import itself and what stands before it. Files of the library that are not listed are found by name.
 LIBRARY = [
-    {"registry", "config", "pictures", "budgets", "version", "intercept"},
+    {"registry", "config", "budgets", "version", "intercept", "images", "video", "inputs", "prompts", "templates"},
     {"selectors"},
     {"compress", "adaptive"},
     {"encoders"},
@@ -87,7 +87,6 @@ def test_a_wrong_import_is_seen(tmp_path):
 
 # Circles that are still there. Take yours off the list as you remove it; nothing is added.
 KNOWN_CIRCLES = [
-    {"data.media", "data.video"},
     {"train.loss", "train.packing", "train.prefix"},
     {
         "train.cli",

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.cache.reader import VISUAL, VISUAL_VIDEO, CachedPictures
 from data.collate import TEXT_KEYS
 from data.config import DataConfig
-from data.pictures import PixelPictures
+from data.images import PixelImages
 from data.processes import own_device
 from data.questions import Question, QuestionCollator, build_questions
 from train import random_state
@@ -40,7 +40,7 @@ def questions_of(config: RunConfig, processor: Any, cached: bool = False) -> Any
         {**config.data.model_dump(), "sources": [s.model_dump() for s in config.eval.sources]}
     )
     tokens = CachedPictures(config.eval.cache, data.frames) if cached and config.eval.cache is not None else None
-    pictures = tokens or PixelPictures(data, processor)
+    pictures = tokens or PixelImages(data, processor)
     questions = build_questions(data, processor, config.eval.max_questions, pictures)
     if not len(questions):
         raise ValueError(

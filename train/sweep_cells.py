@@ -171,7 +171,7 @@ def place(cell: Cell, out: Path, cached: bool) -> None:
 def seen(config: RunConfig) -> list[Any]:
     """What an answer of the untrained model depends on, but for what is kept of a picture."""
     assert config.eval is not None
-    layout = config.data.model_dump(include={"template", "max_length", "image_aspect_ratio", "frames"})
+    layout = config.data.model_dump(include={"template", "max_length", "pad_images", "frames"})
     return [config.model.model_dump(), config.eval.model_dump(exclude={"compare", "cache"}), layout, files(config)]
 
 

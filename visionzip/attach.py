@@ -1,8 +1,9 @@
 """Put compression on one model instance and its processor, and take it off again.
 
 What changes: the inner model's instance gets its own ``get_image_features``, the processor's instance its own
-``replace_image_token`` and ``_get_num_multimodal_tokens``, and the model's config an entry ``visionzip``. Classes, weights and
-every other model in the process stay as they are; ``detach`` deletes exactly what was added.
+``replace_image_token`` and ``_get_num_multimodal_tokens`` (and ``_process_images``, where images are padded to squares), and the
+model's config an entry ``visionzip``. Classes, weights and every other model in the process stay as they are; ``detach`` deletes
+exactly what was added.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from visionzip.config import ZipConfig
 from visionzip.families import Family, VisualTokens, family_for
+from visionzip.images import PaddedImages, pads_images
 from visionzip.intercept import Interceptions
 from visionzip.selectors import SELECTORS
 from visionzip.shorten import FitPrompts, PromptCutter, ShortenPrompts
@@ -141,6 +143,8 @@ def attach(model: nn.Module, processor: Any = None, config: ZipConfig | None = N
         )
 
     patches = family.patches(processor, config)
+    if processor is not None and pads_images(processor, config.pad_images):
+        patches.append((processor, "_process_images", PaddedImages(processor)))
     shortens = config.adaptive is not None or (processor is None and stock is not None)
     names = [(owner, name) for owner, name, _ in patches] + ([(base, "generate")] if shortens else [])
     check_free(names, attached(base))

@@ -17,7 +17,7 @@ from transformers import TextStreamer
 
 from visionzip.attach import Attachment, attach, attached, detach, unwrap
 from visionzip.config import ZipConfig
-from visionzip.pictures import uncropped
+from visionzip.images import prepare_image
 from visionzip.shorten import keep_of_each
 
 ROLES = {"user": "USER", "assistant": "ASSISTANT"}
@@ -71,7 +71,7 @@ class Chat:
 
     def show(self, picture: Any) -> None:
         """Put a picture (PIL) before the next question; nothing of it is cut off."""
-        self.waiting.append(uncropped(self.processor, picture))
+        self.waiting.append(prepare_image(picture, self.processor, self.config.pad_images))
 
     def reset(self) -> None:
         """Forget the conversation and its pictures."""

@@ -14,8 +14,8 @@ from PIL import Image
 from visionzip.attach import attached, detach
 from visionzip.config import ZipConfig
 from visionzip.export.card import budget_words
+from visionzip.images import prepare_image
 from visionzip.loading import load
-from visionzip.pictures import uncropped
 
 try:
     from lmms_eval.api.model import lmms
@@ -140,7 +140,7 @@ class VisionZip(lmms):
         if not isinstance(visual, Image.Image):
             raise ValueError(f"this model answers about pictures; the task gave a {type(visual).__name__}")
         picture = visual.convert("RGB")
-        return uncropped(self.processor, picture) if self.pad else picture
+        return prepare_image(picture, self.processor, "auto" if self.pad else False)
 
     def _prompt(self, question: str, pictures: int) -> str:
         parts = parts_of(question, pictures)

@@ -21,10 +21,10 @@ from data.cache.store import Store
 from data.collate import merge_pictures
 from data.config import DataConfig, PipelineConfig
 from data.partial import load_processor, load_without, loading
-from data.pictures import Pictures
 from data.processes import own_device, rank_and_world
 from data.sample import Rejection
 from visionzip import Attachment, attach, attached
+from visionzip.inputs import ImageInputs
 
 
 class Builder:
@@ -57,10 +57,10 @@ class Builder:
         self.read += len(items)
         self.reused += len(items) - len(fresh)
 
-    def add_blank(self, pictures: Pictures) -> None:
+    def add_blank(self, pictures: ImageInputs) -> None:
         self._write(BLANK, pictures, self._compress([pictures]))
 
-    def _compress(self, pictures: list[Pictures]) -> list[Any]:
+    def _compress(self, pictures: list[ImageInputs]) -> list[Any]:
         merged = merge_pictures([each.inputs for each in pictures])
         inputs = {
             key: value.to(self.device) if torch.is_tensor(value) else value  # encoders cast pixels to their own dtype
@@ -68,7 +68,7 @@ class Builder:
         }
         return self.attachment.compress(**inputs)
 
-    def _write(self, key: Key, pictures: Pictures, tokens: list[Any], alone: bool = True) -> None:
+    def _write(self, key: Key, pictures: ImageInputs, tokens: list[Any], alone: bool = True) -> None:
         shapes, tensors = pack(tokens, self.dtype)
         extra = {
             name: value

@@ -9,7 +9,7 @@ from typing import Any
 
 from data.cache.shards import MadeFor, made_for
 from data.config import DataConfig
-from data.pictures import PixelPictures
+from data.images import PixelImages
 from data.storage import open_part, part_path
 from visionzip import ZipConfig
 from visionzip.families import family_for
@@ -33,7 +33,7 @@ def identity(model: Any, processor: Any, zip_config: ZipConfig, data: DataConfig
 
 def settings(processor: Any, zip_config: ZipConfig, data: DataConfig, dtype: str) -> dict[str, Any]:
     """`identity` without the encoder's weights."""
-    pixels = PixelPictures(data, processor)
+    pixels = PixelImages(data, processor)
     image = processor.image_processor
     options = {
         key: value
@@ -42,7 +42,7 @@ def settings(processor: Any, zip_config: ZipConfig, data: DataConfig, dtype: str
     }
     return {
         "format": FORMAT,
-        "zip": zip_config.model_dump(),
+        "zip": zip_config.model_dump(exclude={"pad_images"}),  # what it comes to stands below
         "preprocessing": {
             "image_processor": type(image).__name__,
             **options,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 from data.cache.shards import Key, key_of
-from data.media import open_regular, spelled
-from data.sample import Media, Sample
+from data.sample import Media, Sample, rejecting
+from visionzip.images import as_spelled, open_regular
 
 BLANK = key_of(b"blank")
 
@@ -45,13 +45,13 @@ def content_key(media: Media, frames: int) -> Key:
     kind = b"image" if media.kind == "image" else f"video {frames}".encode()
     if isinstance(media.source, bytes):
         return key_of(kind, media.source)
-    folder = spelled(media.source) if isinstance(media.source, str) else ""
+    folder = as_spelled(media.source) if isinstance(media.source, str) else ""
     if os.path.isdir(folder):
         paths = sorted(os.path.join(folder, name) for name in os.listdir(folder))
     else:
         paths = [media.source] if isinstance(media.source, str) else list(media.source)
     contents = []
     for path in paths:
-        with open_regular(path) as file:
+        with rejecting(), open_regular(path) as file:
             contents.append(file.read())
     return key_of(kind, *contents)

@@ -13,8 +13,9 @@ from data.cache.shards import Damaged, Key, key_of
 from data.cache.store import Store
 from data.config import DataConfig
 from data.dataset import InstructionDataset, build_dataset
-from data.pictures import Pictures, PixelPictures
+from data.images import PixelImages
 from data.sample import Media, Reject, Rejection, Sample
+from visionzip.inputs import ImageInputs
 
 
 def list_media(
@@ -51,11 +52,11 @@ def open_listing(config: DataConfig, processor: Any) -> InstructionDataset:
 class _NoPictures:
     """For listing: nothing is opened."""
 
-    def __call__(self, sample: Sample) -> Pictures:
-        return Pictures()
+    def __call__(self, sample: Sample) -> ImageInputs:
+        return ImageInputs()
 
-    def blank(self) -> Pictures:
-        return Pictures()
+    def blank(self) -> ImageInputs:
+        return ImageInputs()
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Item:
     media: Media
     content: Key
     key: Key
-    pictures: Pictures | None = None
+    pictures: ImageInputs | None = None
     copies: int = 1
 
 
@@ -88,7 +89,7 @@ class MediaDataset(Dataset):
         alone_differs: bool = False,
     ) -> None:
         self.records = open_listing(config, processor)
-        self.pictures = PixelPictures(config, processor)
+        self.pictures = PixelImages(config, processor)
         self.places, self.store, self.frames, self.alone_differs = places, store, config.frames, alone_differs
 
     def __len__(self) -> int:

@@ -11,30 +11,30 @@ from data.cache.identity import cache_at
 from data.cache.keys import BLANK, beside, content_key, name_of, one_of_several, stat_of
 from data.cache.shards import Damaged, Key
 from data.cache.store import Store
-from data.pictures import Pictures
 from data.sample import Media, Reject, Sample
+from visionzip.inputs import ImageInputs
 
 VISUAL = "visual_tokens"
 VISUAL_VIDEO = "visual_tokens_videos"
 
 
 class CachedPictures:
-    """Stands in for `PixelPictures`. An item gets `visual_tokens`: a list of what `Attachment.compress` gave for each picture."""
+    """Stands in for `PixelImages`. An item gets `visual_tokens`: a list of what `Attachment.compress` gave for each picture."""
 
     def __init__(self, folder: str | os.PathLike[str], frames: int) -> None:
         self.store = Store(folder, cache_at(folder))
         self.frames = frames
 
-    def __call__(self, sample: Sample) -> Pictures:
-        found = Pictures()
+    def __call__(self, sample: Sample) -> ImageInputs:
+        found = ImageInputs()
         for media in sample.media:
             several = one_of_several(sample, media)
             key, name = self._key(media), str(media.source)[:200] if isinstance(media.source, str) else media.kind
             self._add(found, beside(key) if several and beside(key) in self.store else key, name, several)
         return found
 
-    def blank(self) -> Pictures:
-        found = Pictures()
+    def blank(self) -> ImageInputs:
+        found = ImageInputs()
         self._add(found, BLANK, "blank picture", several=False)
         return found
 
@@ -49,7 +49,7 @@ class CachedPictures:
             return known[0]
         return content_key(media, self.frames)
 
-    def _add(self, found: Pictures, key: Key, name: str, several: bool) -> None:
+    def _add(self, found: ImageInputs, key: Key, name: str, several: bool) -> None:
         try:
             entry = self.store.get(key)
         except Damaged as error:

@@ -130,14 +130,14 @@ def _data_uri(value: str) -> bytes:
     try:
         return base64.b64decode(body, validate=True)
     except ValueError as error:  # also what is not ASCII
-        raise Reject("unreadable picture", f"broken base64: {error}") from error
+        raise Reject("unreadable image", f"broken base64: {error}") from error
 
 
 def resolve(root: str, path: Any) -> str:
     """`path` inside `root`, absolute. Raises `Reject` where it leads out.
 
     By name, not by following links: a link that the owner of the folder put there (`coco -> /data/coco`) is theirs to make,
-    a `..` in a record is not. A backslash counts as a separator too here, since `media.spelled` may read it as one.
+    a `..` in a record is not. A backslash counts as a separator too here, since `visionzip.images.as_spelled` may read it as one.
     """
     if not isinstance(path, str) or not path or "\0" in path:
         raise Reject("wrong type", f"a path must be a non-empty string, found {path!r:.80}")

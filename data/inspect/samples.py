@@ -43,7 +43,7 @@ def show_samples(console: Console, data: InstructionDataset | StreamedDataset, s
 def coloured(tokenizer: Any, encoded: Encoded) -> Text:
     """The text of all tokens; each picture's placeholders as one note of how many there are."""
     text = Text()
-    pictures = {position: index for index, (start, end) in encoded.pictures.items() for position in range(start, end)}
+    pictures = {position: index for index, (start, end) in encoded.images.items() for position in range(start, end)}
 
     def mark(position: int) -> tuple[str, int]:
         if position in pictures:

@@ -42,14 +42,14 @@ class Measure:
 
     def __call__(self, sample: Sample) -> Facts:
         encoded, _, before = self.encoder.encode(sample)
-        picture = sum(end - start for start, end in encoded.pictures.values())
+        picture = sum(end - start for start, end in encoded.images.values())
         return Facts(
             id=sample.id,
             source=sample.source,
             text=len(encoded.input_ids) - picture,
             picture=picture,
             supervised=encoded.supervised,
-            pictures=len(encoded.pictures),
+            pictures=len(encoded.images),
             rounds=sum(message.role == "assistant" for message in sample.messages),
             before=before,
         )

@@ -98,12 +98,12 @@ def _reader(place: str, entries: int, seed: int, seconds: float, ready: Any, res
 def pixels_a_second(preset: Preset, pictures: int = 32) -> float:
     """What the cache spares: 640×480 JPEGs read, decoded and preprocessed, a second of one core's own time."""
     from data.config import DataConfig
-    from data.pictures import PixelPictures
+    from data.images import PixelImages
 
     side = preset.vision["image_size"]
     size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     processor = SimpleNamespace(image_processor=CLIPImageProcessor(**size), replace_image_token=lambda *args: "")
-    pixels = PixelPictures(DataConfig(sources=[{"path": "none.json"}]), processor)
+    pixels = PixelImages(DataConfig(sources=[{"path": "none.json"}]), processor)
     noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
     with tempfile.NamedTemporaryFile(suffix=".jpg") as file:
         Image.fromarray(noise).filter(ImageFilter.GaussianBlur(3)).save(file.name, quality=90)

@@ -24,8 +24,8 @@ from data.cache.store import Store
 from data.commands.cache import main
 from data.config import DataConfig
 from data.dataset import build_dataset
+from data.images import PixelImages
 from data.partial import load_without
-from data.pictures import PixelPictures
 from data.sample import Media, Reject, Rejection, Sample
 from tests.tiny import picture, tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, attached
@@ -73,7 +73,7 @@ def make(place, folder, *, zip_config=BUDGET, dtype="float32", shard_bytes=1 << 
 def compressed(place, name: str) -> torch.Tensor:
     model, processor = tiny_llava(), tiny_processor()
     attachment = attached(attach(model, processor, BUDGET))
-    pixels = PixelPictures(data_config(place), processor)(sample(place, name))
+    pixels = PixelImages(data_config(place), processor)(sample(place, name))
     return attachment.compress(**pixels.inputs)[0]
 
 

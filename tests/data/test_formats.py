@@ -211,7 +211,7 @@ BAD = {
         llava("<image>", "b", image="https://example.org/a.jpg"),
         llava("<image>", "b", image="file:///a"),
     ],
-    "unreadable picture": [llava("<image>", "b", image="data:image/png;base64,!!!")],
+    "unreadable image": [llava("<image>", "b", image="data:image/png;base64,!!!")],
 }
 CASES = [(reason, row) for reason, rows in BAD.items() for row in rows]
 

@@ -141,7 +141,7 @@ def test_a_damaged_embedded_picture_is_rejected(tmp_path):
     rows[1]["image"] = {"bytes": b"\x89PNG broken", "path": None}
     data = datasets.Dataset.from_list(rows, features=next_data().features)
     found = kit.dataset(tmp_path, stored(tmp_path / "d", data, "parquet"))
-    assert found[1].reason == "unreadable picture"
+    assert found[1].reason == "unreadable image"
     assert not isinstance(found[2], Rejection)
 
 

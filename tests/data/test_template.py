@@ -10,8 +10,8 @@ from data.formats import parse
 from data.formats.common import RecordSource
 from data.sample import Message, Reject, Slot
 from data.template import IGNORE, get_template
-from data.templates import names
 from tests.data import kit
+from visionzip.prompts import template_names
 
 CASES = json.loads((kit.LABELS / "expected.json").read_text())["cases"]
 SOURCE = RecordSource("test", "auto", "/pictures")
@@ -216,7 +216,7 @@ def test_several_pictures_in_a_turn_stay_where_they_are():
     }
     parsed = parse(row, SOURCE, 0)
     encoded = template.encode_spans(template.spans(parsed.messages), ["<image>" * 2, "<image>" * 5])
-    (first, first_end), (second, second_end) = encoded.pictures[0], encoded.pictures[1]
+    (first, first_end), (second, second_end) = encoded.images[0], encoded.images[1]
     assert (first_end - first, second_end - second) == (2, 5)
     text = template.tokenizer.decode(encoded.input_ids[first_end:second])
     assert text.strip() == "then"
@@ -243,7 +243,7 @@ def test_chat_rejects_what_the_template_refuses():
 
 
 def test_every_template_is_found_by_its_file_and_others_are_named():
-    assert names() == ["chat", "llava_v1", "paligemma", "plain"]
+    assert template_names() == ["chat", "llava_v1", "paligemma", "plain"]
     with pytest.raises(ValueError, match="there is no template 'vicuna'; there are chat, llava_v1"):
         get_template("vicuna", kit.processor())
 

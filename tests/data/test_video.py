@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import video
-from data.media import read_frames
-from data.pictures import PixelPictures
-from data.sample import Media, Reject, Sample
+from data.images import PixelImages
+from data.sample import Media, Sample
 from tests.data import kit
+from visionzip import video
+from visionzip.images import ImageError
+from visionzip.video import decode_video
 
 MAX = 100_000_000
 
@@ -46,8 +47,8 @@ def greys(images: list[Image.Image]) -> list[float]:
 @pytest.mark.parametrize("total", [40, 3, 1])
 def test_frames_are_taken_uniformly(tmp_path, kind, total):
     (tmp_path / "a.video").write_bytes(clip(total, kind))
-    images = read_frames(Media("video", str(tmp_path / "a.video")), 5, MAX)
-    numbers = video.uniform(total, 5)
+    images = decode_video(str(tmp_path / "a.video"), 5, MAX)
+    numbers = video.spread_evenly(total, 5)
     assert len(images) == min(total, 5)
     assert np.allclose(greys(images), [grey(number, total) for number in numbers], atol=4)
 
@@ -55,10 +56,10 @@ def test_frames_are_taken_uniformly(tmp_path, kind, total):
 def test_seeking_finds_the_same_frames_as_decoding_all(monkeypatch):
     content = clip(200, options={"bf": "2"})  # with frames that are stored out of order
     monkeypatch.setattr(video, "FAR", 10**9)
-    decoded = greys(video.decode_frames(content, 6, MAX))
+    decoded = greys(video.decode_video(content, 6, MAX))
     monkeypatch.setattr(video, "FAR", 5)
-    assert greys(video.decode_frames(content, 6, MAX)) == decoded
-    assert np.allclose(decoded, [grey(number, 200) for number in video.uniform(200, 6)], atol=4)
+    assert greys(video.decode_video(content, 6, MAX)) == decoded
+    assert np.allclose(decoded, [grey(number, 200) for number in video.spread_evenly(200, 6)], atol=4)
 
 
 @pytest.mark.parametrize("count", [5, 39, 100])
@@ -73,17 +74,17 @@ def test_seeking_finds_the_same_frames_as_decoding_all(monkeypatch):
     ],
 )
 def test_containers_whose_times_are_missing_or_of_storage(kind, codec, options, count):
-    images = video.decode_frames(clip(40, kind, codec, options=options), count, MAX)
-    assert np.allclose(greys(images), [grey(number, 40) for number in video.uniform(40, count)], atol=6)
+    images = video.decode_video(clip(40, kind, codec, options=options), count, MAX)
+    assert np.allclose(greys(images), [grey(number, 40) for number in video.spread_evenly(40, count)], atol=6)
 
 
 def test_a_picture_size_told_wrong_is_found_at_the_frame(monkeypatch):
     monkeypatch.setattr(
         video, "_check_size", lambda picture, _, check=video._check_size: check(picture, _frame_limit(picture))
     )
-    with pytest.raises(Reject) as caught:
-        video.decode_frames(clip(4), 4, MAX)
-    assert caught.value.reason == "picture too large"
+    with pytest.raises(ImageError) as caught:
+        video.decode_video(clip(4), 4, MAX)
+    assert caught.value.reason == "image too large"
 
 
 def _frame_limit(picture) -> int:
@@ -97,14 +98,14 @@ def _frame_limit(picture) -> int:
     ids=["empty", "text", "cut mp4", "cut matroska"],
 )
 def test_an_unreadable_video_is_refused(content):
-    with pytest.raises(Reject) as caught:
-        read_frames(Media("video", content), 4, MAX)
+    with pytest.raises(ImageError) as caught:
+        decode_video(content, 4, MAX)
     assert caught.value.reason == "unreadable video"
 
 
 def test_a_video_cut_short_gives_the_frames_it_has():
     whole = clip(60, "matroska")
-    images = video.decode_frames(whole[: len(whole) * 2 // 3], 4, MAX)
+    images = video.decode_video(whole[: len(whole) * 2 // 3], 4, MAX)
     assert len(images) == 4
     assert np.allclose(greys(images)[0], grey(0, 60), atol=4)
 
@@ -116,14 +117,14 @@ def test_a_file_with_sound_alone_is_no_video():
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
-    with pytest.raises(Reject, match="no video stream"):
-        video.decode_frames(file.getvalue(), 4, MAX)
+    with pytest.raises(ImageError, match="no video stream"):
+        video.decode_video(file.getvalue(), 4, MAX)
 
 
 def test_a_video_of_too_many_pixels_is_refused_unread():
-    with pytest.raises(Reject) as caught:
-        video.decode_frames(clip(4), 4, max_pixels=1000)
-    assert caught.value.reason == "picture too large"
+    with pytest.raises(ImageError) as caught:
+        video.decode_video(clip(4), 4, max_pixels=1000)
+    assert caught.value.reason == "image too large"
 
 
 def test_where_the_processor_takes_no_videos_a_frame_is_a_picture(tmp_path):
@@ -154,7 +155,7 @@ def test_where_the_processor_takes_videos_it_gets_the_frames(tmp_path):
     using = kit.processor()
     using.video_token, using.video_processor = "<video>", VideoProcessor()
     using.replace_video_token = lambda inputs, index: "<video>" * inputs["pixel_values_videos"][index].shape[0]
-    pictures = PixelPictures(kit.data_config(tmp_path, "a.json", frames=6), using)
+    pictures = PixelImages(kit.data_config(tmp_path, "a.json", frames=6), using)
     sample = Sample("a", [], [Media("video", str(tmp_path / "a.mp4"))])
     found = pictures(sample)
     assert found.placeholders == ["<video>" * 6]

@@ -52,7 +52,11 @@ def add_lora(model, targets):
 
 def answers(model, processor):
     """Logits for a prompt with two pictures, made by `processor`."""
-    inputs = processor(text="USER: <image> what is <image> this", images=[picture(1), picture(2)], return_tensors="pt")
+    inputs = processor(
+        text="USER: <image> what is <image> this",
+        images=[picture(1, (40, 40)), picture(2, (40, 40))],
+        return_tensors="pt",
+    )
     assert inputs["input_ids"].shape[1] == 5 + 2 * 8
     with torch.no_grad():
         return model(**inputs.to(model.device)).logits.float()

@@ -211,7 +211,7 @@ model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], **trust)
 processor = AutoProcessor.from_pretrained(sys.argv[1], **trust)
 sys.path.insert(0, sys.argv[3])
 from tests.tiny import picture
-inputs = processor(text="USER: <image> what is <image> this", images=[picture(1), picture(2)], return_tensors="pt")
+inputs = processor(text="USER: <image> what is <image> this", images=[picture(1, (40, 40)), picture(2, (40, 40))], return_tensors="pt")
 with torch.no_grad():
     torch.save({"ids": inputs["input_ids"], "logits": model(**inputs).logits, "kind": type(model).__name__}, sys.argv[4])
 if trust:

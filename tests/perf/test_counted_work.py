@@ -181,11 +181,11 @@ def test_no_map_of_all_tokens_without_cls():
 def test_text_alone_reads_one_blank_picture_for_a_whole_batch():
     """Every rank runs the projector in every step, at the price of one small row."""
     from data.config import DataConfig
-    from data.pictures import PixelPictures
+    from data.images import PixelImages
 
     processor = tiny_processor()
     attach(tiny_llava(), processor, dominant=5, contextual=2)
-    pictures = PixelPictures(DataConfig(sources=[{"path": "x.json"}]), processor)
+    pictures = PixelImages(DataConfig(sources=[{"path": "x.json"}]), processor)
     text = {"input_ids": torch.arange(5, 15), "labels": torch.arange(5, 15)}
     both = Collator(processor, pictures)([text, text])
     assert both["input_ids"].shape == (3, 10)

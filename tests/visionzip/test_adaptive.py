@@ -185,12 +185,12 @@ def test_answers_are_those_of_each_pictures_fixed_budget(model, processor, with_
     plain = copy.deepcopy(model)
     attach(model, processor if with_processor else None, MOST)
     for number in range(4):
-        inputs = prompt(processor, QUESTION, [picture(number)])
+        inputs = prompt(processor, QUESTION, [picture(number, (32, 32))])
         assert (inputs["input_ids"] == IMAGE).sum() == (12 if with_processor else 16)
         (count,) = counts_of(model, inputs["pixel_values"])
         own = tiny_processor()
         other = fixed(plain, count, processor=own)
-        expected = answer(other, prompt(own, QUESTION, [picture(number)]), **options)
+        expected = answer(other, prompt(own, QUESTION, [picture(number, (32, 32))]), **options)
         assert torch.equal(answer(model, inputs, **options), expected)
 
 

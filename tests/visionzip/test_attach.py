@@ -16,8 +16,13 @@ IMAGE = 4
 BUDGET = ZipConfig(dominant=5, contextual=3)
 
 
+def square(seed):
+    """What a stock processor and one that pads images give the same pixels of."""
+    return picture(seed, (32, 32))
+
+
 def prompt(processor, text="USER: <image> what is this ASSISTANT:", images=1):
-    return processor(text=text, images=[picture(i) for i in range(images)], return_tensors="pt")
+    return processor(text=text, images=[square(i) for i in range(images)], return_tensors="pt")
 
 
 def new_tokens(model, inputs, count=6, **kwargs):
@@ -261,7 +266,7 @@ class TestAuthorsCall:
         twin = attach(tiny_llava(), processor, BUDGET)
         visionzip(model, 5, 3)
         texts = ["USER: <image><image> what is this", "USER: <image> how many two red blue"]
-        pictures = [picture(i) for i in range(3)]
+        pictures = [square(i) for i in range(3)]
         for maker in (stock, processor):
             maker.tokenizer.padding_side = "left"
         long, short = (p(text=texts, images=pictures, return_tensors="pt", padding=True) for p in (stock, processor))

@@ -15,7 +15,7 @@ from visionzip.analysis.trace import image_inputs, to_model
 from visionzip.attach import Attachment
 from visionzip.compress import listening
 from visionzip.config import Adaptive, ZipConfig
-from visionzip.pictures import uncropped
+from visionzip.images import prepare_image
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def calibrated(
     found: list[Tensor] = []
     with listening(lambda features, _: found.append(held(features, adaptive.measure, dominant - features.cls).cpu())):
         for picture in pictures:
-            inputs = to_model(model, image_inputs(processor, uncropped(processor, picture)))
+            inputs = to_model(model, image_inputs(processor, prepare_image(picture, processor, config.pad_images)))
             family.compress(plain, **inputs)
     if not found:
         raise ValueError("there is no readable picture to calibrate on")

@@ -1,8 +1,8 @@
 """The processor's own chat template.
 
 The template is rendered with a mark in place of every text. Around the marks stands what the template itself wrote, so what is
-the user's, what is the assistant's and where pictures stand need no searching. Putting the texts back must give what the
-template renders for the real conversation, character for character; otherwise the record is rejected.
+the user's, what is the assistant's and where images stand need no searching. Putting the texts back must give what the
+template renders for the real conversation, character for character; otherwise the conversation is refused.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from data.media import native_video
-from data.sample import Message, Reject, Slot
-from data.template import BaseTemplate, Span
+from visionzip.inputs import takes_videos
+from visionzip.prompts import BaseTemplate, Message, PromptError, Slot, Span
 
 # Private-use characters: a template has no reason to touch them.
 _OPEN, _CLOSE = "\ue0a0", "\ue0a1"
@@ -28,11 +27,18 @@ class Template(BaseTemplate):
                 f"{type(processor).__name__} has no chat template; set data.template to llava_v1 or plain, "
                 "or load a processor with one (chat_template.jinja)"
             )
-        self._video_type = "video" if native_video(processor) else "image"
+        self._video_type = "video" if takes_videos(processor) else "image"
         tokens = {kind: getattr(processor, f"{kind}_token", None) for kind in ("image", "video")}
         self._media_tokens = {token: kind for kind, token in tokens.items() if token}
         self._media_pattern = re.compile("|".join(map(re.escape, self._media_tokens)) or r"(?!)")
-        self._lead, self._end = self._probe()
+        try:
+            self._lead, self._end = self._probe()
+        except Exception as error:  # Jinja's syntax errors, names it does not know, whatever a template raises itself
+            line = f", line {error.lineno}" if isinstance(getattr(error, "lineno", None), int) else ""
+            raise ValueError(
+                f"the chat template of this {type(processor).__name__} can't write one question and its answer "
+                f"({type(error).__name__}{line}: {error}); mend its chat_template.jinja, or use the template llava_v1 or plain"
+            ) from error
 
     def _probe(self) -> tuple[str, str]:
         """What stands between the generation prompt and an answer, and what the template ends an answer with.
@@ -75,23 +81,25 @@ class Template(BaseTemplate):
         try:
             skeleton, expected = self._render(marked, generation), self._render(real, generation)
         except Exception as error:  # templates raise for conversations they do not take, each in its own way
-            raise Reject("template", f"the chat template refuses it: {type(error).__name__}: {error}") from error
+            raise PromptError("template", f"the chat template refuses it: {type(error).__name__}: {error}") from error
         texts = self._as_rendered(skeleton, expected, texts)
         return [self._cut(skeleton, texts, slots)]
 
     def _as_rendered(self, skeleton: str, expected: str, texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
         """The texts as the template writes them: unchanged, or with the space at their ends trimmed.
 
-        Raises `Reject` where the template changes them in another way: labels made from them would be wrong.
+        Raises `PromptError` where the template changes them in another way: labels made from them would be wrong.
         """
         for candidate in (texts, [(role, text.strip()) for role, text in texts]):
             if _MARK.sub(lambda mark: candidate[int(mark[1])][1], skeleton) == expected:  # noqa: B023
                 return candidate
-        raise Reject("template", "the chat template changes the text of a message, so its answers can't be told apart")
+        raise PromptError(
+            "template", "the chat template changes the text of a message, so its answers can't be told apart"
+        )
 
     def _cut(self, skeleton: str, texts: list[tuple[str, str]], slots: dict[str, list[int]]) -> list[Span]:
         spans: list[Span] = []
-        pictures = {kind: iter(indices) for kind, indices in slots.items()}
+        images = {kind: iter(indices) for kind, indices in slots.items()}
         position = 0
         after_answer = False
         marks = [*_MARK.finditer(skeleton), None]
@@ -104,30 +112,30 @@ class Template(BaseTemplate):
                 written = written[len(end) :]
             answer = mark is not None and texts[int(mark[1])][0] == "assistant"
             lead = self._lead if answer and self._lead and written.endswith(self._lead) else ""
-            spans += self._with_pictures(written[: len(written) - len(lead)], pictures)
+            spans += self._with_images(written[: len(written) - len(lead)], images)
             if mark is not None:
                 spans.append(Span(lead, supervised=True, trusted=True))
                 spans.append(Span(texts[int(mark[1])][1], supervised=answer))
                 position, after_answer = mark.end(), answer
-        if any(next(rest, None) is not None for rest in pictures.values()):
-            raise Reject("template", "the chat template leaves out a picture of this conversation")
+        if any(next(rest, None) is not None for rest in images.values()):
+            raise PromptError("template", "the chat template leaves out an image of this conversation")
         return [span for span in spans if span.text or span.slot is not None]
 
-    def _with_pictures(self, written: str, pictures: dict[str, Iterator[int]]) -> list[Span]:
+    def _with_images(self, written: str, images: dict[str, Iterator[int]]) -> list[Span]:
         """Replace the template's media tokens by slots, in order."""
         spans: list[Span] = []
         position = 0
         for token in self._media_pattern.finditer(written):
-            slot = next(pictures[self._media_tokens[token[0]]], None)
+            slot = next(images[self._media_tokens[token[0]]], None)
             if slot is None:
-                raise Reject("template", "the chat template writes more pictures than the conversation has")
+                raise PromptError("template", "the chat template writes more images than the conversation has")
             spans += [Span(written[position : token.start()], trusted=True), Span(slot=slot)]
             position = token.end()
         return [*spans, Span(written[position:], trusted=True)]
 
 
 def _tidy(parts: list[str | Slot]) -> list[str | Slot]:
-    """Drop the newline that LLaVA-style records put between a picture and the text: the template puts its own there."""
+    """Drop the newline that LLaVA-style records put between an image and the text: the template puts its own there."""
     tidy: list[str | Slot] = []
     for number, part in enumerate(parts):
         if isinstance(part, str):

@@ -1,16 +1,17 @@
 """The Vicuna conversation LLaVA-1.5 is trained with: `system USER: question ASSISTANT: answer</s>USER: …`.
 
-Every text between two pictures is tokenized as the start of a text (a SentencePiece prefix space after each picture), as
-LLaVA's own preprocessing does; the ids equal its own.
+Every text between two images is tokenized as the start of a text (a SentencePiece prefix space after each image), as LLaVA's
+own preprocessing does in training and in evaluation; the ids equal its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data.sample import Message, Slot
-from data.template import BaseTemplate, Span
+from visionzip.prompts import BaseTemplate, Message, Slot, Span
 
+#: LLaVA's `conv_vicuna_v1`, which its training (`--version v1`) and its evaluation (`--conv-mode vicuna_v1`) use; "curious human" is
+#: the sentence of its older `conv_llava_v1`
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -29,17 +30,17 @@ class Template(BaseTemplate):
         for message in messages:
             if message.role == "user":
                 spans.append(Span("USER: ", trusted=True))
-                spans += picture_first(message)
+                spans += image_first(message)
                 spans.append(Span(" ASSISTANT:", trusted=True))
             else:
                 spans.append(Span(" ", supervised=True, trusted=True))
                 spans += [Span(part, supervised=True) for part in message.parts if isinstance(part, str)]
                 spans.append(Span(self.tokenizer.eos_token, supervised=True, trusted=True))
-        return split_at_pictures(spans)
+        return split_at_images(spans)
 
 
-def picture_first(message: Message) -> list[Span]:
-    """A turn with one picture begins with it, on a line of its own; with several, each stays where it was put."""
+def image_first(message: Message) -> list[Span]:
+    """A turn with one image begins with it, on a line of its own; with several, each stays where it was put."""
     slots = message.slots
     if len(slots) == 1:
         text = message.text.strip()
@@ -47,7 +48,7 @@ def picture_first(message: Message) -> list[Span]:
     return [Span(slot=part.index) if isinstance(part, Slot) else Span(part) for part in message.parts]
 
 
-def split_at_pictures(spans: list[Span]) -> list[list[Span]]:
+def split_at_images(spans: list[Span]) -> list[list[Span]]:
     chunks: list[list[Span]] = [[]]
     for span in spans:
         if span.slot is None:
