@@ -18,7 +18,7 @@ BUDGET = ZipConfig(dominant=5, contextual=3)
 
 def square(seed):
     """What a stock processor and one that pads images give the same pixels of."""
-    return picture(seed, (32, 32))
+    return picture(seed, (40, 40))
 
 
 def prompt(processor, text="USER: <image> what is this ASSISTANT:", images=1):
@@ -26,6 +26,7 @@ def prompt(processor, text="USER: <image> what is this ASSISTANT:", images=1):
 
 
 def new_tokens(model, inputs, count=6, **kwargs):
+    kwargs = {"suppress_tokens": [IMAGE], **kwargs}  # random weights would say <image>
     output = model.generate(**inputs, max_new_tokens=count, do_sample=False, **kwargs)
     return output[:, inputs["input_ids"].shape[1] :]
 
