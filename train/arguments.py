@@ -11,6 +11,15 @@ from train.argument_checks import STAGES, find_mistakes, read_deepspeed_config
 from train.compiled import check_backend
 from train.launch import without_deepspeed_output
 
+DEFAULTS: dict[str, Any] = {
+    "logging_steps": 1,
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "lr_scheduler_type": "cosine",
+    "optim": "adamw_torch",
+}
+"""In place of those of `TrainingArguments`."""
+
 
 class TrainerSection(BaseModel):
     """`TrainingArguments`, plus:
@@ -141,13 +150,9 @@ def training_arguments(
     check_compile(section, deepspeed)
     gpu = torch.cuda.is_available()
     defaults: dict[str, Any] = {
-        "logging_steps": 1,
-        "save_steps": 100,
-        "save_total_limit": 2,
-        "lr_scheduler_type": "cosine",
+        **DEFAULTS,
         "dataloader_pin_memory": gpu,
         "ddp_timeout": int(section.hang_timeout) + 60,
-        "optim": "adamw_torch",
     }
     with without_deepspeed_output():  # it starts the process group
         args = TrainingArguments(

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data.config import EvalSection, ModelSection, PipelineConfig, Section
-from data.config_file import ConfigError, parse, read_config_file, section_of
+from data.config_file import ConfigError, parse, read_config_file
 from train.arguments import TrainerSection, trainer_mistakes
 from train.loss import DEFAULT, LOSSES
 from train.scores import METRICS
 
 __all__ = ["ConfigError", "DistillSection", "EvalSection", "LoraSection", "ModelSection", "ReportSection", "RunConfig",
-           "TrainSection", "WandbSection", "describe", "load_config", "parse_config", "to_yaml"]  # fmt: skip
+           "TrainSection", "WandbSection", "load_config", "parse_config", "to_yaml"]  # fmt: skip
 
 
 class LoraSection(Section):
@@ -148,40 +147,3 @@ def to_yaml(config: RunConfig) -> str:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
-
-
-def _kind(annotation: Any) -> str:
-    """`int | float`, `'a' | 'b' | null` …: a type as somebody who writes YAML would say it."""
-    if annotation is type(None):
-        return "null"
-    origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return " | ".join(map(str, inner))
-    if origin is Annotated:
-        return _kind(inner[0])
-    if origin in (Union, UnionType):
-        return " | ".join(map(_kind, inner))
-    if origin is list:
-        return f"list of {_kind(inner[0])}"
-    return str(getattr(annotation, "__name__", annotation))
-
-
-def describe() -> str:
-    """Every key with its type, default and meaning: the second half of `--help`."""
-    lines: list[str] = []
-
-    def walk(model: type[BaseModel], prefix: str) -> None:
-        for name, field in model.model_fields.items():
-            inner = section_of(field.annotation)
-            if inner is not None:
-                mark = "[0]." if "list" in str(field.annotation) else "."
-                lines.append(
-                    f"\n{prefix}{name}{'' if field.is_required() else '  (optional)'}  {field.description or ''}"
-                )
-                walk(inner, f"{prefix}{name}{mark}")
-                continue
-            default = "needed" if field.is_required() else f"= {field.get_default(call_default_factory=True)!r}"
-            lines.append(f"  {prefix}{name}: {_kind(field.annotation)} {default}  {field.description or ''}".rstrip())
-
-    walk(RunConfig, "")
-    return "\n".join(lines)

@@ -12,7 +12,8 @@ import pytest
 
 from tests.train.workspace import ROOT, environment
 from train.arguments import STAGES, TrainerSection, accumulation, training_arguments
-from train.config import ConfigError, RunConfig, describe, load_config, parse_config, to_yaml
+from train.config import ConfigError, RunConfig, load_config, parse_config, to_yaml
+from train.config_help import COMPARED, IMPORTANT, describe
 
 GOOD: dict[str, Any] = {
     "output_dir": "runs/x",
@@ -180,6 +181,21 @@ def test_help_lists_every_key() -> None:
     ):
         assert key in text
     assert "Annotated" not in text
+
+
+def test_help_lists_what_training_arguments_most_runs_set_and_what_the_recipes_set_them_to() -> None:
+    lines = describe().splitlines()
+    for name in IMPORTANT:
+        assert any(line.startswith(f"  trainer.{name}: ") for line in lines), name
+    assert "  trainer.learning_rate: float = 5e-05  peak of the schedule" in lines
+    assert any(line.startswith("  trainer.logging_steps: int = 1 ") for line in lines), (
+        "the default here, not transformers'"
+    )
+    assert any("every key of transformers' TrainingArguments is accepted" in line for line in lines)
+    head = next(line for line in lines if line.startswith("recipe "))
+    assert head.split()[1:] == list(COMPARED)
+    row = next(line for line in lines if line.startswith("llava-1.5-7b/ft-64.yaml "))
+    assert row.split()[1:] == ["2e-05", "1", "-", "128", "16", "0.03"]
 
 
 def test_print_config_and_help_on_the_command_line() -> None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 
 from train.commands import _config
-from train.config import describe, to_yaml
+from train.config import to_yaml
+from train.config_help import describe
 from train.ending import leave
 from train.guard import run_guarded
 
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _config.add_arguments(parser)
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher hands it over
-    parser.epilog = f"Keys of the config, their types and defaults:\n{describe()}"
+    parser.epilog = describe()
 
 
 def run(arguments: argparse.Namespace) -> int:
