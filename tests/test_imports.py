@@ -9,7 +9,19 @@ ROOT = Path(__file__).parent.parent
 
 # Each layer may import itself and what stands before it. Files of the library that are not listed are found by name.
 LIBRARY = [
-    {"registry", "config", "budgets", "version", "intercept", "images", "video", "inputs", "prompts", "templates"},
+    {
+        "registry",
+        "merges",
+        "config",
+        "budgets",
+        "version",
+        "intercept",
+        "images",
+        "video",
+        "inputs",
+        "prompts",
+        "templates",
+    },
     {"selectors"},
     {"compress", "adaptive"},
     {"encoders"},

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionzip.config import Merge, ZipConfig
+from visionzip.config import ZipConfig
 from visionzip.intercept import Scoped
+from visionzip.merges import MERGES, Groups
 from visionzip.selectors import SELECTORS, Features
 
 DROPPED = -1
@@ -57,7 +58,7 @@ def listened() -> bool:
 
 
 def compress(
-    features: Features, dominant: int, contextual: int, *, selector: str = "visionzip", merge: Merge = "add"
+    features: Features, dominant: int, contextual: int, *, selector: str = "visionzip", merge: str = "add"
 ) -> Compressed:
     """Keep `dominant` tokens as they are and merge the others into `contextual` ones.
 
@@ -84,7 +85,7 @@ def compress_to_budget(features: Features, config: ZipConfig, budget: tuple[int,
     return compress(features, *budget, selector=config.selector, merge=config.merge)
 
 
-def _compress(features: Features, dominant: int, contextual: int, selector: str, merge: Merge) -> Compressed:
+def _compress(features: Features, dominant: int, contextual: int, selector: str, merge: str) -> Compressed:
     batch, total = features.hidden_states.shape[:2]
     if not features.cls <= dominant <= total or not 0 <= contextual <= total - dominant:
         raise ValueError(f"dominant={dominant} + contextual={contextual} of {total} tokens can't be kept")
@@ -98,14 +99,35 @@ def _compress(features: Features, dominant: int, contextual: int, selector: str,
     if contextual == 0:
         return Compressed(tokens, kept, rest[:, :0], slots)
 
-    target_places = contextual_targets(rest.shape[1], contextual, device=kept.device)
-    group = assign(take(features.metric, rest), target_places)  # (B, R)
-    merged = merge_groups(take(features.hidden_states, rest), target_places, group, merge)
-    if merge == "none":  # of the others nothing is left
-        slots.scatter_(1, rest[:, target_places], group[:, target_places] + dominant)
+    groups = group_rest(features.metric, rest, contextual)
+    how = MERGES[merge]
+    merged = how.combine(take(features.hidden_states, rest), groups)
+    if how.uses_rest:
+        slots.scatter_(1, rest, groups.group + dominant)
     else:
-        slots.scatter_(1, rest, group + dominant)
-    return Compressed(torch.cat((tokens, merged), dim=1), kept, rest[:, target_places], slots)
+        slots.scatter_(1, rest[:, groups.targets], groups.group[:, groups.targets] + dominant)
+    return Compressed(torch.cat((tokens, merged), dim=1), kept, rest[:, groups.targets], slots)
+
+
+def group_rest(metric: Tensor, rest: Tensor, contextual: int) -> Groups:
+    """Keys ``(B, N, d)`` and places of the tokens that are not kept ``(B, R)`` → the groups they are merged in."""
+    targets = contextual_targets(rest.shape[1], contextual, device=rest.device)
+    keys = take(metric, rest)
+    return Groups(targets, assign(keys, targets), keys)
+
+
+def merge_weights(features: Features, chosen: Compressed, merge: str) -> Tensor:
+    """``(B, N)`` float32: how much of each token is in the one that it went to (`Compressed.slots`); 1 for a kept one.
+
+    For families that merge what their projector makes of the tokens, later and with gradient.
+    """
+    ones = torch.ones(chosen.slots.shape, device=chosen.slots.device)
+    if not chosen.targets.shape[1]:
+        return ones
+    rest = complement(chosen.kept, chosen.slots.shape[1])
+    with without_autocast(rest.device):
+        weights = MERGES[merge].weights(group_rest(features.metric, rest, chosen.targets.shape[1]))
+    return ones.scatter(1, rest, weights)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
@@ -148,19 +170,3 @@ def assign(metric: Tensor, targets: Tensor) -> Tensor:
     group = (metric @ metric[:, targets].transpose(1, 2)).argmax(dim=-1)
     group[:, targets] = torch.arange(len(targets), device=targets.device)
     return group
-
-
-def merge_groups(tokens: Tensor, targets: Tensor, group: Tensor, merge: Merge) -> Tensor:
-    """``(B, R, D)`` in ``T`` groups → ``(B, T, D)``. ``add``: target + mean of the others; ``mean``: of all; ``none``: target.
-
-    The sum is a product with a one-hot matrix, not a scatter-add, whose order on a GPU is random.
-    """
-    kept = tokens[:, targets]
-    if merge == "none":
-        return kept
-    members = F.one_hot(group, len(targets)).to(torch.float32)  # (B, R, T)
-    if merge == "add":
-        members[:, targets] = 0.0
-    counts = members.sum(dim=1).clamp(min=1.0).unsqueeze(-1)
-    mean = (members.transpose(1, 2) @ tokens.float()) / counts
-    return (kept.float() + mean if merge == "add" else mean).to(tokens.dtype)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, field_validator, model_validator
 
-Merge = Literal["add", "mean", "none"]
 Measure = Literal["attention", "coverage"]
 
 
@@ -48,7 +47,7 @@ class ZipConfig(BaseModel):
     )
     contextual: StrictInt | StrictFloat = Field(10, description="tokens that the rest is merged into; 0 drops the rest")
     selector: str = Field("visionzip", description="how the dominant tokens are chosen (visionzip/selectors/)")
-    merge: Merge = Field("add", description="target + mean of its group (authors' code), mean of all, or target alone")
+    merge: str = Field("add", description="how the rest is merged into contextual tokens (visionzip/merges/)")
     layer: int | None = Field(
         None, description="hidden state that is read, as in `hidden_states[layer]`; None: the one the model reads"
     )
@@ -60,6 +59,13 @@ class ZipConfig(BaseModel):
         description="pad images to squares with the mean colour, as LLaVA-1.5 does; auto: where the image processor would "
         "crop them to the middle square",
     )
+
+    @field_validator("merge")
+    @classmethod
+    def _merge_is_known(cls, name: str) -> str:
+        from visionzip.merges import MERGES  # brings torch, which this file does without
+
+        return MERGES[name].name
 
     @model_validator(mode="after")
     def _budgets_are_possible(self) -> ZipConfig:

@@ -216,8 +216,11 @@ def test_what_a_cached_picture_holds(case: Case) -> None:
     alone = attached(model).compress(**case.image_inputs(inputs))[0]
     assert alone["groups"].shape[1] == alone["kept"].shape[1] == round(0.25 * groups)
     assert not any(value.requires_grad for value in alone.values())
-    for name in ("grid", "kept", "targets", "slots", "parts"):
-        assert merged[name].dtype == torch.int64, name
+    assert {merged[name].dtype for name in ("grid", "kept", "targets", "slots")} == {torch.int64}
+    assert merged["weights"].dtype == torch.int32  # bits of float32: a cache in half precision would round floats
+    weights = merged["weights"].view(torch.float32)
+    others = (merged["slots"] == merged["targets"][:, :1]) & (weights < 1)
+    assert weights[others].sum().item() == pytest.approx(1, abs=1e-6)  # with `add` the others of a group are a mean
 
 
 @every

@@ -6,7 +6,8 @@ import pytest
 
 from visionzip import ZipConfig
 from visionzip.budgets import contextual_for, format_budget, parse_budget, parse_budgets, split_total
-from visionzip.commands._model import selector_names
+from visionzip.commands._model import registered_names
+from visionzip.merges import MERGES
 from visionzip.selectors import SELECTORS
 
 OWN = ZipConfig(dominant=12, contextual=4, selector="divprune", merge="mean")
@@ -98,4 +99,5 @@ def test_contextual_tokens_to_go_with_another_number_of_dominant_ones():
 
 
 def test_the_names_that_help_lists_are_the_registered_ones():
-    assert selector_names() == SELECTORS.names()
+    assert registered_names("selector") == SELECTORS.names()
+    assert registered_names("merge") == MERGES.names()

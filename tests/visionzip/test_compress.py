@@ -10,8 +10,11 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionModel
 
 from tests.tiny import REFERENCE
-from visionzip.compress import DROPPED, compress, contextual_targets
+from visionzip.compress import DROPPED, compress, compress_to_budget, contextual_targets, merge_weights
+from visionzip.config import ZipConfig
 from visionzip.encoders import encoder_for
+from visionzip.merges import MERGES, merge
+from visionzip.merges.base import CHUNK
 from visionzip.selectors import SELECTORS, Features
 
 GOLDEN = sorted(path.name for path in REFERENCE.glob("clip_*"))
@@ -142,6 +145,42 @@ def test_impossible_budget(dominant, contextual):
     features = Features(torch.randn(1, 30, 4), torch.randn(1, 30, 4), torch.randn(1, 30), True)
     with pytest.raises(ValueError, match="30 tokens"):
         compress(features, dominant, contextual)
+
+
+@pytest.mark.parametrize("name", MERGES.names())
+def test_weights_of_a_merge_are_what_it_does(name):
+    """A family that merges behind its projector gets the same tokens from the weights; more tokens than one chunk."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = CHUNK + 30
+    features = Features(
+        *(torch.randn(s, generator=generator) for s in [(2, tokens, 3), (2, tokens, 4), (2, tokens)]), True
+    )
+    result = compress(features, 6, 9, merge=name)
+    weights = merge_weights(features, result, name)
+    for row in range(2):
+        for place in range(15):
+            mine = result.slots[row] == place
+            mixed = (features.hidden_states[row, mine] * weights[row, mine, None]).sum(dim=0)
+            torch.testing.assert_close(mixed, result.tokens[row, place], rtol=1e-5, atol=1e-5)
+
+
+def test_a_new_merge_is_one_function_and_one_registration():
+    """Nothing else has to know its name, not even for a merge behind the projector."""
+
+    @merge("first")
+    def combine(tokens, groups):
+        return tokens[:, groups.targets] * 2
+
+    try:
+        features = Features(torch.randn(1, 20, 3), torch.randn(1, 20, 4), torch.randn(1, 20), True)
+        config = ZipConfig(dominant=5, contextual=3, merge="first")
+        result = compress_to_budget(features, config)
+        assert torch.equal(result.tokens[:, 5:], 2 * features.hidden_states[:, result.targets[0]])
+        assert set(merge_weights(features, result, "first")[0].unique().tolist()) == {0.0, 1.0, 2.0}
+    finally:
+        del MERGES._entries["first"]
+    with pytest.raises(ValueError, match="no merge is called 'first'; known: add, mean, none"):
+        ZipConfig(merge="first")
 
 
 @pytest.mark.parametrize("selector", SELECTORS.names())

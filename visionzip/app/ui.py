@@ -12,6 +12,7 @@ from visionzip.analysis.trace import Tile
 from visionzip.analysis.visualize import note
 from visionzip.app.looker import Look, Looker, patch_at
 from visionzip.app.server import gradio
+from visionzip.merges import MERGES
 from visionzip.selectors import SELECTORS
 
 SIDE = 420
@@ -132,9 +133,7 @@ def build(looker: Looker, title: str, picture: str | None = None) -> Any:
                     selector = gr.Dropdown(
                         SELECTORS.names(), value=looker.config.selector, label="Selector", min_width=120
                     )
-                    merge = gr.Dropdown(
-                        ["add", "mean", "none"], value=looker.config.merge, label="Merge", min_width=120
-                    )
+                    merge = gr.Dropdown(MERGES.names(), value=looker.config.merge, label="Merge", min_width=120)
             with gr.Column(scale=3):
                 with gr.Row():
                     heat = _image(gr, "Attention (yellow: most)", "heat")

@@ -30,26 +30,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--budget", metavar="N", help="visual tokens per image: 64, 54+10 or a share (0.1)")
     budget.add_argument("--dominant", type=tokens, help="tokens kept as they are: a number (54) or a share (0.1)")
     budget.add_argument("--contextual", type=tokens, help="tokens that the rest is merged into: a number or a share")
-    names = selector_names()
+    names = registered_names("selector")
     budget.add_argument(
         "--selector",
         choices=names,
         metavar="NAME",
         help=f"how dominant tokens are chosen: {', '.join(names)} (default: visionzip)",
     )
-    budget.add_argument("--merge", choices=("add", "mean", "none"), help="how the rest is merged (default: add)")
+    merges = registered_names("merge")
+    budget.add_argument(
+        "--merge", choices=merges, metavar="NAME", help=f"how the rest is merged: {', '.join(merges)} (default: add)"
+    )
     budget.add_argument("--layer", type=int, help="encoder layer that is read, as in hidden_states[layer]")
 
 
-def selector_names() -> list[str]:
-    """The registered selectors, ascending, read from their files: importing those would import torch, and --help is quick."""
+def registered_names(kind: str) -> list[str]:
+    """Names of the selectors (``selector``) or merges, ascending, read from their files: importing those would import torch, and
+    --help is quick."""
     import visionzip
 
     found = []
-    for path in (Path(visionzip.__file__).parent / "selectors").glob("*.py"):
+    for path in (Path(visionzip.__file__).parent / f"{kind}s").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             for call in getattr(node, "decorator_list", ()):
-                if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "selector":
+                if isinstance(call, ast.Call) and getattr(call.func, "id", "") == kind:
                     found.append(ast.literal_eval(call.args[0]))
     return sorted(found)
 

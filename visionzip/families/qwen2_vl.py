@@ -23,12 +23,13 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from visionzip.compress import Compressed, compress, listened, take
-from visionzip.config import Merge, ZipConfig
+from visionzip.compress import compress, listened, merge_weights, take
+from visionzip.config import ZipConfig
 from visionzip.encoders.qwen import Frames, QwenEncoder
 from visionzip.families.base import FAMILIES, Family, Hook, Patch, VisualTokens
 from visionzip.families.mrope import KINDS, ForwardPositions, GenerationPositions, GridOutput, RopeIndex
 from visionzip.families.stand_ins import FewerPlaceholders, FewerTokenCounts
+from visionzip.merges import MERGES
 from visionzip.selectors import SELECTORS
 
 
@@ -39,8 +40,8 @@ class Qwen2VL(Family):
     * ``groups`` ``(t, n, 4·D)``, the merger's input; ``(t, K, 4·D)`` where nothing is merged;
     * ``kept`` ``(t, K)``, places among the ``n``, ascending;
     * ``targets`` ``(t, contextual)``, which of the ``K`` others are merged into;
-    * ``slots`` ``(t, n)``, for each group the one of the ``K`` it goes to, or -1, and ``parts`` ``(t, n)``, one in how many it
-      is there (whole numbers, so that a cache in half precision keeps them exact);
+    * ``slots`` ``(t, n)``, for each group the one of the ``K`` it goes to, or -1, and ``weights`` ``(t, n)``, how much of it is
+      there (the bits of float32 numbers as int32, so that a cache in half precision keeps them exact);
     * ``deep`` ``(layers, t, K, 4·D)``, the DeepStack mergers' input, empty where there are none.
     """
 
@@ -193,14 +194,14 @@ def _choose(frames: Frames, config: ZipConfig) -> VisualTokens:
     kept, order = torch.cat((chosen.kept, chosen.targets), dim=1).sort(dim=1)  # (t, K)
     place = order.argsort(dim=1)  # where each of dominant + contextual stands in raster order
     slots = torch.where(chosen.slots < 0, chosen.slots, place.gather(1, chosen.slots.clamp(min=0)))
-    alone = contextual == 0 or config.merge == "none"
+    alone = contextual == 0 or not MERGES[config.merge].uses_rest
     return {
         "grid": frames.grid,
         "groups": take(features.hidden_states, kept) if alone else features.hidden_states,
         "kept": kept,
         "targets": place[:, dominant:] if not alone else place[:, :0],
         "slots": slots,
-        "parts": _parts(chosen, config.merge),
+        "weights": merge_weights(features, chosen, config.merge).view(torch.int32),
         "deep": torch.stack([take(layer, kept) for layer in frames.deep])
         if len(frames.deep)
         else _nothing(frames.deep, kept),
@@ -211,17 +212,6 @@ def _nothing(deep: Tensor, kept: Tensor) -> Tensor:
     return deep.new_empty(0, *kept.shape, deep.shape[-1])
 
 
-def _parts(chosen: Compressed, merge: Merge) -> Tensor:
-    """``(t, n)``: `add`: a target is there as a whole, each other one in so many; `mean`: with the target."""
-    slots, ones = chosen.slots, torch.ones_like(chosen.slots)
-    if merge == "none" or not chosen.targets.shape[1]:
-        return ones
-    sizes = torch.zeros_like(ones).scatter_add_(1, slots, ones).gather(1, slots)  # groups that go to the same token
-    if merge == "mean":
-        return sizes
-    return (sizes - 1).clamp(min=1).scatter(1, torch.cat((chosen.kept, chosen.targets), dim=1), 1)
-
-
 def combine(picture: dict[str, Tensor], embeddings: Tensor) -> Tensor:
     """Merged groups ``(t, n, hidden)`` → ``(t·K, hidden)``: kept ones as they are, targets with what goes into them.
 
@@ -229,11 +219,11 @@ def combine(picture: dict[str, Tensor], embeddings: Tensor) -> Tensor:
     """
     if embeddings.shape[1] == picture["kept"].shape[1]:
         return embeddings.flatten(0, 1)
-    kept, targets, slots, parts = (
-        picture[name].to(embeddings.device) for name in ("kept", "targets", "slots", "parts")
+    kept, targets, slots, weights = (
+        picture[name].to(embeddings.device) for name in ("kept", "targets", "slots", "weights")
     )  # under a device map the merger may lie elsewhere than the blocks
     tokens = take(embeddings, kept)
-    shares = (slots.unsqueeze(1) == targets.unsqueeze(2)) / parts.unsqueeze(1)  # (t, T, n)
+    shares = (slots.unsqueeze(1) == targets.unsqueeze(2)) * weights.view(torch.float32).unsqueeze(1)  # (t, T, n)
     mixed = (shares @ embeddings.float()).to(embeddings.dtype)
     return tokens.scatter(1, targets.unsqueeze(-1).expand_as(mixed), mixed).flatten(0, 1)
 
