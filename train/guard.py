@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
 
+from data.storage import is_storage_error, storage_message
 from train.config import ConfigError
 from train.ending import Exit, RunEnded
-
-STORAGE_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 def run_guarded(action: Callable[[], int]) -> int:
@@ -30,14 +28,10 @@ def run_guarded(action: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        if error.errno not in STORAGE_ERRORS:
+        if not is_storage_error(error):
             traceback.print_exc()
             return Exit.ERROR
-        where = error.filename or "a file of this run"
-        print(
-            f"\nrun ended with exit code {int(Exit.STORAGE)}: {where} could not be written: {error.strerror}",
-            file=sys.stderr,
-        )
+        print(f"\n{storage_message(error)}", file=sys.stderr)
         return Exit.STORAGE
     except Exception as error:
         if lost_peer(error):

@@ -263,6 +263,20 @@ def test_a_shard_replaced_by_one_of_another_cache_under_its_own_name_is_refused(
         CachedPictures(cache, frames=8)
 
 
+def test_an_index_is_of_the_shards_there_are_whatever_their_names_and_sizes(tmp_path):
+    for name, key in (("a", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        writer = Writer(tmp_path / name)
+        writer.add((key, key), {}, {"t": torch.full((3,), float(key))})
+        writer.close()
+    (first,), (second,) = (tmp_path / "a").glob("*.tokens"), (tmp_path / "b").glob("*.tokens")
+    assert (1, 1) in Store(tmp_path / "a")
+    shutil.copy(second, first)
+    store = Store(tmp_path / "a")
+    assert (1, 1) not in store
+    assert store.get((2, 2))[1]["t"].tolist() == [2, 2, 2]
+
+
 @pytest.mark.parametrize("damage", ['{"format"', "[]", '"x"', '{"format": "visionzip-tokens/2"}', "\xff"])
 def test_a_damaged_manifest_is_one_message(place, cache, damage):
     (cache / "cache.json").write_bytes(damage.encode("latin-1"))

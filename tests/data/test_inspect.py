@@ -16,6 +16,7 @@ from data.config import TRAINING_SECTIONS, PipelineConfig, load_config
 from data.inspect.report import histogram
 from data.inspect.samples import coloured
 from data.inspect.survey import Facts, Survey, survey
+from data.partial import load_without
 from data.sample import Rejection
 from tests.data import kit
 from tests.tiny import tiny_llava, tiny_processor
@@ -124,6 +125,22 @@ def test_a_config_without_a_budget_has_the_default_one_as_in_training(folder, ca
     assert "54" in err
 
 
+def test_a_token_cache_of_another_budget_is_refused(folder, capsys, tmp_path):
+    """Its tokens would be counted where training refuses it."""
+    tokens = f"data.cache={tmp_path / 'tokens'}"
+    assert cache.main(["--config", str(folder / "c.yaml"), "--workers", "0", tokens]) == 0
+    capsys.readouterr()
+    code, out, _ = run(folder, capsys, tokens)
+    assert code == 0
+    assert "42 read" in out
+    code, out, err = run(folder, capsys, tokens, "zip.dominant=4")
+    assert (code, out) == (2, "")
+    assert "zip.dominant: 5 there, 4 here" in err
+    code, out, err = run(folder, capsys, tokens, "--uncompressed")
+    assert (code, out) == (2, "")
+    assert "add data.cache=null" in err
+
+
 def test_the_sections_on_training_are_left_to_training_and_no_others(folder, capsys):
     assert set(RunConfig.model_fields) == {*PipelineConfig.model_fields, *TRAINING_SECTIONS}
     code, _, err = run(folder, capsys, "trianer.seed=1")
@@ -148,10 +165,11 @@ def test_code_of_the_model_directory_is_never_run_unasked(folder, tmp_path, caps
         code, _, err = run(folder, capsys, f"model.path={tmp_path / 'model'}")
         assert code == 2
         assert "trust_remote_code" in err
-        (folder / "cache.yaml").write_text((folder / "c.yaml").read_text())
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            load_without(str(tmp_path / "model"), ["llm"])
         given = [
             "--config",
-            str(folder / "cache.yaml"),
+            str(folder / "c.yaml"),
             f"data.cache={tmp_path / 'tokens'}",
             f"model.path={tmp_path / 'model'}",
         ]
