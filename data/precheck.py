@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 from data.dataset import InstructionDataset
-from data.media import open_regular, spelled
-from data.pictures import Pictures
 from data.rejects import SOONEST
-from data.sample import Media, Reject, Rejection, Sample
+from data.sample import Media, Reject, Rejection, Sample, rejecting
+from visionzip.images import as_spelled, open_regular
+from visionzip.inputs import ImageInputs
 
 
 def check_records(dataset: InstructionDataset, limit: int = SOONEST) -> tuple[int, list[Rejection]]:
@@ -27,14 +27,14 @@ def check_records(dataset: InstructionDataset, limit: int = SOONEST) -> tuple[in
     return len(found), [item for item in found if isinstance(item, Rejection)]
 
 
-def _find_tokens(dataset: InstructionDataset, sample: Sample) -> Pictures:
+def _find_tokens(dataset: InstructionDataset, sample: Sample) -> ImageInputs:
     return dataset.pictures(sample)
 
 
 def _find_files(dataset: InstructionDataset, sample: Sample) -> None:
     for media in sample.media:
         for path in _paths(media):
-            with open_regular(path) as file:
+            with rejecting(), open_regular(path) as file:
                 if not file.read(1):
                     raise Reject("empty file", path)
 
@@ -45,4 +45,4 @@ def _paths(media: Media) -> list[str]:
         return []
     if isinstance(media.source, list):
         return media.source
-    return [] if media.kind == "video" and os.path.isdir(spelled(media.source)) else [media.source]
+    return [] if media.kind == "video" and os.path.isdir(as_spelled(media.source)) else [media.source]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from data import media
+from data import images
 from data.precheck import check_records
 from data.sample import Rejection
 from tests.data import kit
@@ -28,7 +28,7 @@ def rows(folder) -> list:
 def test_rejections_are_those_that_reading_gives(tmp_path, monkeypatch):
     data = kit.dataset(tmp_path, kit.write_json(tmp_path / "a.json", rows(tmp_path)))
     read = [item for item in (data[index] for index in range(len(data))) if isinstance(item, Rejection)]
-    monkeypatch.setattr(media, "open_image", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(images, "decode_image", lambda *_: pytest.fail("decoded"))
     looked_at, found = check_records(data)
     assert looked_at == len(data) == 11
     assert {(item.id, item.index, item.reason) for item in found} == {
