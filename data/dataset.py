@@ -72,7 +72,9 @@ class Encoder:
         before = 0
         while True:
             pictures = self.pictures(sample)
-            encoded = self.template.encode_spans(self.template.spans(sample.messages), pictures.placeholders)
+            encoded = self.template.encode_spans(
+                self.template.spans(sample.messages), pictures.placeholders, self.max_length
+            )
             check_pictures(encoded, len(sample.media))
             length = len(encoded.input_ids)
             before = before or length
@@ -85,11 +87,15 @@ class Encoder:
                 continue
             del encoded.input_ids[self.max_length :], encoded.labels[self.max_length :]
             if behind or not self.cut or not encoded.supervised:
-                raise Reject("too long", f"{length} tokens, allowed {self.max_length}")
+                raise Reject("too long", too_long(encoded, length, self.max_length))
             break
         if not encoded.supervised:
             raise Reject("empty answer", "nothing to supervise")
         return encoded, pictures, before
+
+
+def too_long(encoded: Encoded, length: int, limit: int) -> str:
+    return f"{'more than ' if encoded.cut_off else ''}{length} tokens, allowed {limit}"
 
 
 def check_pictures(encoded: Encoded, media: int) -> None:

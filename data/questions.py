@@ -8,7 +8,7 @@ from typing import Any
 
 from data.collate import text_item
 from data.config import DataConfig
-from data.dataset import InstructionDataset, check_pictures
+from data.dataset import InstructionDataset, check_pictures, too_long
 from data.images import LoadImages
 from data.sample import NO_SAMPLE, NO_SAMPLE_INDEX, Message, NoSample, Reject, Rejection, Sample, Slot
 from visionzip.inputs import batch_prompts
@@ -64,10 +64,12 @@ class Questions(Sequence):
         alone = single_round(sample, turn)
         pictures = encoder.pictures(alone)
         prompt = alone.messages[:-1]
-        encoded = encoder.template.encode_spans(encoder.template.spans(prompt, generation=True), pictures.placeholders)
+        encoded = encoder.template.encode_spans(
+            encoder.template.spans(prompt, generation=True), pictures.placeholders, encoder.max_length
+        )
         check_pictures(encoded, len(alone.media))
         if len(encoded.input_ids) > encoder.max_length:
-            raise Reject("too long", f"{len(encoded.input_ids)} tokens, allowed {encoder.max_length}")
+            raise Reject("too long", too_long(encoded, len(encoded.input_ids), encoder.max_length))
         return Question(
             id=f"{sample.id}/{turn}",
             source=sample.source,

@@ -14,7 +14,7 @@ import importlib
 import pkgutil
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -129,22 +129,31 @@ class BaseTemplate(ABC):
         if self._bos and not _starts_with(chunks, self.tokenizer.bos_token):
             encoded.input_ids += self._bos
             encoded.supervised.append(False)
-        for chunk in chunks:
-            for number, piece in enumerate(self._pieces(chunk, placeholders)):
-                self._encode_piece(piece, number > 0, encoded, limit)
+        pieces = ((piece, n > 0) for chunk in chunks for n, piece in enumerate(self._pieces(chunk, placeholders)))
+        for piece, inner in pieces:
+            if limit is not None and len(encoded.input_ids) > limit:
+                encoded.cut_off = True
+                break
+            self._encode_piece(piece, inner, encoded, limit)
+        if encoded.cut_off:
+            beyond = len(encoded.input_ids)
+            slots = [
+                span.slot for chunk in chunks for span in chunk if span.slot is not None and placeholders[span.slot]
+            ]
+            encoded.images |= {slot: (beyond, beyond + 1) for slot in slots if slot not in encoded.images}
         return encoded
 
-    def _pieces(self, chunk: list[Span], placeholders: Sequence[str]) -> list[_Piece]:
+    def _pieces(self, chunk: list[Span], placeholders: Sequence[str]) -> Iterator[_Piece]:
         """Join a chunk's spans, but break control tokens that a user's text spells behind their first character.
 
         Broken in two, and each part tokenized alone, no added token can match, special or not.
         """
-        pieces = [_Piece()]
+        piece = _Piece()
         for span in chunk:
             if span.slot is not None:
-                pieces[-1].add(placeholders[span.slot], False, span.slot)
+                piece.add(placeholders[span.slot], False, span.slot)
             elif span.trusted or not self._control.search(span.text):
-                pieces[-1].add(span.text, span.supervised)
+                piece.add(span.text, span.supervised)
             else:
                 start = 0
                 for match in self._control.finditer(span.text):
@@ -152,20 +161,18 @@ class BaseTemplate(ABC):
                         raise PromptError(
                             "template", f"{match[0]!r} is a control token here and can't be written as text"
                         )
-                    pieces[-1].add(span.text[start : match.start() + 1], span.supervised)
-                    pieces.append(_Piece())
+                    piece.add(span.text[start : match.start() + 1], span.supervised)
+                    yield piece
+                    piece = _Piece()
                     start = match.start() + 1
-                pieces[-1].add(span.text[start:], span.supervised)
-        return pieces
+                piece.add(span.text[start:], span.supervised)
+        yield piece
 
     def _encode_piece(self, piece: _Piece, inner: bool, encoded: Encoded, limit: int | None) -> None:
         """Tokenize one piece and append it. `inner`: it continues a text, so no prefix space may be put before it."""
         if not piece.text:
             return
         base = len(encoded.input_ids)
-        if limit is not None and base > limit:
-            piece.leave_out(encoded)
-            return
         text, ids, offsets = self._tokenize_up_to(piece.text, None if limit is None else limit - base)
         skip = 0
         if inner:  # a newline before it keeps SentencePiece from taking it for the start of a text
@@ -181,7 +188,11 @@ class BaseTemplate(ABC):
                 first, _ = encoded.images.get(mark, (position, position))
                 encoded.images[mark] = (first, position + 1)
         if len(text) < len(piece.text):
-            piece.leave_out(encoded, len(text))
+            encoded.cut_off = True
+            for start, end, mark in piece.intervals:
+                if start < len(text) < end and mark != _SUPERVISED:  # cut in the middle: it ends behind all there is
+                    first, _ = encoded.images.get(mark, (base, base))
+                    encoded.images[mark] = (first, len(encoded.input_ids) + 1)
 
     def _tokenize_up_to(self, text: str, limit: int | None) -> tuple[str, list[int], list[tuple[int, int]]]:
         """As much of `text` as makes more than `limit` tokens for sure, its ids and offsets.
@@ -225,15 +236,6 @@ class _Piece:
         start, self.text = len(self.text), self.text + text
         if text and (supervised or slot is not None):
             self.intervals.append((start, len(self.text), _SUPERVISED if slot is None else slot))
-
-    def leave_out(self, encoded: Encoded, start: int = 0) -> None:
-        """Note that the text from character `start` on is not tokenized; its images stand behind everything that is."""
-        beyond = len(encoded.input_ids)
-        encoded.cut_off = True
-        for _, end, mark in self.intervals:
-            if end > start and mark != _SUPERVISED:
-                first, _ = encoded.images.get(mark, (beyond, beyond))
-                encoded.images[mark] = (first, beyond + 1)
 
 
 def _mark_tokens(offsets: list[tuple[int, int]], intervals: list[tuple[int, int, int]], skip: int) -> list[int | None]:

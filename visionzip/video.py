@@ -34,7 +34,7 @@ def decode_video(
         ImageError: for what can't be read, also where only a wanted frame can't be.
         RuntimeError: for a video file where PyAV is missing.
     """
-    if isinstance(source, list | tuple):
+    if isinstance(source, Sequence) and not isinstance(source, str | bytes):
         return _decode_files(source, count, max_pixels)
     if not isinstance(source, bytes):
         path = os.fspath(source)

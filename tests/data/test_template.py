@@ -253,3 +253,76 @@ def test_no_chat_template_is_one_clear_error():
     using.chat_template = None
     with pytest.raises(ValueError, match="has no chat template; set data"):
         get_template("chat", using)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (
+            "{% for m in messages %}{{ m.role }",
+            r"can't write one question and its answer \(TemplateSyntaxError, line 1: ",
+        ),
+        ("{{ messages | no_such_filter }}", "TemplateAssertionError, line 1: No filter named 'no_such_filter'"),
+        ("{{ raise_exception('tools only') }}", "TemplateError.*tools only"),
+        ("{{ messages[0].nothing.at_all }}", "UndefinedError.*has no attribute 'nothing'"),
+    ],
+)
+def test_a_broken_chat_template_is_one_clear_error(broken, message):
+    using = kit.processor("chatml")
+    using.chat_template = broken
+    with pytest.raises(ValueError, match=message) as caught:
+        get_template("chat", using)
+    assert "mend its chat_template.jinja, or use the template llava_v1 or plain" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+LONG = {
+    "words": "A bus and 2 cars. " * 3_000,
+    "spaces": " " * 60_000 + "end",
+    "one letter": "a" * 60_000,
+    "no space": "abc" * 20_000,
+    "newlines": "\n\n" * 30_000,
+    "emoji": "🐶数" * 15_000,
+    "control tokens": "use <image> and </s> or <|im_end|> " * 1_500,
+}
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG.keys())
+@pytest.mark.parametrize("style", ["llava_v1", "llava", "chatml"])
+def test_a_long_text_is_tokenized_up_to_the_limit_and_cut_there_as_if_it_were_tokenized_whole(style, text, monkeypatch):
+    template = get_template(
+        "llava_v1" if style == "llava_v1" else "chat", kit.processor("llava" if style == "llava_v1" else style)
+    )
+    seen = []
+    tokenize = template.renderer._tokenize
+    monkeypatch.setattr(template.renderer, "_tokenize", lambda part: (seen.append(len(part)), tokenize(part))[1])
+    short = [Slot("image", 0), "\nWhat?"]
+    for texts in (
+        [short, ["An answer: " + text], ["Next?"], ["Yes."]],
+        [["Read: " + text, Slot("image", 0), "now"], ["Yes."]],
+        [["What?"], ["Yes."], [text], ["Yes."], [Slot("image", 0), "And?"], [text]],
+    ):
+        messages = [Message(("user", "assistant")[n % 2], parts) for n, parts in enumerate(texts)]
+        chunks = template.spans(messages)
+        whole = template.encode_spans(chunks, [PICTURE])
+        for limit in (16, 100):
+            seen.clear()
+            found = template.encode_spans(chunks, [PICTURE], limit)
+            assert found.input_ids[:limit] == whole.input_ids[:limit]
+            assert found.labels[:limit] == whole.labels[:limit]
+            assert len(found.input_ids) > limit
+            assert found.images.keys() == whole.images.keys()
+            for index, (start, end) in whole.images.items():
+                assert found.images[index] == (start, end) if end <= limit else found.images[index][1] > limit
+            assert found.cut_off
+            assert sum(seen) < 20_000, "what is tokenized does not depend on how long the text is"
+
+
+def test_a_text_within_the_limit_is_the_same_with_and_without_one():
+    template = get_template("llava_v1", kit.processor())
+    chunks = template.spans(sample("What is it?", "A cat.\n\n  It sleeps " + " " * 300 + "on 2 chairs.").messages)
+    whole = template.encode_spans(chunks, [])
+    for limit in range(1, len(whole.input_ids) + 3):
+        found = template.encode_spans(chunks, [], limit)
+        assert found.input_ids[:limit] == whole.input_ids[:limit]
+        assert (len(found.input_ids) > limit) == (len(whole.input_ids) > limit)

@@ -34,7 +34,8 @@ class Template(BaseTemplate):
         try:
             self._lead, self._end = self._probe()
         except Exception as error:  # Jinja's syntax errors, names it does not know, whatever a template raises itself
-            line = f", line {error.lineno}" if isinstance(getattr(error, "lineno", None), int) else ""
+            number = getattr(error, "lineno", None)
+            line = f", line {number}" if number else ""
             raise ValueError(
                 f"the chat template of this {type(processor).__name__} can't write one question and its answer "
                 f"({type(error).__name__}{line}: {error}); mend its chat_template.jinja, or use the template llava_v1 or plain"
