@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from data.processes import own_device
 from train.build import build_model
 from train.config import ConfigError, RunConfig
 from train.held_out import score, tokens_a_picture
 from train.scores import Scores
 from visionzip import detach
-from visionzip.export import load_into
-from visionzip.projector import projector_state
+from visionzip.export import loaded_into
 
 
 def compare_models(config: RunConfig, rank: int = 0, world_size: int = 1) -> tuple[dict[str, Scores], tuple[int, int]]:
@@ -30,13 +31,12 @@ def compare_models(config: RunConfig, rank: int = 0, world_size: int = 1) -> tup
         raise ConfigError(f"eval: {error}") from error
     results = {}
     if start is not None:  # first: a projector that can't be loaded ends it before anything is asked
-        before = projector_state(model)
-        try:
-            load_into(model, start, force=config.model.force_projector)
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"model.projector: {error}") from error
-        results["fine_tuned"] = score(model, processor, config, rank=rank, world_size=world_size)
-        model.load_state_dict(before, strict=False)
+        with ExitStack() as loaded:
+            try:
+                loaded.enter_context(loaded_into(model, start, force=config.model.force_projector))
+            except (ValueError, OSError, ImportError) as error:
+                raise ConfigError(f"model.projector: {error}") from error
+            results["fine_tuned"] = score(model, processor, config, rank=rank, world_size=world_size)
     results["training_free"] = score(model, processor, config, rank=rank, world_size=world_size)
     detach(model)
     results["full"] = score(model, processor, config, rank=rank, world_size=world_size)

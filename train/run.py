@@ -331,19 +331,21 @@ def leave_behind(
         "trained": trained_parts(run.config),
     }
     run.watchdog.beat("writing the results")
-    export(run.model, run.processor, run.config, metadata, write=run.rank == 0)
+    result = export(run.model, run.processor, run.config, metadata, write=run.rank == 0)
     if run.rank == 0:
         pictures = write_report(run.model, run.processor, run.config, scores, facts, trainer.state.log_history)
-        show(run, scores, tokens, pictures, wandb)
+        show(run, result, scores, tokens, pictures, wandb)
     if run.world_size > 1:
         dist.barrier()
 
 
-def show(run: Run, scores: dict[str, Scores], tokens: Tokens, pictures: list[Path], wandb: Wandb | None) -> None:
+def show(
+    run: Run, result: Path, scores: dict[str, Scores], tokens: Tokens, pictures: list[Path], wandb: Wandb | None
+) -> None:
     if scores:
         print(f"\n{describe_scores(scores, *tokens)}", flush=True)
     where = f"; report: {run.folder / 'report'}" if pictures else ""
-    run.say(f"projector: {run.folder / 'projector'}{where}")
+    run.say(f"{result.name}: {result}{where}")
     if wandb:
         wandb.log({f"eval/{name}": found.accuracy for name, found in scores.items()})
         wandb.log_made(lambda library: end_of_run(library, scores, *tokens))

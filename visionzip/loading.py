@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from visionzip.attach import attach, attached, unwrap
 from visionzip.config import ZipConfig
-from visionzip.export.base import FORMATS, Format, Trained, read, recognise
+from visionzip.export.base import FORMATS, RESULTS, Format, Trained, read, recognise
 from visionzip.export.card import write_card
 from visionzip.export.files import free, staged
 from visionzip.export.header import check_belongs
@@ -176,11 +177,51 @@ def save(
         trained = Trained.of(source)
         check_finite({**trained.projector, **trained.adapters}, f"nothing is written to {out}")  # on every rank alike
     trained = trained.with_metadata(metadata or {})
+    return _write(form, trained, Path(out), model, processor, overwrite=overwrite, write=write, **options)
+
+
+def save_result(
+    model: Any, run: str | os.PathLike[str], format: str, metadata: dict[str, Any] | None = None, *, write: bool = True
+) -> Path:
+    """Write all that a run trained into its directory, as the one result there: what another run left is removed first.
+
+    Args:
+        model: attached, with its processor.
+        format: ``safetensors`` for a projector, ``peft`` where LoRA was trained too, ``merged`` where the LLM was.
+        write: under ZeRO-3 all ranks call this, one of them with ``write=True``.
+
+    Returns:
+        The folder of the run's directory that was written: ``projector``, ``adapter`` or ``model``.
+
+    Raises:
+        OSError, ValueError: as `save`.
+    """
+    trained = Trained.of(model, metadata)
+    check_finite({**trained.projector, **trained.adapters}, f"nothing is written to {run}")  # on every rank alike
+    if write:
+        for folder in RESULTS.values():
+            if folder != RESULTS[format]:
+                shutil.rmtree(Path(run) / folder, ignore_errors=True)
+    out = Path(run) / RESULTS[format]
+    return _write(FORMATS[format], trained, out, model, required(model).processor, overwrite=True, write=write)
+
+
+def _write(
+    form: Format,
+    trained: Trained,
+    out: Path,
+    model: Any,
+    processor: Any,
+    *,
+    overwrite: bool,
+    write: bool,
+    **options: Any,
+) -> Path:
     if not write:
         if form.whole and model is not None:
             plain_state(unwrap(model), keep=False)  # takes part in gathering what the writing rank needs
-        return Path(out)
+        return out
     with staged(out, overwrite=overwrite) as aside:
-        form.write(trained, aside, model=model, processor=processor, name=Path(out).name, **options)
+        form.write(trained, aside, model=model, processor=processor, name=out.name, **options)
         write_card(aside, trained.header, form)
-    return Path(out)
+    return out

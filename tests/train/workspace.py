@@ -156,9 +156,9 @@ def losses(output: Path) -> list[float]:
 
 
 def projector(output: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
+    from visionzip.export import read
 
-    return load_file(output / "projector" / "projector.safetensors")
+    return read(output).projector
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -81,7 +81,7 @@ works, but slowly, and with a projector that was tuned for the compressed sequen
         state = plain_state(attachment.model)
         state |= trained.projector  # in the precision it was trained in, where the model holds a rounded copy
         check_finite(state, "nothing is exported")
-        with _bare(attachment.model.config), torch.device("meta"):
+        with _bare(attachment.model.config), unsharded(), torch.device("meta"):
             shell = AutoModelForImageTextToText.from_config(attachment.model.config)
         shell.config.dtype = dtype
         shell.config.auto_map = {"AutoModelForImageTextToText": f"{SCRIPT[:-3]}.CompressedModel"}
@@ -123,6 +123,21 @@ def _bare(config: Any) -> Iterator[None]:
         yield
     finally:
         config.__dict__.update(kept)
+
+
+@contextmanager
+def unsharded() -> Iterator[None]:
+    """Models made inside are not sharded by ZeRO-3, which would need the other ranks: only one of them writes."""
+    from transformers.integrations import deepspeed
+
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    config = reference() if reference is not None else None
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 def untied(shell: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
