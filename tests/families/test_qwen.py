@@ -214,7 +214,7 @@ def test_what_a_cached_picture_holds(case: Case) -> None:
     assert merged["groups"].shape[1] == groups
     attach(model, processor, ZipConfig(dominant=0.25, contextual=0))
     alone = attached(model).compress(**case.image_inputs(inputs))[0]
-    assert alone["groups"].shape[1] == alone["kept"].shape[1] == round(0.25 * groups)
+    assert alone["groups"].shape[1] == alone["kept"].shape[1] == int(0.25 * groups)
     assert not any(value.requires_grad for value in alone.values())
     assert {merged[name].dtype for name in ("grid", "kept", "targets", "slots")} == {torch.int64}
     assert merged["weights"].dtype == torch.int32  # bits of float32: a cache in half precision would round floats

@@ -169,7 +169,7 @@ class TestSiglip:
 
 class TestRefused:
     def test_prompts_of_a_stock_processor(self) -> None:
-        with pytest.raises(ValueError, match="the number of placeholders depends on the picture"):
+        with pytest.raises(ValueError, match="the number of placeholders depends on the image"):
             visionzip(NEXT.model(), dominant=54, contextual=10)
 
     def test_other_pinpoints(self) -> None:

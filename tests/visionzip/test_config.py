@@ -34,6 +34,9 @@ def test_refused(fields, message):
         ({"dominant": 1.0, "contextual": 0.05}, 100, 0, (100, 0)),
         ({"dominant": 0.001, "contextual": 0.0}, 100, 1, (1, 0)),
         ({"dominant": 0.5, "contextual": 3}, 9, 1, (4, 3)),
+        ({"dominant": 0.65, "contextual": 0.05}, 70, 0, (45, 3)),  # as the authors' Qwen variant: not 46 + 4
+        ({"dominant": 0.65, "contextual": 0.05}, 10, 0, (6, 1)),  # and of either at least one
+        ({"dominant": 0.65, "contextual": 0.0}, 10, 0, (6, 0)),
     ],
 )
 def test_resolve(fields, tokens, reserved, expected):
