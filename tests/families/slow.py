@@ -11,7 +11,8 @@ from torch import Tensor
 def budget(config: Any, tokens: int) -> tuple[int, int]:
     """A budget in tokens: an int as it is, a share truncated, and one token of it at least."""
     return tuple(
-        value if isinstance(value, int) or value == 0 else max(1, int(value * tokens)) for value in (config.dominant, config.contextual)
+        value if isinstance(value, int) or value == 0 else max(1, int(value * tokens))
+        for value in (config.dominant, config.contextual)
     )  # type: ignore[return-value]
 
 
