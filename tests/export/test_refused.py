@@ -390,3 +390,54 @@ class TestLlava:
         written = llava_config(config, {"model.mm_projector.0.weight": torch.empty(4096, 1024)}, None)
         assert written["vocab_size"] == 32000
         assert written["mm_vision_tower"] == "openai/clip-vit-large-patch14-336"
+
+
+#: LlamaConfig's arguments in transformers 4.37: what a key that is not in the file becomes
+DEFAULTS = {"rope_theta": 10000.0, "rope_scaling": None, "pad_token_id": None, "vocab_size": 32000}
+
+
+class TestLlavaUnderTransformers437:
+    """What LLaVA's own code, which runs on transformers 4.37, makes of config.json."""
+
+    def read(self, tmp_path, **changes):
+        """(rope_theta, rope_scaling, pad_token_id, vocab_size) as LlamaConfig of transformers 4.37 has them, checked as there."""
+        model = tiny_llava()
+        for name, value in changes.items():
+            setattr(model.config.text_config, name, value)
+        model.save_pretrained(tmp_path / "llm")
+        model.config._name_or_path = str(tmp_path / "llm")
+        out = save(attach(model, tiny_processor(), BUDGET), tmp_path / "llava-x", "llava", vision_tower="x")
+        written = json.loads((out / "config.json").read_text())
+        theta, scaling, pad, vocabulary = ({**DEFAULTS, **written}[name] for name in DEFAULTS)
+        if scaling is not None:  # LlamaConfig._rope_scaling_validation
+            assert set(scaling) == {"type", "factor"}
+            assert scaling["type"] in ("linear", "dynamic")
+            assert isinstance(scaling["factor"], float)
+            assert scaling["factor"] > 1
+        torch.nn.Embedding(vocabulary, 4, padding_idx=pad)  # LlamaModel.__init__
+        return theta, scaling, pad, vocabulary
+
+    @pytest.mark.parametrize(
+        ("stored", "expected"),
+        [
+            ({"rope_type": "default", "rope_theta": 10000.0}, (10000.0, None)),
+            ({"rope_type": "default", "rope_theta": 1e6}, (1e6, None)),
+            ({"rope_type": "linear", "rope_theta": 10000.0, "factor": 4}, (10000.0, {"type": "linear", "factor": 4.0})),
+            ({"rope_type": "dynamic", "rope_theta": 5e5, "factor": 2.0}, (5e5, {"type": "dynamic", "factor": 2.0})),
+        ],
+    )
+    def test_rotary_positions(self, tmp_path, stored, expected):
+        """transformers 5 writes rope_parameters alone, which 4.37 does not know: off by 5.8 in the logits, without a word."""
+        assert self.read(tmp_path, rope_parameters=stored)[:2] == expected
+
+    def test_positions_that_it_does_not_have(self, tmp_path):
+        stored = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                  "original_max_position_embeddings": 16}  # fmt: skip
+        with pytest.raises(ValueError, match="can't scale the rotary positions of a llama by 'llama3'"):
+            self.read(tmp_path, rope_parameters=stored)
+        assert not (tmp_path / "llava-x").exists()
+
+    @pytest.mark.parametrize(("pad", "expected"), [(0, 0), (2, 2), (None, None), (19, None)])
+    def test_a_pad_token_beyond_the_vocabulary(self, tmp_path, pad, expected):
+        """<pad> is one of the rows that Hugging Face's version adds: 4.37 asserts that padding_idx fits."""
+        assert self.read(tmp_path, pad_token_id=pad)[2:] == (expected, tiny_llava().config.image_token_id)
