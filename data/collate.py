@@ -20,13 +20,13 @@ class Collator:
     """`input_ids, attention_mask, labels (B, L)` and the image inputs of all rows, concatenated on dim 0.
 
     Padding index and rejected items are left out; `batch["rejections"]` lists the latter, as dicts, where there are any. A batch
-    without any picture gets one more row, made of a blank picture's placeholders and supervised nowhere, with that picture's
+    without any image gets one more row, made of a blank image's placeholders and supervised nowhere, with that image's
     inputs: so every rank runs the projector in every step, which ZeRO and DDP rely on.
     """
 
-    def __init__(self, processor: Any, pictures: LoadImages) -> None:
+    def __init__(self, processor: Any, images: LoadImages) -> None:
         self.processor = processor
-        self.pictures = pictures
+        self.images = images
         tokenizer = getattr(processor, "tokenizer", processor)
         # A pad id that is never looked at (the attention mask is 0 there) only has to be a row of the embedding.
         self.pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
@@ -35,9 +35,9 @@ class Collator:
     def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
         rejections = [item.as_dict() for item in items if isinstance(item, Rejection)]
         rows = [item for item in items if not isinstance(item, Rejection) and item is not NO_SAMPLE]
-        if not any(picture_keys(row) for row in rows):
+        if not any(image_keys(row) for row in rows):
             rows.append(self.blank_row())
-        batch: dict[str, Any] = {**self._text(rows), **merge_pictures(rows)}
+        batch: dict[str, Any] = {**self._text(rows), **merge_images(rows)}
         batch |= {
             key: torch.cat([row[key] for row in rows if key in row])
             for key in ANSWER_KEYS
@@ -48,14 +48,14 @@ class Collator:
         return batch
 
     def blank_row(self) -> dict[str, Any]:
-        """A row that is one blank picture; made once."""
+        """A row that is one blank image; made once."""
         if self._blank is None:
-            pictures = self.pictures.blank()
+            images = self.images.blank()
             tokenizer = getattr(self.processor, "tokenizer", self.processor)
-            ids = tokenizer(pictures.placeholders[0], add_special_tokens=False)["input_ids"]
+            ids = tokenizer(images.placeholders[0], add_special_tokens=False)["input_ids"]
             self._blank = {
                 **text_item(self.processor, ids, [IGNORE] * len(ids)),
-                **pictures.inputs,
+                **images.inputs,
             }
         return self._blank
 
@@ -79,10 +79,10 @@ def text_item(processor: Any, ids: list[int], labels: list[int] | None) -> dict[
     return {**text_inputs(processor, ids, label != IGNORE), "labels": label}
 
 
-def picture_keys(row: dict[str, Any]) -> list[str]:
+def image_keys(row: dict[str, Any]) -> list[str]:
     return [key for key in row if key not in TEXT_KEYS and key not in ANSWER_KEYS]
 
 
-def merge_pictures(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def merge_images(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The rows' image inputs, concatenated on dim 0."""
     return merge_image_inputs(rows, but=(*TEXT_KEYS, *ANSWER_KEYS))

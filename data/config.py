@@ -61,9 +61,7 @@ class SourceConfig(Section):
     reader: Literal["auto", "json", "datasets"] = Field(
         default="auto", description="how records are stored; auto goes by the path"
     )
-    images: str | None = Field(
-        default=None, description="root of relative picture paths; default: the file's own folder"
-    )
+    images: str | None = Field(default=None, description="root of relative image paths; default: the file's own folder")
     name: str | None = Field(default=None, description="how the source is called in reports; default: the path's stem")
     subset: str | None = Field(default=None, description="configuration name of a hub data set")
     split: str = "train"
@@ -90,9 +88,9 @@ class DataConfig(Section):
 
     sources: list[SourceConfig] = Field(min_length=1)
     template: str = Field(default="chat", description="chat (the processor's own), llava_v1, plain, paligemma")
-    max_length: int = Field(default=2048, ge=16, description="tokens, pictures included")
+    max_length: int = Field(default=2048, ge=16, description="tokens, images included")
     overlong: Literal["cut", "reject"] = Field(
-        default="cut", description="cut text behind the last picture as LLaVA does (never through a picture), or reject"
+        default="cut", description="cut text behind the last image as LLaVA does (never through an image), or reject"
     )
     max_rejected: float = Field(
         default=0.01, ge=0, le=1, description="a run stops when more than this share of the records is bad; 3 may always be, "
@@ -110,7 +108,7 @@ class DataConfig(Section):
     )
     cache: str | None = Field(
         default=None,
-        description="folder of visual tokens computed before (python -m data.cache); no picture is read then, no encoder run",
+        description="folder of visual tokens computed before (python -m data.cache); no image is read then, no encoder run",
     )
     batching: Literal["packed", "length", "random"] = Field(
         default="packed",
@@ -152,7 +150,7 @@ class EvalSection(Section):
     sources: list[SourceConfig] = Field(min_length=1, description="held-out files, laid out like data.sources")
     cache: str | None = Field(
         None,
-        description="folder of the held-out pictures' visual tokens (python -m data.cache); full tokens still read pixels",
+        description="folder of the held-out images' visual tokens (python -m data.cache); full tokens still read pixels",
     )
     max_questions: int | None = Field(None, ge=1, description="at most this many, the first ones")
     batch_size: int = Field(8, ge=1, description="questions answered at once by a process")
@@ -167,9 +165,7 @@ class PipelineConfig(Section):
     """The sections that are not about training alone."""
 
     model: ModelSection
-    zip: ZipConfig = Field(
-        default_factory=lambda: ZipConfig.model_validate({}), description="what is kept of a picture"
-    )
+    zip: ZipConfig = Field(default_factory=lambda: ZipConfig.model_validate({}), description="what is kept of an image")
     data: DataConfig
     eval: EvalSection | None = Field(None, description="held-out questions; null: no evaluation")
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch.utils.data import Dataset
 
-from data.cache.reader import CachedPictures
+from data.cache.reader import CachedTokens
 from data.collate import Collator, text_item
 from data.config import DataConfig, SourceConfig
 from data.formats import parse
@@ -53,29 +53,29 @@ class Source:
 
 
 class Encoder:
-    """A sample → an item: its pictures, its text around their placeholders, its labels."""
+    """A sample → an item: its images, its text around their placeholders, its labels."""
 
-    def __init__(self, config: DataConfig, processor: Any, pictures: LoadImages | None = None) -> None:
+    def __init__(self, config: DataConfig, processor: Any, images: LoadImages | None = None) -> None:
         self.processor = processor
         self.template: LabelledTemplate = get_template(config.template, processor)
-        self.pictures: LoadImages = pictures or PixelImages(config, processor)
+        self.images: LoadImages = images or PixelImages(config, processor)
         self.max_length = config.max_length
         self.cut = config.overlong == "cut"
 
     def __call__(self, sample: Sample) -> dict[str, Any]:
         """`input_ids` and `labels` (L,), and the image inputs of the model's forward. Raises `Reject`."""
-        encoded, pictures, _ = self.encode(sample)
-        return {**text_item(self.processor, encoded.input_ids, encoded.labels), **pictures.inputs}
+        encoded, images, _ = self.encode(sample)
+        return {**text_item(self.processor, encoded.input_ids, encoded.labels), **images.inputs}
 
     def encode(self, sample: Sample) -> tuple[Encoded, ImageInputs, int]:
-        """The sample's tokens within `max_length`, its pictures, and how many tokens it had before it was cut to that."""
+        """The sample's tokens within `max_length`, its images, and how many tokens it had before it was cut to that."""
         before = 0
         while True:
-            pictures = self.pictures(sample)
+            images = self.images(sample)
             encoded = self.template.encode_spans(
-                self.template.spans(sample.messages), pictures.placeholders, self.max_length
+                self.template.spans(sample.messages), images.placeholders, self.max_length
             )
-            check_pictures(encoded, len(sample.media))
+            check_images(encoded, len(sample.media))
             length = len(encoded.input_ids)
             before = before or length
             if length <= self.max_length:
@@ -91,16 +91,16 @@ class Encoder:
             break
         if not encoded.supervised:
             raise Reject("empty answer", "nothing to supervise")
-        return encoded, pictures, before
+        return encoded, images, before
 
 
 def too_long(encoded: Encoded, length: int, limit: int) -> str:
     return f"{'more than ' if encoded.cut_off else ''}{length} tokens, allowed {limit}"
 
 
-def check_pictures(encoded: Encoded, media: int) -> None:
+def check_images(encoded: Encoded, media: int) -> None:
     if len(encoded.images) != media:
-        raise Reject("template", f"{media} pictures, but the template shows {len(encoded.images)}")
+        raise Reject("template", f"{media} images, but the template shows {len(encoded.images)}")
 
 
 def rounds_before(sample: Sample, media: int) -> Sample | None:
@@ -116,19 +116,19 @@ def rounds_before(sample: Sample, media: int) -> Sample | None:
 class InstructionDataset(Dataset):
     """All records of all sources. `dataset[i]` is an item or a `Rejection`, never an exception; `dataset[-1]` is `NO_SAMPLE`.
 
-    A worker's copy holds paths, open files and counts: no records, no offsets, no pictures.
+    A worker's copy holds paths, open files and counts: no records, no offsets, no images.
     """
 
-    def __init__(self, config: DataConfig, processor: Any, seed: int, pictures: LoadImages | None = None) -> None:
+    def __init__(self, config: DataConfig, processor: Any, seed: int, images: LoadImages | None = None) -> None:
         self.config, self.seed = config, seed
         self.sources = [Source(source, config) for source in config.sources]
-        self.encoder = Encoder(config, processor, pictures)
+        self.encoder = Encoder(config, processor, images)
         self._make: Callable[[Sample], Any] = self.encoder
         self.starts = [0, *itertools.accumulate(len(source) for source in self.sources)]
 
     @property
-    def pictures(self) -> LoadImages:
-        return self.encoder.pictures
+    def images(self) -> LoadImages:
+        return self.encoder.images
 
     def making(self, make: Callable[[Sample], Any]) -> InstructionDataset:
         """The same records, `make` called for each sample in place of the encoder; what it raises is a `Rejection`, too."""
@@ -146,7 +146,7 @@ class InstructionDataset(Dataset):
         return sample if isinstance(sample, Rejection) else self.guarded(index, sample, self._make)
 
     def sample(self, index: int) -> Sample | Rejection:
-        """Record `index` as a `Sample`, its pictures not yet read."""
+        """Record `index` as a `Sample`, its images not yet read."""
         source, position = self.locate(index)
         return guarded_parse(lambda: source.records[position], source.layout, position)
 
@@ -171,7 +171,7 @@ class InstructionDataset(Dataset):
         return EpochSampler(sizes, weights, self.seed, global_batch)
 
     def collator(self) -> Collator:
-        return Collator(self.encoder.processor, self.pictures)
+        return Collator(self.encoder.processor, self.images)
 
 
 def guarded_parse(read: Callable[[], Any], layout: RecordSource, position: int) -> Sample | Rejection:
@@ -195,22 +195,22 @@ def as_rejection(error: Exception, name: str, source: str, index: int) -> Reject
 
 
 def build_dataset(
-    config: DataConfig, processor: Any, seed: int, pictures: LoadImages | None = None
+    config: DataConfig, processor: Any, seed: int, images: LoadImages | None = None
 ) -> InstructionDataset:
-    """The data set of a config. `pictures` replaces reading and preprocessing of pictures (a cache of visual tokens).
+    """The data set of a config. `images` replaces reading and preprocessing of images (a cache of visual tokens).
 
     Raises `ValueError` or `FileNotFoundError` for a source that can't be opened, or that has no length (`streaming`: see
     `data.stream.build_stream`).
     """
     single_threaded_tokenizers()
-    if pictures is None and config.cache is not None:
-        pictures = CachedPictures(config.cache, config.frames)
+    if images is None and config.cache is not None:
+        images = CachedTokens(config.cache, config.frames)
     streamed = [source.label for source in config.sources if source.streaming]
     if streamed:
         raise ValueError(
             f"data source {streamed[0]!r} is streamed: it has no length and no order to shuffle or to score"
         )
-    return InstructionDataset(config, processor, seed, pictures)
+    return InstructionDataset(config, processor, seed, images)
 
 
 def single_threaded_tokenizers() -> None:

@@ -1,7 +1,7 @@
 """Records of anything the `datasets` library reads: Parquet, Arrow, local folders, hub names.
 
-Rows are taken as Arrow gives them, so a picture stays the bytes it is stored as until `data/media.py` decodes it: one decoder,
-one set of rules for bad pictures, whatever the storage.
+Rows are taken as Arrow gives them, so an image stays the bytes it is stored as until `visionzip/images.py` decodes it: one decoder,
+one set of rules for bad images, whatever the storage.
 """
 
 from __future__ import annotations

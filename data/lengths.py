@@ -1,4 +1,4 @@
-"""How long a record will be, without reading its pictures or running the tokenizer: good enough to sort by."""
+"""How long a record will be, without reading its images or running the tokenizer: good enough to sort by."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from data.sample import NO_SAMPLE_INDEX, Rejection
 
 CHARACTERS = 4.2
-"""Of English conversation a token, with the vocabularies of Llama and Qwen. Only its size relative to a picture's tokens matters."""
+"""Of English conversation a token, with the vocabularies of Llama and Qwen. Only its size relative to an image's tokens matters."""
 
 ROUND = 6
 """Tokens of a turn's frame."""
@@ -16,8 +16,8 @@ ROUND = 6
 class Lengths:
     """`lengths[index]`: about how many tokens the item will have; 0 for padding and for what can't be read."""
 
-    def __init__(self, dataset: Any, tokens_a_picture: int) -> None:
-        self.dataset, self.tokens = dataset, tokens_a_picture
+    def __init__(self, dataset: Any, tokens_per_image: int) -> None:
+        self.dataset, self.tokens = dataset, tokens_per_image
 
     def __getitem__(self, index: int) -> int:
         if index == NO_SAMPLE_INDEX:

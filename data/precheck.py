@@ -28,7 +28,7 @@ def check_records(dataset: InstructionDataset, limit: int = SOONEST) -> tuple[in
 
 
 def _find_tokens(dataset: InstructionDataset, sample: Sample) -> ImageInputs:
-    return dataset.pictures(sample)
+    return dataset.images(sample)
 
 
 def _find_files(dataset: InstructionDataset, sample: Sample) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from data.collate import text_item
 from data.config import DataConfig
-from data.dataset import InstructionDataset, check_pictures, too_long
+from data.dataset import InstructionDataset, check_images, too_long
 from data.images import LoadImages
 from data.sample import NO_SAMPLE, NO_SAMPLE_INDEX, Message, NoSample, Reject, Rejection, Sample, Slot
 from visionzip.inputs import batch_prompts
@@ -27,7 +27,7 @@ class Question:
 
 
 class Questions(Sequence):
-    """All question rounds of a data set. `questions[i]` reads the pictures of one: a `Question`, or a `Rejection`.
+    """All question rounds of a data set. `questions[i]` reads the images of one: a `Question`, or a `Rejection`.
 
     `rejections` are the records that could not even be parsed; they have no questions here.
     """
@@ -62,12 +62,12 @@ class Questions(Sequence):
     def _ask(self, sample: Sample, turn: int) -> Question:
         encoder = self.dataset.encoder
         alone = single_round(sample, turn)
-        pictures = encoder.pictures(alone)
+        images = encoder.images(alone)
         prompt = alone.messages[:-1]
         encoded = encoder.template.encode_spans(
-            encoder.template.spans(prompt, generation=True), pictures.placeholders, encoder.max_length
+            encoder.template.spans(prompt, generation=True), images.placeholders, encoder.max_length
         )
-        check_pictures(encoded, len(alone.media))
+        check_images(encoded, len(alone.media))
         if len(encoded.input_ids) > encoder.max_length:
             raise Reject("too long", too_long(encoded, len(encoded.input_ids), encoder.max_length))
         return Question(
@@ -76,12 +76,12 @@ class Questions(Sequence):
             type=sample.types[turn] if sample.types else "",
             question=prompt[-1].text.strip(),
             answer=alone.messages[-1].text.strip(),
-            inputs={**text_item(encoder.processor, encoded.input_ids, None), **pictures.inputs},
+            inputs={**text_item(encoder.processor, encoded.input_ids, None), **images.inputs},
         )
 
 
 def single_round(sample: Sample, turn: int) -> Sample:
-    """Question and answer number `turn` alone, with all pictures shown up to there in front of the question."""
+    """Question and answer number `turn` alone, with all images shown up to there in front of the question."""
     system = [message for message in sample.messages if message.role == "system"]
     rounds = [message for message in sample.messages if message.role != "system"]
     question, answer = rounds[2 * turn : 2 * turn + 2]
@@ -96,7 +96,7 @@ def single_round(sample: Sample, turn: int) -> Sample:
 class QuestionCollator:
     """Prompts padded on the left for `generate`: `inputs`, a dict for the model, and the `questions` of its rows in order.
 
-    `rejections` lists questions whose pictures could not be read, as dicts; `inputs` is empty where nothing is left.
+    `rejections` lists questions whose images could not be read, as dicts; `inputs` is empty where nothing is left.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -110,7 +110,7 @@ class QuestionCollator:
 
 
 def build_questions(
-    config: DataConfig, processor: Any, limit: int | None = None, pictures: LoadImages | None = None
+    config: DataConfig, processor: Any, limit: int | None = None, images: LoadImages | None = None
 ) -> Questions:
     """The questions of a data config, `limit` of them at most. Sources, templates and lengths are those of training."""
-    return Questions(InstructionDataset(config, processor, seed=0, pictures=pictures), limit)
+    return Questions(InstructionDataset(config, processor, seed=0, images=images), limit)

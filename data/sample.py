@@ -26,7 +26,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """A picture or video not yet read.
+    """An image or video not yet read.
 
     `source` is a path, the bytes of a file, or for a video also a list of paths (one a frame). Paths are already inside the
     image root: the format that made this refuses others.

@@ -1,6 +1,6 @@
 """What the pictures of the embedded data set show, and the pictures: a few coloured shapes before a greyish background.
 
-Everything is a function of one integer, the picture's seed. Questions about a scene are in `data/shapes.py`.
+Everything is a function of one integer, the picture's seed. Questions about a scene are in `data/shapes/`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from data.records import image_root, open_records, reader_of
 from data.sample import Rejection, Sample
 
 SHUFFLE = 1000
-"""Records held to draw from, a consumer and source: undecoded, so pictures are there as files' bytes."""
+"""Records held to draw from, a consumer and source: undecoded, so images are there as files' bytes."""
 
 
 Read = Callable[[], Any]
@@ -86,13 +86,13 @@ class StreamedDataset(IterableDataset):
         config: DataConfig,
         processor: Any,
         seed: int,
-        pictures: LoadImages | None = None,
+        images: LoadImages | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.config, self.seed, self.rank, self.world_size = config, seed, rank, world_size
         self.sources = [StreamSource(source, config.cache_dir) for source in config.sources]
-        self.encoder = Encoder(config, processor, pictures)
+        self.encoder = Encoder(config, processor, images)
         self._make: Callable[[Sample], Any] = self.encoder
         self.batches, self.batch_size = 0, 1
 
@@ -118,7 +118,7 @@ class StreamedDataset(IterableDataset):
             yield sample if isinstance(sample, Rejection) else self._item(source, number, sample)
 
     def collator(self) -> Collator:
-        return Collator(self.encoder.processor, self.encoder.pictures)
+        return Collator(self.encoder.processor, self.encoder.images)
 
     def _item(self, source: StreamSource, number: int, sample: Sample) -> dict[str, Any] | Rejection:
         try:
@@ -167,8 +167,8 @@ def is_streamed(config: DataConfig) -> bool:
 
 
 def build_stream(
-    config: DataConfig, processor: Any, seed: int, rank: int, world_size: int, pictures: LoadImages | None = None
+    config: DataConfig, processor: Any, seed: int, rank: int, world_size: int, images: LoadImages | None = None
 ) -> StreamedDataset:
     """The endless data set of a config with streamed sources. See `build_dataset`."""
     single_threaded_tokenizers()
-    return StreamedDataset(config, processor, seed, pictures, rank, world_size)
+    return StreamedDataset(config, processor, seed, images, rank, world_size)

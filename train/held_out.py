@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
-from data.cache.reader import VISUAL, VISUAL_VIDEO, CachedPictures
+from data.cache.reader import VISUAL, VISUAL_VIDEO, CachedTokens
 from data.collate import TEXT_KEYS
 from data.config import DataConfig
 from data.images import PixelImages
@@ -39,7 +39,7 @@ def questions_of(config: RunConfig, processor: Any, cached: bool = False) -> Any
     data = DataConfig.model_validate(
         {**config.data.model_dump(), "sources": [s.model_dump() for s in config.eval.sources]}
     )
-    tokens = CachedPictures(config.eval.cache, data.frames) if cached and config.eval.cache is not None else None
+    tokens = CachedTokens(config.eval.cache, data.frames) if cached and config.eval.cache is not None else None
     pictures = tokens or PixelImages(data, processor)
     questions = build_questions(data, processor, config.eval.max_questions, pictures)
     if not len(questions):

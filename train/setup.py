@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.cache.reader import CachedPictures
+from data.cache.reader import CachedTokens
 from data.dataset import build_dataset
 from data.lengths import Lengths
 from data.stream import build_stream, is_streamed
@@ -66,7 +66,7 @@ def build_data(run: Run) -> Any:
         if data.cache is not None:
             check_cache(config, model, processor, data.cache)
             read_from_cache(model)
-            images = CachedPictures(data.cache, data.frames)
+            images = CachedTokens(data.cache, data.frames)
         elif config.zip.adaptive is not None:
             read_from_cache(model)  # `short_prompts` makes of pixels what a cache holds
         if is_streamed(data):

@@ -18,7 +18,7 @@ from data.cache.media import Item, MediaDataset, list_media, open_listing
 from data.cache.reader import pack
 from data.cache.shards import SHARD_BYTES, SUFFIX, Key, Writer
 from data.cache.store import Store
-from data.collate import merge_pictures
+from data.collate import merge_images
 from data.config import DataConfig, PipelineConfig
 from data.partial import load_processor, load_without, loading
 from data.processes import own_device, rank_and_world
@@ -38,18 +38,18 @@ class Builder:
     def add(self, items: list[Item]) -> None:
         """One batch of `MediaDataset`'s items, rejections left out."""
         fresh = list(
-            {item.key: item for item in items if item.pictures is not None and item.key not in self.written}.values()
+            {item.key: item for item in items if item.images is not None and item.key not in self.written}.values()
         )
-        ready = [(item, item.pictures) for item in fresh if item.pictures is not None]
+        ready = [(item, item.images) for item in fresh if item.images is not None]
         counted = self.attachment.family.count_images
-        single = [(item, pictures) for item, pictures in ready if counted(pictures.inputs) == 1]
+        single = [(item, images) for item, images in ready if counted(images.inputs) == 1]
         if single:
-            for (item, pictures), tokens in zip(single, self._compress([p for _, p in single]), strict=True):
-                self._write(item.key, pictures, [tokens])
-        for item, pictures in ready:
-            if counted(pictures.inputs) != 1:  # the frames of a video, a picture each; copies
-                tokens = self._compress([pictures])
-                self._write(item.key, pictures, tokens[: len(tokens) // item.copies], alone=item.copies == 1)
+            for (item, images), tokens in zip(single, self._compress([p for _, p in single]), strict=True):
+                self._write(item.key, images, [tokens])
+        for item, images in ready:
+            if counted(images.inputs) != 1:  # the frames of a video, an image each; copies
+                tokens = self._compress([images])
+                self._write(item.key, images, tokens[: len(tokens) // item.copies], alone=item.copies == 1)
         for item in items:
             name = name_of(item.media)
             if name is not None:
@@ -57,29 +57,29 @@ class Builder:
         self.read += len(items)
         self.reused += len(items) - len(fresh)
 
-    def add_blank(self, pictures: ImageInputs) -> None:
-        self._write(BLANK, pictures, self._compress([pictures]))
+    def add_blank(self, images: ImageInputs) -> None:
+        self._write(BLANK, images, self._compress([images]))
 
-    def _compress(self, pictures: list[ImageInputs]) -> list[Any]:
-        merged = merge_pictures([each.inputs for each in pictures])
+    def _compress(self, images: list[ImageInputs]) -> list[Any]:
+        merged = merge_images([each.inputs for each in images])
         inputs = {
             key: value.to(self.device) if torch.is_tensor(value) else value  # encoders cast pixels to their own dtype
             for key, value in merged.items()
         }
         return self.attachment.compress(**inputs)
 
-    def _write(self, key: Key, pictures: ImageInputs, tokens: list[Any], alone: bool = True) -> None:
+    def _write(self, key: Key, images: ImageInputs, tokens: list[Any], alone: bool = True) -> None:
         shapes, tensors = pack(tokens, self.dtype)
         extra = {
             name: value
-            for name, value in pictures.inputs.items()
+            for name, value in images.inputs.items()
             if torch.is_tensor(value) and not name.startswith("pixel_")
         }
         tensors |= {f"extra/{name}": value for name, value in extra.items() if value.numel() <= 64}
         about = {
             "pictures": shapes,
-            "placeholder": self.attachment.placeholders(pictures.placeholders[0], tokens),
-            "video": "pixel_values_videos" in pictures.inputs,
+            "placeholder": self.attachment.placeholders(images.placeholders[0], tokens),
+            "video": "pixel_values_videos" in images.inputs,
             "alone": alone and self.attachment.family.alone_differs,
             "extra": [name for name in extra if f"extra/{name}" in tensors],
         }
@@ -104,7 +104,7 @@ def fill(
     builder = Builder(attachment, writer, device, dtype)
     try:
         if BLANK not in store and process == 0:
-            builder.add_blank(dataset.pictures.blank())
+            builder.add_blank(dataset.images.blank())
         for items in _shown(loader, progress):
             rejected += [item for item in items if isinstance(item, Rejection)]
             builder.add([item for item in items if not isinstance(item, Rejection)])
@@ -165,7 +165,7 @@ def build_cache(config: PipelineConfig, batch: int = 64, workers: int = 4) -> No
     seconds = time.perf_counter() - start
     size = sum(path.stat().st_size for path in folder.glob(f"*{SUFFIX}")) / 1e9
     print(
-        f"process {process} of {processes}: {builder.read} pictures, {len(builder.written)} computed, {builder.reused} there already, "
+        f"process {process} of {processes}: {builder.read} images, {len(builder.written)} computed, {builder.reused} there already, "
         f"{seconds:.1f} s; the cache holds {len(Store(folder, cache_at(folder)))} entries in {size:.2f} GB"
     )
 
@@ -176,4 +176,4 @@ def list_rejected(path: Path, rejected: list[Rejection]) -> None:
         path.unlink(missing_ok=True)
         return
     path.write_text("".join(json.dumps(item.as_dict()) + "\n" for item in rejected), encoding="utf-8")
-    print(f"{len(rejected)} of this process's pictures or records can't be used; see {path}", file=sys.stderr)
+    print(f"{len(rejected)} of this process's images or records can't be used; see {path}", file=sys.stderr)

@@ -12,12 +12,12 @@ BLANK = key_of(b"blank")
 
 
 def one_of_several(sample: Sample, media: Media) -> bool:
-    """Whether other pictures stand beside this one in its prompt. A video is none."""
+    """Whether other images stand beside this one in its prompt. A video is none."""
     return media.kind == "image" and sum(other.kind == "image" for other in sample.media) > 1
 
 
 def beside(key: Key) -> Key:
-    """The key of a picture's tokens where it is one of several in its prompt, for a family that encodes it otherwise then."""
+    """The key of an image's tokens where it is one of several in its prompt, for a family that encodes it otherwise then."""
     return key_of(b"beside others", *(half.to_bytes(8, "little") for half in key))
 
 

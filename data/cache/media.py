@@ -23,7 +23,7 @@ def list_media(
 ) -> tuple[list[tuple[int, int]], list[Rejection]]:
     """(record, number of its media) of every distinct media of this process's share, and records that can't be read.
 
-    Shares are cut by a hash of the name, so that a picture of many records is in one share. With `alone_differs`, a media that
+    Shares are cut by a hash of the name, so that an image of many records is in one share. With `alone_differs`, a media that
     is somewhere alone and somewhere one of several is distinct from itself.
     """
     dataset = open_listing(config, processor)
@@ -46,10 +46,10 @@ def list_media(
 
 def open_listing(config: DataConfig, processor: Any) -> InstructionDataset:
     """The config's records, whose `sample`s name their images; no image is ever opened."""
-    return build_dataset(config, processor, 0, pictures=_NoPictures())
+    return build_dataset(config, processor, 0, images=_NoImages())
 
 
-class _NoPictures:
+class _NoImages:
     """For listing: nothing is opened."""
 
     def __call__(self, sample: Sample) -> ImageInputs:
@@ -66,14 +66,14 @@ class Item:
     Attributes:
         content: key of its bytes.
         key: key of its entry: `content`, or where it is one of several in its prompt and that matters, `beside(content)`.
-        pictures: ready for the encoder; None where the cache has them already.
+        images: ready for the encoder; None where the cache has them already.
         copies: how often it is in there.
     """
 
     media: Media
     content: Key
     key: Key
-    pictures: ImageInputs | None = None
+    images: ImageInputs | None = None
     copies: int = 1
 
 
@@ -89,7 +89,7 @@ class MediaDataset(Dataset):
         alone_differs: bool = False,
     ) -> None:
         self.records = open_listing(config, processor)
-        self.pictures = PixelImages(config, processor)
+        self.images = PixelImages(config, processor)
         self.places, self.store, self.frames, self.alone_differs = places, store, config.frames, alone_differs
 
     def __len__(self) -> int:
@@ -105,8 +105,8 @@ class MediaDataset(Dataset):
             several = self.alone_differs and one_of_several(sample, media)
             item = Item(media, content, beside(content) if several else content)
             if not self._cached(item.key):
-                # Twice the same picture: any other one beside it would do.
-                item.pictures = self.pictures(Sample(sample.id, [], [media, media] if several else [media]))
+                # Twice the same image: any other one beside it would do.
+                item.images = self.images(Sample(sample.id, [], [media, media] if several else [media]))
                 item.copies = 1 + several
             return item
         except Reject as error:

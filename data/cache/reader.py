@@ -1,4 +1,4 @@
-"""Pictures whose visual tokens were computed before (`python -m data.cache`): no pixels are read and no encoder is needed."""
+"""Images whose visual tokens were computed before (`python -m data.cache`): no pixels are read and no encoder is needed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ VISUAL = "visual_tokens"
 VISUAL_VIDEO = "visual_tokens_videos"
 
 
-class CachedPictures:
-    """Stands in for `PixelImages`. An item gets `visual_tokens`: a list of what `Attachment.compress` gave for each picture."""
+class CachedTokens:
+    """Stands in for `PixelImages`. An item gets `visual_tokens`: a list of what `Attachment.compress` gave for each image."""
 
     def __init__(self, folder: str | os.PathLike[str], frames: int) -> None:
         self.store = Store(folder, cache_at(folder))
@@ -35,7 +35,7 @@ class CachedPictures:
 
     def blank(self) -> ImageInputs:
         found = ImageInputs()
-        self._add(found, BLANK, "blank picture", several=False)
+        self._add(found, BLANK, "blank image", several=False)
         return found
 
     def _key(self, media: Media) -> Key:
@@ -45,7 +45,7 @@ class CachedPictures:
         if known is not None and stat_of(media) in (
             known[1:],
             (-1, -1),
-        ):  # training machines need not have the pictures
+        ):  # training machines need not have the images
             return known[0]
         return content_key(media, self.frames)
 
@@ -58,24 +58,22 @@ class CachedPictures:
             raise Reject("not in the cache", f"{name}: run python -m data.cache with this config")
         about, tensors = entry
         if several and about.get("alone"):
-            raise Reject(
-                "not in the cache", f"{name}, beside other pictures: run python -m data.cache with this config"
-            )
+            raise Reject("not in the cache", f"{name}, beside other images: run python -m data.cache with this config")
         found.placeholders.append(about["placeholder"])
-        pictures = unpack(about["pictures"], tensors)
-        found.inputs.setdefault(VISUAL_VIDEO if about["video"] else VISUAL, []).extend(pictures)
+        images = unpack(about["pictures"], tensors)
+        found.inputs.setdefault(VISUAL_VIDEO if about["video"] else VISUAL, []).extend(images)
         for extra in about["extra"]:
             value = tensors[f"extra/{extra}"]
             before = found.inputs.get(extra)
             found.inputs[extra] = value if before is None else torch.cat([before, value])
 
 
-def pack(pictures: list[Any], dtype: torch.dtype) -> tuple[list[Any], dict[str, torch.Tensor]]:
-    """Pictures, each a tensor or several named ones, as flat named tensors; floating ones in `dtype`."""
+def pack(images: list[Any], dtype: torch.dtype) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """Images, each a tensor or several named ones, as flat named tensors; floating ones in `dtype`."""
     shapes: list[Any] = []
     tensors = {}
-    for number, picture in enumerate(pictures):
-        parts = picture if isinstance(picture, dict) else {"": picture}
+    for number, image in enumerate(images):
+        parts = image if isinstance(image, dict) else {"": image}
         shapes.append(sorted(parts))
         for name, tensor in parts.items():
             tensors[f"{number}/{name}"] = tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -4,7 +4,7 @@
 - `read(record, source) -> Draft`: the record's turns and media, or `Reject`;
 - `PRIORITY`: `auto` asks layouts with the most telling columns (lowest number) first.
 
-What all layouts have in common (whose turn it is, where pictures stand, which paths are allowed) is in `common.py`.
+What all layouts have in common (whose turn it is, where images stand, which paths are allowed) is in `common.py`.
 """
 
 from __future__ import annotations

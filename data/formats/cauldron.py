@@ -1,4 +1,4 @@
-"""The Cauldron: `{"images": [picture, …], "texts": [{"user", "assistant", "source"}, …]}`; all pictures belong to the first turn."""
+"""The Cauldron: `{"images": [image, …], "texts": [{"user", "assistant", "source"}, …]}`; all images belong to the first turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every record layout needs: pictures of a record, markers in its texts, the order of turns."""
+"""What every record layout needs: images of a record, markers in its texts, the order of turns."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Columns(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     id: str | None = None
-    image: str | None = Field(default=None, description="a picture or a list of pictures")
+    image: str | None = Field(default=None, description="an image or a list of images")
     video: str | None = None
     conversations: str | None = Field(default=None, description="the list of turns")
     question: str | None = None
@@ -53,7 +53,7 @@ class RecordSource:
 
 @dataclass(frozen=True, slots=True)
 class Marker:
-    """Where a picture stands in a text. `media` is set where the record names the picture right there."""
+    """Where an image stands in a text. `media` is set where the record names the image right there."""
 
     kind: Literal["image", "video"]
     media: Media | None = None
@@ -95,7 +95,7 @@ def split_markers(text: Any) -> list[str | Marker]:
 
 
 def record_media(record: Mapping[str, Any], source: RecordSource) -> list[Media]:
-    """Pictures, then videos, of the usual columns or the mapped ones."""
+    """Images, then videos, of the usual columns or the mapped ones."""
     columns = source.columns
     images = column(record, columns.image, *(() if columns.video else ("image", "images")))
     videos = column(record, columns.video, *(() if columns.image else ("video", "videos")))
@@ -109,7 +109,7 @@ def _media(kind: Literal["image", "video"], value: Any, root: str) -> Iterable[M
 
 
 def to_media(kind: Literal["image", "video"], value: Any, root: str) -> Media:
-    """A path, a `{"bytes", "path"}` pair as `datasets` stores pictures, raw bytes, or a list of frame paths."""
+    """A path, a `{"bytes", "path"}` pair as `datasets` stores images, raw bytes, or a list of frame paths."""
     if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
     if isinstance(value, (bytes, bytearray, memoryview)):
@@ -142,7 +142,7 @@ def resolve(root: str, path: Any) -> str:
     if not isinstance(path, str) or not path or "\0" in path:
         raise Reject("wrong type", f"a path must be a non-empty string, found {path!r:.80}")
     if _URL.match(path):
-        raise Reject("remote picture", f"{path[:200]}: nothing is downloaded during training; fetch it first")
+        raise Reject("remote image", f"{path[:200]}: nothing is downloaded during training; fetch it first")
     full = os.path.normpath(os.path.join(root, path))
     for each in {full, os.path.normpath(os.path.join(root, path.replace("\\", "/")))}:
         if os.path.commonpath([root, each]) != root:
@@ -151,7 +151,7 @@ def resolve(root: str, path: Any) -> str:
 
 
 def build(draft: Draft, source: RecordSource, position: int) -> Sample:
-    """Check a draft's turns, put its pictures where they belong, and make the `Sample`."""
+    """Check a draft's turns, put its images where they belong, and make the `Sample`."""
     if not draft.turns:
         raise Reject("empty conversation")
     turns = [(_role(role), parts) for role, parts in draft.turns]
@@ -190,13 +190,13 @@ def _place(turns: list[tuple[Role, list[str | Marker]]], media: list[Media]) -> 
         front: list[str | Marker] = [Marker(item.kind, item) for item in media]
         first = next((parts for role, parts in turns if role == "user"), None)
         if first is None:
-            raise Reject("empty conversation", "pictures, but no user turn to put them in")
+            raise Reject("empty conversation", "images, but no user turn to put them in")
         if first and isinstance(first[0], str):
             first[0] = "\n" + first[0].removeprefix("\n")
         first[:0] = front
         media = []
     elif len(media) != len(open_markers):
-        raise Reject("picture count", f"{len(open_markers)} markers in the text, {len(media)} pictures given")
+        raise Reject("image count", f"{len(open_markers)} markers in the text, {len(media)} images given")
     if any(marker.kind == "video" for marker in open_markers):
         queues = {kind: [item for item in media if item.kind == kind] for kind in ("image", "video")}
     else:
@@ -206,7 +206,7 @@ def _place(turns: list[tuple[Role, list[str | Marker]]], media: list[Media]) -> 
         for number, part in enumerate(parts):
             if isinstance(part, Marker):
                 if part.media is None and not queues[part.kind]:
-                    raise Reject("picture count", f"more <{part.kind}> markers than {part.kind}s given")
+                    raise Reject("image count", f"more <{part.kind}> markers than {part.kind}s given")
                 placed.append(part.media or queues[part.kind].pop(0))
                 parts[number] = Slot(placed[-1].kind, len(placed) - 1)  # type: ignore[call-overload]
     return placed
@@ -217,7 +217,7 @@ def _messages(turns: list[tuple[Role, list[Any]]]) -> list[Message]:
     messages = [Message(role, _joined(parts)) for role, parts in turns]
     system = [messages.pop(0)] if messages[0].role == "system" else []
     if any(message.slots for message in system):
-        raise Reject("misplaced picture", "in the system message")
+        raise Reject("misplaced image", "in the system message")
     if messages and messages[0].role == "assistant":  # as LLaVA does: a greeting before the first question is skipped
         messages.pop(0)
     for message, role in zip(messages, ("user", "assistant") * len(messages), strict=False):
@@ -226,7 +226,7 @@ def _messages(turns: list[tuple[Role, list[Any]]]) -> list[Message]:
         if role == "user" and not message.slots and not message.text.strip():
             raise Reject("empty question")
         if role == "assistant" and message.slots:
-            raise Reject("misplaced picture", "in an answer")
+            raise Reject("misplaced image", "in an answer")
     if len(messages) % 2:  # a last question nobody answered teaches nothing
         messages.pop()
     if not messages:

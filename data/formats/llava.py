@@ -1,7 +1,7 @@
 """LLaVA JSON: `{"id", "image", "conversations": [{"from": "human"|"gpt", "value"}]}`.
 
 `image` is a path or a list of them, absent in text-only records; `<image>` in a text says where each stands. LLaVA-NeXT-Data
-(embedded pictures) and LLaVA-Video (`video`) are laid out the same way.
+(embedded images) and LLaVA-Video (`video`) are laid out the same way.
 """
 
 from __future__ import annotations

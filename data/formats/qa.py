@@ -1,4 +1,4 @@
-"""One question a record (`question`, `answer`) or a caption (`caption` or `text`), with its picture beside it."""
+"""One question a record (`question`, `answer`) or a caption (`caption` or `text`), with its image beside it."""
 
 from __future__ import annotations
 

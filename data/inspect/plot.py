@@ -1,4 +1,4 @@
-"""A survey as a picture."""
+"""A survey as plots."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 
 
 def plot(result: Survey, longest: int, path: Path) -> None:
-    figure, ((length, pictures), (share, rejected)) = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    figure, ((length, images), (share, rejected)) = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     figure.suptitle(
         f"{result.read:,} records: {len(result.facts):,} used, {len(result.rejections):,} rejected, {len(result.cut):,} cut",
         fontsize=13,
     )
     lengths(length, result, longest)
-    pictures_a_sample(pictures, result)
+    images_per_sample(images, result)
     supervised(share, result)
     reasons(rejected, result)
-    for axes in (length, pictures, share, rejected):
+    for axes in (length, images, share, rejected):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -37,18 +37,18 @@ def plot(result: Survey, longest: int, path: Path) -> None:
 
 def lengths(axes: Axes, result: Survey, longest: int) -> None:
     bins: Any = np.linspace(0, max(int(result.column("total").max(initial=1)), 1), 41)
-    for name, colour, label in (("total", BLUE, "total"), ("text", ORANGE, "text"), ("picture", GREEN, "pictures")):
+    for name, colour, label in (("total", BLUE, "total"), ("text", ORANGE, "text"), ("image", GREEN, "images")):
         axes.hist(result.column(name), bins=bins, color=colour, histtype="step", linewidth=1.8, label=label)
     if bins[-1] > 0.8 * longest:
         axes.axvline(longest, color="0.4", linestyle=":", label=f"max_length {longest:,}")
-    axes.set(title="Length", xlabel="tokens a sample", ylabel="samples")
+    axes.set(title="Length", xlabel="tokens per sample", ylabel="samples")
     axes.legend(frameon=False)
 
 
-def pictures_a_sample(axes: Axes, result: Survey) -> None:
-    values, counts = np.unique(result.column("pictures"), return_counts=True)
+def images_per_sample(axes: Axes, result: Survey) -> None:
+    values, counts = np.unique(result.column("images"), return_counts=True)
     axes.bar(values, counts, color=GREEN, width=0.8)
-    axes.set(title="Pictures", xlabel="pictures a sample", ylabel="samples")
+    axes.set(title="Images", xlabel="images per sample", ylabel="samples")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if len(values) and values.max() < 3:
         axes.set_xlim(-0.75, 3.75)

@@ -19,9 +19,9 @@ BINS = 16
 LABELS = {
     "total": "tokens",
     "text": "  of text",
-    "picture": "  of pictures",
+    "image": "  of images",
     "supervised": "  supervised",
-    "pictures": "pictures",
+    "images": "images",
     "rounds": "rounds",
 }
 
@@ -41,7 +41,7 @@ def report(console: Console, config: DataConfig, data: InstructionDataset | Stre
             f"{len(result.cut):,} samples are cut to {config.max_length:,} tokens; "
             f"{result.duplicates():,} share their id with another"
         )
-        console.print(Text("\ntokens a sample", style="bold"))
+        console.print(Text("\ntokens per sample", style="bold"))
         console.print(histogram(result))
     total = SOONEST if isinstance(data, StreamedDataset) else min(SOONEST, len(data))
     return rejected(console, config, result, max(result.read, total))
@@ -79,8 +79,8 @@ def per_sample(result: Survey) -> Table:
 
 
 def histogram(result: Survey) -> Text:
-    """Samples by length; each bar in the proportion of picture and text tokens of its samples."""
-    total, picture = result.column("total"), result.column("picture")
+    """Samples by length; each bar in the proportion of image and text tokens of its samples."""
+    total, image = result.column("total"), result.column("image")
     edges = np.histogram_bin_edges(total, BINS, (total.min(), total.max() + 1))
     edges = np.unique(edges.round())
     places = np.clip(np.searchsorted(edges, total, side="right") - 1, 0, len(edges) - 2)
@@ -88,14 +88,14 @@ def histogram(result: Survey) -> Text:
     width = len(f"{int(edges[-1]):,}")
     text = Text()
     for number, count in enumerate(counts):
-        share = picture[places == number].sum() / max(total[places == number].sum(), 1)
+        share = image[places == number].sum() / max(total[places == number].sum(), 1)
         length = 0 if count == 0 else max(1, round(count / counts.max() * BAR))
-        pictured = round(length * share)
+        of_images = round(length * share)
         text.append(f"{int(edges[number]):>{width},} – {int(edges[number + 1]):>{width},} ", style="dim")
-        text.append("█" * pictured, style="cyan").append("▒" * (length - pictured), style="yellow")
+        text.append("█" * of_images, style="cyan").append("▒" * (length - of_images), style="yellow")
         text.append(f" {count:,}\n")
     return (
-        text.append("█ pictures ", style="cyan")
+        text.append("█ images ", style="cyan")
         .append("▒ text", style="yellow")
         .append(", each bar in their proportion", style="dim")
     )

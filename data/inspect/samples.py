@@ -14,7 +14,7 @@ from data.stream import StreamedDataset
 from data.template import IGNORE, Encoded
 
 SUPERVISED = "bold green"
-PICTURE = "bold magenta"
+IMAGE = "bold magenta"
 _CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | dict.fromkeys(
     range(127, 160), 0xFFFD
 )
@@ -25,7 +25,7 @@ def show_samples(console: Console, data: InstructionDataset | StreamedDataset, s
         Text("\nsamples: ", style="bold")
         .append("supervised", style=SUPERVISED)
         .append(", ")
-        .append("picture", style=PICTURE)
+        .append("image", style=IMAGE)
     )
     console.print(legend)
     for sample in samples:
@@ -41,19 +41,19 @@ def show_samples(console: Console, data: InstructionDataset | StreamedDataset, s
 
 
 def coloured(tokenizer: Any, encoded: Encoded) -> Text:
-    """The text of all tokens; each picture's placeholders as one note of how many there are."""
+    """The text of all tokens; each image's placeholders as one note of how many there are."""
     text = Text()
-    pictures = {position: index for index, (start, end) in encoded.images.items() for position in range(start, end)}
+    images = {position: index for index, (start, end) in encoded.images.items() for position in range(start, end)}
 
     def mark(position: int) -> tuple[str, int]:
-        if position in pictures:
-            return ("picture", pictures[position])
+        if position in images:
+            return ("image", images[position])
         return ("supervised" if encoded.labels[position] != IGNORE else "text", 0)
 
     for (kind, index), run in groupby(range(len(encoded.input_ids)), key=mark):
         ids = [encoded.input_ids[position] for position in run]
-        if kind == "picture":
-            text.append(f"[picture {index + 1}: {len(ids)} tokens]", style=PICTURE)
+        if kind == "image":
+            text.append(f"[image {index + 1}: {len(ids)} tokens]", style=IMAGE)
         else:
             text.append(visible(readable(tokenizer, ids)), style=SUPERVISED if kind == "supervised" else "")
     return text

@@ -23,15 +23,15 @@ class Facts:
     id: str
     source: str
     text: int
-    picture: int
+    image: int
     supervised: int
-    pictures: int
+    images: int
     rounds: int
     before: int
 
     @property
     def total(self) -> int:
-        return self.text + self.picture
+        return self.text + self.image
 
 
 class Measure:
@@ -42,14 +42,14 @@ class Measure:
 
     def __call__(self, sample: Sample) -> Facts:
         encoded, _, before = self.encoder.encode(sample)
-        picture = sum(end - start for start, end in encoded.images.values())
+        image = sum(end - start for start, end in encoded.images.values())
         return Facts(
             id=sample.id,
             source=sample.source,
-            text=len(encoded.input_ids) - picture,
-            picture=picture,
+            text=len(encoded.input_ids) - image,
+            image=image,
             supervised=encoded.supervised,
-            pictures=len(encoded.images),
+            images=len(encoded.images),
             rounds=sum(message.role == "assistant" for message in sample.messages),
             before=before,
         )
@@ -101,8 +101,7 @@ class Survey:
     def numbers(self) -> dict[str, Any]:
         """All of it for a file."""
         spread = {
-            name: quantiles(self.column(name))
-            for name in ("total", "text", "picture", "supervised", "pictures", "rounds")
+            name: quantiles(self.column(name)) for name in ("total", "text", "image", "supervised", "images", "rounds")
         }
         return {
             "read": self.read,

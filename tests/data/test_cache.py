@@ -18,7 +18,7 @@ import torch
 from data.cache import CacheError, check_identity, claim, identity
 from data.cache.build import fill
 from data.cache.identity import cache_at
-from data.cache.reader import VISUAL, CachedPictures
+from data.cache.reader import VISUAL, CachedTokens
 from data.cache.shards import Damaged, ForeignShard, Shard, Writer, key_of
 from data.cache.store import Store
 from data.commands.cache import main
@@ -89,7 +89,7 @@ def cache(place):
 
 
 def test_tokens_are_those_of_the_encoder(place, cache):
-    cached = CachedPictures(cache, frames=8)
+    cached = CachedTokens(cache, frames=8)
     for number in range(PICTURES):
         found = cached(sample(place, f"{number}.png"))
         assert torch.allclose(found.inputs[VISUAL][0], compressed(place, f"{number}.png"), atol=1e-6)
@@ -111,26 +111,26 @@ def test_the_second_time_nothing_is_computed(place, cache):
 def test_a_picture_that_is_gone_is_found_by_name_and_a_changed_one_is_not(place, cache):
     before = compressed(place, "1.png")
     (place / "1.png").unlink()
-    cached = CachedPictures(cache, frames=8)
+    cached = CachedTokens(cache, frames=8)
     assert torch.allclose(cached(sample(place, "1.png")).inputs[VISUAL][0], before, atol=1e-6)
     picture(77, (64, 32)).save(place / "1.png")
     with pytest.raises(Reject, match="not in the cache"):
         cached(sample(place, "1.png"))
     make(place, cache)
-    after = CachedPictures(cache, frames=8)(sample(place, "1.png")).inputs[VISUAL][0]
+    after = CachedTokens(cache, frames=8)(sample(place, "1.png")).inputs[VISUAL][0]
     assert torch.allclose(after, compressed(place, "1.png"), atol=1e-6)
     assert not torch.allclose(after, before, atol=1e-3)
 
 
 def test_a_picture_elsewhere_is_found_by_content(place, cache):
     shutil.copy(place / "2.png", place / "moved.png")
-    found = CachedPictures(cache, frames=8)(sample(place, "moved.png")).inputs[VISUAL][0]
+    found = CachedTokens(cache, frames=8)(sample(place, "moved.png")).inputs[VISUAL][0]
     assert torch.allclose(found, compressed(place, "2.png"), atol=1e-6)
 
 
 def test_half_the_bytes_in_bfloat16(place, cache):
     make(place, place / "half", dtype="bfloat16")
-    found = CachedPictures(place / "half", frames=8)(sample(place, "3.png")).inputs[VISUAL][0]
+    found = CachedTokens(place / "half", frames=8)(sample(place, "3.png")).inputs[VISUAL][0]
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, compressed(place, "3.png").bfloat16())
 
@@ -149,7 +149,7 @@ def test_many_processes_write_one_cache(place):
     for process in running:
         process.join()
         assert process.exitcode == 0
-    cached = CachedPictures(folder, frames=8)
+    cached = CachedTokens(folder, frames=8)
     for number in range(PICTURES):
         found = cached(sample(place, f"{number}.png")).inputs[VISUAL][0]
         assert torch.allclose(found, compressed(place, f"{number}.png"), atol=1e-6)
@@ -183,9 +183,9 @@ def test_damage_is_noticed_and_repaired(place, where):
     shard.write_bytes({"cut short": raw[: len(raw) // 2], "empty": b""}.get(where, raw))
 
     with pytest.raises(Reject, match=r"damaged cache|not in the cache"):
-        CachedPictures(folder, frames=8)(sample(place, "4.png"))
+        CachedTokens(folder, frames=8)(sample(place, "4.png"))
     assert len(make(place, folder).written) == 1
-    found = CachedPictures(folder, frames=8)(sample(place, "4.png")).inputs[VISUAL][0]
+    found = CachedTokens(folder, frames=8)(sample(place, "4.png")).inputs[VISUAL][0]
     assert torch.allclose(found, compressed(place, "4.png"), atol=1e-6)
 
 
@@ -243,7 +243,7 @@ def test_a_shard_of_another_cache_is_refused_by_name(place, cache, change):
     (foreign,) = (place / "other").glob("*.tokens")
     # Younger than the cache's own, so that its entries would be the ones that count.
     lain = shutil.copy(foreign, cache / f"9{foreign.name}")
-    for use in (lambda: CachedPictures(cache, frames=8), lambda: make(place, cache)):
+    for use in (lambda: CachedTokens(cache, frames=8), lambda: make(place, cache)):
         with pytest.raises(ForeignShard) as caught:
             use()
         assert lain in str(caught.value) if isinstance(lain, str) else lain.name in str(caught.value)
@@ -260,7 +260,7 @@ def test_a_shard_replaced_by_one_of_another_cache_under_its_own_name_is_refused(
     (foreign,), (own,) = (place / "other").glob("*.tokens"), cache.glob("*.tokens")
     shutil.copy(foreign, own)
     with pytest.raises(ForeignShard, match=own.name):
-        CachedPictures(cache, frames=8)
+        CachedTokens(cache, frames=8)
 
 
 def test_an_index_is_of_the_shards_there_are_whatever_their_names_and_sizes(tmp_path):
@@ -310,7 +310,7 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing_half_written(place,
         shutil.copy(place / "whole" / "cache.json", place / "tokens")
     capsys.readouterr()
     assert main(given) == 0
-    assert f"{PICTURES} pictures, {PICTURES} computed" in capsys.readouterr().out
+    assert f"{PICTURES} images, {PICTURES} computed" in capsys.readouterr().out
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next(place, cache):
@@ -386,7 +386,7 @@ def test_another_encoder_or_preprocessing_is_refused_by_name(place, cache):
 
 
 def test_workers_open_the_store_for_themselves(place, cache):
-    cached = CachedPictures(cache, frames=8)
+    cached = CachedTokens(cache, frames=8)
     cached(sample(place, "0.png"))
     data = pickle.dumps(cached)
     assert len(data) < 1000
@@ -424,7 +424,7 @@ def test_command_line(place, capsys):
     assert "data.cache=FOLDER" in capsys.readouterr().err
     given = ["--config", str(place / "run.yaml"), "--workers", "0", f"data.cache={place / 'cli'}"]
     assert main(given) == 0
-    assert f"{PICTURES} pictures, {PICTURES} computed" in capsys.readouterr().out
+    assert f"{PICTURES} images, {PICTURES} computed" in capsys.readouterr().out
     assert main(given) == 0
     assert f"0 computed, {PICTURES} there already" in capsys.readouterr().out
     assert main([*given, "zip.dominant=4"]) == 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data.cache.build import fill
-from data.cache.reader import VISUAL, VISUAL_VIDEO, CachedPictures
+from data.cache.reader import VISUAL, VISUAL_VIDEO, CachedTokens
 from data.dataset import build_dataset
 from data.sample import Rejection
 from tests.data import kit
@@ -62,7 +62,7 @@ def test_losses_and_gradients_are_those_from_pixels(case, tmp_path):
     )
     assert rejected == []
     pixels = build_dataset(data, processor, 0)
-    cached = build_dataset(data, processor, 0, pictures=CachedPictures(folder, data.frames))
+    cached = build_dataset(data, processor, 0, images=CachedTokens(folder, data.frames))
     found = {}
     for name, dataset in (("pixels", pixels), ("cache", cached)):
         items = [dataset[index] for index in range(len(dataset))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from data.collate import Collator, merge_pictures
+from data.collate import Collator, merge_images
 from data.sample import NO_SAMPLE, Rejection
 from data.template import IGNORE
 from tests.data import kit
@@ -59,17 +59,17 @@ def test_tiles_are_padded_and_patches_are_not():
         {"input_ids": torch.tensor([1])},
         {"pixel_values": torch.ones(2, 5, 2), "image_sizes": torch.tensor([[3, 4], [5, 6]])},
     ]
-    merged = merge_pictures(rows)
+    merged = merge_images(rows)
     assert merged["pixel_values"].shape == (3, 5, 2)
     assert merged["pixel_values"].sum(dim=(1, 2)).tolist() == [6, 10, 10]
     assert merged["image_sizes"].tolist() == [[1, 2], [3, 4], [5, 6]]
-    patches = merge_pictures([{"pixel_values": torch.ones(4, 6)}, {"pixel_values": torch.ones(8, 6)}])
+    patches = merge_images([{"pixel_values": torch.ones(4, 6)}, {"pixel_values": torch.ones(8, 6)}])
     assert patches["pixel_values"].shape == (12, 6)
 
 
 def test_visual_tokens_of_a_cache_stay_a_list():
     rows = [{"visual_tokens": [torch.zeros(3, 2)]}, {"visual_tokens": [torch.zeros(5, 2), torch.zeros(3, 2)]}]
-    assert [len(tokens) for tokens in merge_pictures(rows)["visual_tokens"]] == [3, 5, 3]
+    assert [len(tokens) for tokens in merge_images(rows)["visual_tokens"]] == [3, 5, 3]
 
 
 def test_token_types_are_made_where_the_processor_wants_them(data):
@@ -83,5 +83,5 @@ def test_token_types_are_made_where_the_processor_wants_them(data):
 
 def test_a_processor_without_a_padding_token_will_do(data):
     data.encoder.processor.tokenizer.pad_token = None
-    batch = Collator(data.encoder.processor, data.pictures)([data[0], data[1]])
+    batch = Collator(data.encoder.processor, data.images)([data[0], data[1]])
     assert batch["input_ids"].min() >= 0

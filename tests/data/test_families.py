@@ -67,7 +67,7 @@ def test_items_hold_what_the_processor_gives(case, tmp_path, count):
     data = make(case, tmp_path, processor)
     index = {1: 0, 2: 2}[count]
     item = data[index]
-    images = [data.pictures.prepared(media) for media in data.sample(index).media]
+    images = [data.images.prepared(media) for media in data.sample(index).media]
     inputs = case.process(processor, [case.prompt(count)], [images])
     for name, value in case.image_inputs(inputs).items():
         torch.testing.assert_close(item[name], torch.as_tensor(value))
@@ -86,7 +86,7 @@ def test_paligemma_is_trained_as_its_processor_does_it(tmp_path):
     path = kit.write_json(tmp_path / "a.json", [kit.record(0, "a.png", question="what is this", answer="a red circle")])
     data = kit.dataset(tmp_path, path, using=processor, template="paligemma")
     item = data[0]
-    image = data.pictures.prepared(data.sample(0).media[0])
+    image = data.images.prepared(data.sample(0).media[0])
     # The tokenizer here has no tokens for a suffix's newline and glues no words: spaces stand where a real one has none.
     expected = processor(text="<image> what is this", images=image, suffix=" a red circle ", return_tensors="pt")
     for name in ("input_ids", "token_type_ids", "labels", "pixel_values"):

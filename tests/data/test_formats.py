@@ -180,14 +180,14 @@ BAD = {
     ],
     "empty answer": [llava("a", ""), llava("a", " \n"), llava("a", "b", "c", ""), {"question": "a", "answers": []}],
     "empty question": [llava("", "b"), llava(" ", "b")],
-    "picture count": [
+    "image count": [
         llava("<image>", "b"),
         llava("<image> <image>", "b", image="a.jpg"),
         llava("<image>", "b", image=["a.jpg", "b.jpg"]),
         llava("<image>", "b", image=""),
         llava("<video> <video>", "b", image="a.jpg", video="a.mp4"),
     ],
-    "misplaced picture": [
+    "misplaced image": [
         {
             "messages": [
                 {"role": "user", "content": "a"},
@@ -207,7 +207,7 @@ BAD = {
         llava("<image>", "b", image=path)
         for path in ("../a.jpg", "x/../../a.jpg", "/etc/passwd", "/pictures2/a.jpg", "..")
     ],
-    "remote picture": [
+    "remote image": [
         llava("<image>", "b", image="https://example.org/a.jpg"),
         llava("<image>", "b", image="file:///a"),
     ],

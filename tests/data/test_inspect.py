@@ -66,8 +66,8 @@ def test_everything_is_said(folder, capsys):
         "absent.png",
         "empty conversation",
         "4.76% rejected; data.max_rejected is 0.00% and allows 0 of 42: a run would stop",
-        "[picture 1: 7 tokens]",
-        "tokens a sample",
+        "[image 1: 7 tokens]",
+        "tokens per sample",
     ):
         assert expected in out
     numbers = json.loads((folder / "out" / "inspect.json").read_text())
@@ -76,7 +76,7 @@ def test_everything_is_said(folder, capsys):
         40,
         {"file missing": 1, "empty conversation": 1},
     )
-    assert numbers["per_sample"]["picture"]["sum"] == 20 * 7
+    assert numbers["per_sample"]["image"]["sum"] == 20 * 7
     rejected = [json.loads(line) for line in (folder / "out" / "rejected.jsonl").read_text().splitlines()]
     assert sorted(rejection["index"] for rejection in rejected) == [40, 41]
     assert Image.open(folder / "out" / "inspect.png").size == (1320, 900)
@@ -94,7 +94,7 @@ def test_overrides_and_a_limit(folder, capsys):
     assert code == 0
     assert "10 read, 23.8% of an epoch" in out
     numbers = json.loads((folder / "out" / "inspect.json").read_text())
-    assert numbers["per_sample"]["picture"]["max"] == 16, "all patches"
+    assert numbers["per_sample"]["image"]["max"] == 16, "all patches"
 
 
 def test_the_numbers_are_those_of_the_items(folder):
@@ -108,9 +108,9 @@ def test_the_numbers_are_those_of_the_items(folder):
     for facts in result.facts:
         item = items[facts.id]
         assert facts.total == len(item["input_ids"])
-        assert facts.picture == int((item["input_ids"] == image).sum())
+        assert facts.image == int((item["input_ids"] == image).sum())
         assert facts.supervised == int((item["labels"] != -100).sum())
-        assert facts.pictures == len(item.get("pixel_values", ()))
+        assert facts.images == len(item.get("pixel_values", ()))
 
 
 @pytest.mark.parametrize("zip_section", ["zip: {}", ""])
@@ -221,8 +221,8 @@ def test_samples_show_what_is_supervised_and_pictures_as_notes(tmp_path):
     encoded, _, _ = data.encoder.encode(data.sample(0))
     text = coloured(data.encoder.template.tokenizer, encoded)
     styles = {text.plain[span.start : span.end]: span.style for span in text.spans if span.style}
-    assert styles == {"[picture 1: 16 tokens]": "bold magenta", " 2 cats.</s>": "bold green"}
-    assert "USER: [picture 1: 16 tokens] \nWhat is it? ASSISTANT: 2 cats.</s>" in text.plain
+    assert styles == {"[image 1: 16 tokens]": "bold magenta", " 2 cats.</s>": "bold green"}
+    assert "USER: [image 1: 16 tokens] \nWhat is it? ASSISTANT: 2 cats.</s>" in text.plain
 
 
 def test_what_records_hold_does_not_steer_the_terminal(folder, tmp_path, capsys):

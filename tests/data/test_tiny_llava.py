@@ -18,7 +18,7 @@ from data import shapes
 from scripts import make_tiny_llava as make
 from scripts.tiny_llava import SPECIALS
 
-FOLDER = Path(shapes.__file__).parent / "tiny-llava"
+FOLDER = Path(__file__).parents[2] / "data" / "tiny-llava"
 TOKENIZER = AutoProcessor.from_pretrained(FOLDER).tokenizer  # hypothesis gives a test no fixture of a module's
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data.cache.reader import VISUAL, CachedPictures
+from data.cache.reader import VISUAL, CachedTokens
 from data.commands.cache import main as make_cache
 from data.sample import Media, Sample
 from tests.train.workspace import Ranks, config_of, losses, projector, write_config
@@ -66,7 +66,7 @@ def test_budgets_of_each_pictures_own(workspace: Path, ranks: Ranks, tmp_path: P
         runs[name] = losses(tmp_path / name)
     for name, found in runs.items():
         assert found == pytest.approx(runs["pixels"], rel=1e-5), name
-    read = CachedPictures(tmp_path / "tokens", 8)
+    read = CachedTokens(tmp_path / "tokens", 8)
     kept = []
     for number in (1, 2, 3):
         found = read(Sample("", [], [Media("image", str(workspace / "images" / f"{number}.png"))]))
