@@ -21,3 +21,13 @@ def model():
 @pytest.fixture
 def processor():
     return tiny_processor()
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The matplotlib figures that are saved meanwhile, in order."""
+    from matplotlib.figure import Figure
+
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: saved.append(figure) or save(figure, *args, **options))  # fmt: skip
+    return saved

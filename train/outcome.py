@@ -40,5 +40,5 @@ def write_report(
     pictures = report.write(folder, config, scores, facts, log)
     if config.eval is not None and not config.trainer.sharded:
         with random_state.untouched():
-            pictures += report.kept_patches(folder, model, processor, config)
+            pictures += report.kept_patches(folder, model, processor, config, scores)
     return pictures

@@ -11,21 +11,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from train.report import _pyplot, _save
+from train.report_plots import standard_error
+from visionzip.analysis.style import QUIET, SERIES, entitle, legend_beside, new_figure, save, style
 
 #: A finished cell: its axes, the key of its training-free result, its folder, its results.json.
 Found = tuple[dict[str, str], str, Path, dict[str, Any]]
-
-# Okabe and Ito's palette again, and a marker each: no two series differ by colour alone.
-SERIES = (
-    ("#0072B2", "o"),
-    ("#D55E00", "s"),
-    ("#009E73", "^"),
-    ("#CC79A7", "D"),
-    ("#E69F00", "v"),
-    ("#56B4E9", "P"),
-    ("#000000", "X"),
-)
 
 
 @dataclass
@@ -69,8 +59,19 @@ def write(out: Path, cells: Sequence[Found]) -> str:
     }  # fmt: skip
     (out / "sweep.json").write_text(json.dumps(facts, indent=1) + "\n")
     (out / "sweep.md").write_text(text + "\n")
-    plot(out / "sweep.png", groups, full, of_tokens)
+    plot(out / "sweep.png", groups, full, of_tokens, questions, model_named(cells))
     return text
+
+
+def model_named(cells: Sequence[Found]) -> str:
+    """The name of the model that the cells trained, for a title; empty where no cell's config can be read."""
+    import yaml
+
+    try:
+        config = yaml.safe_load((cells[0][2] / "config.yaml").read_text(encoding="utf-8"))
+        return f"{Path(config['model']['path']).name}, "
+    except (OSError, IndexError, KeyError, TypeError, yaml.YAMLError):
+        return ""
 
 
 def grouped(cells: Sequence[Found]) -> list[Group]:
@@ -169,31 +170,47 @@ def agreement(groups: Sequence[Group]) -> list[tuple[int, float]]:
     return found
 
 
-def plot(path: Path, groups: Sequence[Group], full: float | None, of_tokens: int) -> Path:
-    """Two panels on one scale, training-free and fine-tuned; one line a series, the same colour and marker in both."""
-    plt = _pyplot()
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True)
+def plot(
+    path: Path, groups: Sequence[Group], full: float | None, of_tokens: int, questions: int, about: str = ""
+) -> Path:
+    """Two panels on one scale, training-free and fine-tuned; one line a series, the same colour and marker in both.
+
+    Lines at a point are the standard deviation over seeds where there are several, else the standard error over questions.
+    """
     labels = list(dict.fromkeys(group.label for group in groups))
-    for axes, title in zip(panels, ("training-free", "fine-tuned"), strict=True):
-        for number, label in enumerate(labels):
-            colour, marker = SERIES[number % len(SERIES)]
-            points = [g for g in groups if g.label == label and (title == "fine-tuned" or g.training_free is not None)]
-            points.sort(key=lambda group: group.tokens)
-            values = [100 * (g.fine_tuned if title == "fine-tuned" else g.training_free or 0.0) for g in points]
-            errors = [100 * (g.spread or 0.0) for g in points] if title == "fine-tuned" else None
-            axes.errorbar([g.tokens for g in points], values, yerr=errors, color=colour, marker=marker, markersize=6,
-                          linewidth=1.6, capsize=3, linestyle="-" if number < len(SERIES) else "--", label=label)  # fmt: skip
-        if full is not None:
-            axes.axhline(100 * full, color="#777777", linestyle=":", linewidth=1.2, label=f"full ({of_tokens} tokens)")
-        ticks = sorted({group.tokens for group in groups})
-        axes.set_xscale("log")
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
-        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-        axes.set(xlabel="visual tokens a picture", title=title)
-    panels[0].set_ylabel("exact match, %")
-    panels[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _save(figure, path)
+    with style():
+        figure, panels = new_figure(10.4, 4.8, ncols=2, sharey=True)
+        for axes, tuned in zip(panels, (False, True), strict=True):
+            for number, label in enumerate(labels):
+                colour, marker = SERIES[number % len(SERIES)]
+                points = [g for g in groups if g.label == label and (tuned or g.training_free is not None)]
+                points.sort(key=lambda group: group.tokens)
+                values = [g.fine_tuned if tuned else g.training_free or 0.0 for g in points]
+                spreads = [g.spread if tuned else None for g in points]
+                errors = [
+                    spread if spread is not None else standard_error(value * questions, questions)
+                    for value, spread in zip(values, spreads, strict=True)
+                ]
+                axes.errorbar([g.tokens for g in points], [100 * v for v in values], yerr=[100 * e for e in errors], color=colour,
+                              marker=marker, markersize=6, linewidth=1.6, label=label,
+                              linestyle="-" if number < len(SERIES) else "--")  # fmt: skip
+            if full is not None:
+                axes.axhline(100 * full, color=QUIET, linestyle=":", linewidth=1.4, label=f"full: {of_tokens} tokens")
+            ticks = sorted({group.tokens for group in groups})
+            axes.set_xscale("log")
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
+            axes.minorticks_off()
+            axes.set(xlabel="visual tokens per image", title="fine-tuned" if tuned else "training-free")
+        panels[0].set_ylabel("exact match, %")
+        legend_beside(figure, panels[1])
+        seeds = max((group.seeds for group in groups), default=1)
+        what = (
+            f"± standard deviation over {seeds} seeds, training-free ± standard error"
+            if seeds > 1
+            else "± one standard error"
+        )
+        entitle(figure, "Accuracy against visual tokens", f"{about}{questions:,} questions, {what}")
+        return save(figure, path)
 
 
 def log_summary(config: Any, out: Path) -> None:

@@ -280,7 +280,7 @@ def facts(rows: Sequence[Row], model: Any, **more: Any) -> dict[str, Any]:
 
 def plot(rows: Sequence[Row], where: str) -> Any:
     """Time to first token, prefill, cache and work against visual tokens, a line a batch size; first turns only."""
-    from visionzip.analysis.plots import BLUE, GREEN, ORANGE, PINK, SKY, VERMILION, new_figure
+    from visionzip.analysis.style import SERIES, entitle, new_figure, whole_ticks
 
     first = [row for row in rows if row.turn == 1]
     figure, axes = new_figure(10, 6.8, nrows=2, ncols=2)
@@ -290,16 +290,16 @@ def plot(rows: Sequence[Row], where: str) -> Any:
         ("Keys and values", "MB", lambda row: row.cache / 1e6),
         ("Work of the first forward", "GFLOP", lambda row: (row.flops or 0) / 1e9),
     )
-    looks = list(zip((BLUE, ORANGE, GREEN, VERMILION, SKY, PINK), "os^Dvp", strict=True))
     for panel, (title, unit, value) in zip(axes.flat, panels, strict=True):
         for place, batch in enumerate(sorted({row.batch for row in first})):
             points = sorted((row.visual_tokens, value(row)) for row in first if row.batch == batch)
-            colour, marker = looks[place % len(looks)]
+            colour, marker = SERIES[place % len(SERIES)]
             panel.plot(*zip(*points, strict=True), marker=marker, color=colour, linewidth=2, label=f"batch {batch}")
-        panel.set(title=title, ylabel=unit, xlabel="visual tokens a picture")
+        panel.set(title=title, ylabel=unit, xlabel="visual tokens per image")
+        whole_ticks(panel.xaxis)
         panel.set_xlim(0, 1.07 * max(row.visual_tokens for row in first))
         panel.set_ylim(0, 1.1 * max(value(row) for row in first))
     if len({row.batch for row in first}) > 1:
         figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper right", ncols=6, fontsize=10)
-    figure.suptitle(where, x=0.01, ha="left", fontsize=10)
+    entitle(figure, "Cost against visual tokens", where)
     return figure

@@ -9,7 +9,7 @@ from PIL import Image
 from tests.analysis.conftest import BAD
 from visionzip import ZipConfig, attach
 from visionzip.analysis import analyze as module
-from visionzip.analysis.analyze import LINES, analyze, summary, table
+from visionzip.analysis.analyze import LINES, analyze, summary, table, write
 from visionzip.analysis.pictures import read
 from visionzip.analysis.trace import trace
 from visionzip.cli import main
@@ -27,7 +27,7 @@ def test_the_command(model_folder, pictures, tmp_path, capsys):
     arguments = ["analyze", str(model_folder), str(pictures), "--out", str(out), "--dominant", "5", "--contextual", "3"]
     assert main(arguments) == 0
     said = capsys.readouterr()
-    assert "3 pictures, 16 patches each" in said.out
+    assert "3 images, 16 patches per image" in said.out
     assert all(f"skipped {name}: " in said.err for name in BAD)
     names = {path.name for path in out.iterdir()}
     plots = {f"{name}.png" for name in ("spread", "budget", "layers", "agreement", "layer_maps")}
@@ -38,7 +38,7 @@ def test_the_command(model_folder, pictures, tmp_path, capsys):
     facts = json.loads((out / "analysis.json").read_text())
     assert facts["skipped"].keys() == BAD.keys()
     assert main(arguments) == 0
-    assert "3 pictures were measured before" in capsys.readouterr().out
+    assert "3 images were measured before" in capsys.readouterr().out
 
 
 def test_budgets_are_those_of_the_scores(ready, pictures, tmp_path):
@@ -116,7 +116,7 @@ def test_its_own_plots_are_not_measured(model_folder, pictures, capsys):
     arguments = ["analyze", str(model_folder), str(pictures), "--dominant", "5", "--contextual", "3", "--out"]
     for _ in range(2):
         assert main([*arguments, str(pictures / "out")]) == 0
-        assert "3 pictures, 16 patches each" in capsys.readouterr().out
+        assert "3 images, 16 patches per image" in capsys.readouterr().out
     assert main([*arguments, str(pictures)]) == 2
     assert "the results would be written among the pictures in" in capsys.readouterr().err
 
@@ -126,3 +126,23 @@ def test_nothing_to_analyze(ready, tmp_path):
     (tmp_path / "in" / "a.jpg").write_text("x")
     with pytest.raises(ValueError, match="none of the 1 file"):
         analyze(ready, tmp_path / "in", tmp_path / "out", progress=False)
+
+
+def test_plots_and_table_say_the_same_numbers(ready, pictures, tmp_path, figures):
+    """The table had medians where the plot had means: 61 patches in one, 60 in the other."""
+    found = analyze(ready, pictures, tmp_path / "out", progress=False)
+    for line, budgets in zip(found.lines, ([1, 5, 9], [2, 6, 10], [9, 13, 16]), strict=True):
+        line["budgets"] = budgets
+    write(found, name="tiny")
+    curve = next(figure for figure in figures if figure.axes[0].get_xlabel().startswith("patches kept"))
+    labels = [text.get_text() for text in curve.legends[0].get_texts()]
+    lines = (tmp_path / "out" / "analysis.md").read_text().splitlines()
+    for level, patches in (("80%", 2), ("90%", 6), ("95%", 10)):
+        assert f"{level}: {patches} patches" in labels
+        assert any(line.startswith(f"| {level} | {patches} (") for line in lines)
+    ticks = [tick for figure in (curve,) for tick in figure.axes[0].get_xticks()]
+    assert all(float(tick).is_integer() for tick in ticks)
+    for figure in figures:
+        assert any(
+            "tiny, " in text.get_text() for text in figure.findobj(match=lambda artist: hasattr(artist, "get_text"))
+        )

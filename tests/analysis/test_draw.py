@@ -8,7 +8,7 @@ import pytest
 from tests.tiny import picture
 from visionzip import ZipConfig, attach
 from visionzip.analysis import draw
-from visionzip.analysis.trace import trace
+from visionzip.analysis.trace import KEPT, trace
 
 # Machado, Oliveira and Fernandes (2009), severity 1.0, on linear RGB.
 BLINDNESS = {
@@ -80,6 +80,20 @@ def test_patches_of_one_token_have_its_colour(tile):
             assert np.abs(colours[place][20, 20] - expected).max() <= 1, place
     numbers = {int(group) for group in tile.groups.flatten()}
     assert numbers >= {0, 1, 2}
+
+
+def test_kept_patches_and_targets_can_not_be_mixed_up(tile):
+    """Kept ones have the outline that they have everywhere; a target is a disc, whose frame looked like it."""
+    drawn = cells(draw.merged(tile), tile)
+    for place, group in np.ndenumerate(tile.groups.numpy()):
+        corner, ring = (
+            tuple(drawn[place][0, 0]),
+            drawn[place][60, 60 - 40],
+        )  # of 120 × 120 pixels; the disc's radius is 45
+        is_target = place[0] * tile.grid[1] + place[1] in tile.target_patches
+        assert (corner == draw.MARK) == (group == KEPT)
+        assert (set(ring.tolist()) in ({0}, {255})) == is_target
+    assert draw.MARK not in draw.GROUP_COLOURS
 
 
 def test_the_most_attended_patch_is_the_brightest(tile):

@@ -7,7 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from visionzip.analysis.plots import BLUE, GREEN, ORANGE, SKY, VERMILION, log_of_two, new_figure
+from visionzip.analysis.style import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    QUIET,
+    SKY,
+    VERMILION,
+    entitle,
+    legend_beside,
+    log_of_two,
+    new_figure,
+    whole_ticks,
+)  # fmt: skip
 
 
 def all_of(facts: dict[str, Any], maps: list[np.ndarray]) -> Iterator[tuple[str, Any]]:
@@ -17,7 +29,13 @@ def all_of(facts: dict[str, Any], maps: list[np.ndarray]) -> Iterator[tuple[str,
     yield "layers", layers(facts)
     yield "agreement", agreement(facts)
     if maps:
-        yield "layer_maps", layer_maps(maps)
+        yield "layer_maps", layer_maps(facts, maps)
+
+
+def about(facts: dict[str, Any], measured: str = "mean") -> str:
+    """The line below a title: model, budget, and over how many images."""
+    budget = f"{facts['zip']['dominant']} + {facts['zip']['contextual']}"
+    return f"{facts['name'] or facts['model']}, budget {budget}, {measured} of {facts['pictures']} images"
 
 
 def spread(facts: dict[str, Any]) -> Any:
@@ -34,8 +52,8 @@ def spread(facts: dict[str, Any]) -> Any:
             bar.set_color(VERMILION)
     above = share[centres >= 1].sum()
     log_of_two(axes)
-    axes.set(title=f"{above:.0f} % of the patches have more than the average attention",
-             xlabel="attention a patch has, in multiples of its picture's average", ylabel="patches, %")  # fmt: skip
+    axes.set(xlabel="attention a patch has, in multiples of its image's average", ylabel="patches, %")
+    entitle(figure, f"{above:.0f} % of the patches have more than the average attention", about(facts))
     return figure
 
 
@@ -47,24 +65,25 @@ def budget(facts: dict[str, Any]) -> Any:
     axes.plot(
         np.linspace(0, patches, len(curve)), curve, color=BLUE, linewidth=2.4, label="most attended patches first"
     )
-    axes.plot([0, patches], [0, 100], color=SKY, linestyle="--", linewidth=1.2, label="were all patches alike")
+    axes.plot([0, patches], [0, 100], color=QUIET, linestyle="--", linewidth=1.2, label="if all patches were alike")
     for (level, found), marker in zip(facts["budget_for"].items(), "os^", strict=True):
-        needed, held = found["patches"]["mean"], float(level.rstrip("%"))
+        needed, held = found["patches"]["median"], float(level.rstrip("%"))  # as the table has it
         axes.plot([needed, needed, 0], [0, held, held], color=ORANGE, linewidth=1, alpha=0.6)
         axes.plot(needed, held, marker, color=ORANGE, markersize=8, label=f"{level}: {needed:.0f} patches")
     if facts["held_by_budget"]:
-        kept, held = facts["kept_patches_per_tile"], 100 * facts["held_by_budget"]["mean"]
+        kept, held = facts["kept_patches_per_tile"], 100 * facts["held_by_budget"]["median"]
         axes.plot(
             kept, held, "D", color=VERMILION, markersize=8, label=f"this budget: {kept:.0f} patches hold {held:.0f}%"
         )
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=9)
-    axes.set(title=f"Attention held by a budget, mean of {facts['pictures']} pictures",
-             xlabel=f"patches kept, of {patches:.0f}", ylabel="attention held, %", ylim=(0, 103), xlim=(0, patches))  # fmt: skip
+    legend_beside(figure, axes)
+    axes.set(xlabel=f"patches kept, of {patches:.0f}", ylabel="attention held, %", ylim=(0, 103), xlim=(0, patches))
+    whole_ticks(axes.xaxis)
+    entitle(figure, "Attention held by a budget", about(facts, "curve: mean, points: median"))
     return figure
 
 
 def layers(facts: dict[str, Any]) -> Any:
-    """Concentration layer by layer (figure 5 of the paper in numbers); bands are quartiles over pictures."""
+    """Concentration layer by layer (figure 5 of the paper in numbers); bands are quartiles over images."""
     numbers = [layer["layer"] for layer in facts["layers"]]
     figure, axes = new_figure(8.6, 4.2)
     series = (
@@ -76,11 +95,10 @@ def layers(facts: dict[str, Any]) -> Any:
         values = {name: [100 * layer[key][name] for layer in facts["layers"]] for name in ("low", "median", "high")}
         axes.plot(numbers, values["median"], line, color=colour, label=label, linewidth=2, markersize=6)
         axes.fill_between(numbers, values["low"], values["high"], color=colour, alpha=0.2, linewidth=0)
-    axes.set(
-        title="Concentration by layer", xlabel="layer", ylabel="% of the attention, or of the patches", ylim=(0, 103)
-    )
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+    axes.set(xlabel="layer", ylabel="% of the attention, or of the patches", ylim=(0, 103))
+    whole_ticks(axes.xaxis)
+    legend_beside(figure, axes)
+    entitle(figure, "Concentration by layer", about(facts, "median and quartiles"))
     return figure
 
 
@@ -100,13 +118,14 @@ def agreement(facts: dict[str, Any]) -> Any:
             for column in range(count):
                 ink = "black" if matrix[row, column] > 50 else "white"
                 axes.text(column, row, f"{matrix[row, column]:.0f}", ha="center", va="center", color=ink, fontsize=10)
-    axes.set(title=f"Patches kept alike, % (by chance: {chance:.0f})", xlabel="layer", ylabel="layer")
+    axes.set(xlabel="layer", ylabel="layer")
+    entitle(figure, f"Patches that two layers both keep, % (by chance: {chance:.0f})", about(facts))
     figure.colorbar(image, ax=axes, shrink=0.85).outline.set_visible(False)
     return figure
 
 
-def layer_maps(maps: list[np.ndarray]) -> Any:
-    """The attention of every layer on one picture (figure 5 of the paper), each on its own square-root scale."""
+def layer_maps(facts: dict[str, Any], maps: list[np.ndarray]) -> Any:
+    """The attention of every layer on one image (figure 5 of the paper), each on its own square-root scale."""
     columns = min(len(maps), 6)
     rows = -(-len(maps) // columns)
     figure, axes = new_figure(1.9 * columns, 2.1 * rows + 0.4, nrows=rows, ncols=columns, squeeze=False)
@@ -115,7 +134,9 @@ def layer_maps(maps: list[np.ndarray]) -> Any:
         if place < len(maps):
             one.imshow(np.sqrt(maps[place]), cmap="cividis")
             one.set_title(f"layer {place + 1}", fontsize=10, fontweight="normal")
-    figure.suptitle(
-        "Where each layer attends, in one picture (yellow: most)", fontsize=12, fontweight="bold", x=0.01, ha="left"
+    entitle(
+        figure,
+        "Where each layer attends, in one image (yellow: most)",
+        f"{facts['name'] or facts['model']}, each layer on its own scale",
     )
     return figure

@@ -181,7 +181,7 @@ def summary(analysis: Analysis) -> dict[str, Any]:
 def table(facts: dict[str, Any]) -> str:
     """The summary as Markdown: budgets, then one line a layer."""
     lines = [
-        f"{facts['pictures']} pictures, {facts['patches_per_tile']:.0f} patches each (a tile), median and quartiles", "",
+        f"{facts['pictures']} images, {facts['patches_per_tile']:.0f} patches per image or tile; median and quartiles", "",
         "| attention held | patches needed | share of all |", "|---|---:|---:|",
     ]  # fmt: skip
     for level, found in facts["budget_for"].items():
@@ -207,18 +207,17 @@ def table(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(analysis: Analysis, theme: str = "light") -> list[Path]:
-    """``analysis.json``, ``analysis.md`` and the plots, into the folder of `analysis`."""
-    from visionzip.analysis import analysis_plots, plots
+def write(analysis: Analysis, theme: str = "light", name: str = "") -> list[Path]:
+    """``analysis.json``, ``analysis.md`` and the plots, into the folder of `analysis`. `name`: the model's, for titles."""
+    from visionzip.analysis import analysis_plots
+    from visionzip.analysis.style import save, style
 
-    facts = summary(analysis)
+    facts = {**summary(analysis), "name": name}
     folder = analysis.folder
     (folder / "analysis.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     (folder / "analysis.md").write_text(table(facts) + "\n", encoding="utf-8")
-    with plots.style(theme):
-        drawn = [
-            plots.save(figure, folder / f"{name}.png") for name, figure in analysis_plots.all_of(facts, analysis.maps)
-        ]
+    with style(theme):
+        drawn = [save(figure, folder / f"{name}.png") for name, figure in analysis_plots.all_of(facts, analysis.maps)]
     return [folder / "analysis.json", folder / "analysis.md", *drawn]
 
 

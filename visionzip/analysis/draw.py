@@ -8,38 +8,23 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from visionzip.analysis.style import BLUE, GREEN, ORANGE, PINK, SKY, THEMES, VERMILION, rgb
 from visionzip.analysis.trace import KEPT, Tile
 from visionzip.compress import DROPPED
 
-#: Okabe and Ito's palette without black and yellow, which vanish on dark and light pictures. Repeats after six groups.
-GROUP_COLOURS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0))
-MARK = (213, 94, 0)  # vermilion: outline of what is kept
+#: of merged groups; repeats after five. Black and yellow vanish on dark and light images, vermilion is what is kept.
+GROUP_COLOURS = tuple(rgb(colour) for colour in (BLUE, ORANGE, GREEN, PINK, SKY))
+MARK = rgb(VERMILION)  # outline of what is kept, in every drawing
 _CIVIDIS = np.array(
     [(0, 34, 78), (0, 46, 106), (26, 56, 111), (50, 67, 109), (67, 78, 108), (83, 90, 109),
      (97, 101, 111), (111, 112, 115), (125, 124, 120), (140, 136, 120), (155, 148, 118), (171, 160, 114),
      (188, 174, 108), (205, 187, 99), (222, 201, 88), (240, 216, 70), (254, 232, 56)], dtype=np.float32)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Background, text and quiet lines of a page or panel."""
-
-    background: tuple[int, int, int]
-    text: tuple[int, int, int]
-    quiet: tuple[int, int, int]
-
-
-THEMES = {
-    "light": Theme((255, 255, 255), (28, 32, 38), (110, 118, 129)),
-    "dark": Theme((22, 27, 34), (230, 237, 243), (145, 152, 161)),
-}
 
 
 @lru_cache
@@ -78,7 +63,7 @@ def kept(tile: Tile, side: int = 480, veil: float = 0.82) -> Image.Image:
 
 
 def merged(tile: Tile, side: int = 480, tint: float = 0.6) -> Image.Image:
-    """Patches that became one contextual token have one colour and number; its target has a thick frame. Kept ones are plain."""
+    """Patches that became one contextual token have one colour and number, its target's on a disc. Kept ones are outlined as in `kept`."""
     picture, cell = enlarged(tile, side), cell_size(tile.grid, side)
     pixels = np.asarray(picture).astype(np.float32)
     grey = np.asarray(picture.convert("L").convert("RGB")).astype(np.float32)  # all hue is a group's
@@ -101,10 +86,13 @@ def merged(tile: Tile, side: int = 480, tint: float = 0.6) -> Image.Image:
             centre = ((left + right) / 2, (top + bottom) / 2)
             ink = text_on(_mixed(picture, centre))
             if row * tile.grid[1] + column in tile.target_patches:
-                pen.rectangle((left, top, right, bottom), outline=ink, width=max(2, cell // 8))
+                radius = 0.38 * cell
+                box = (centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius)
+                pen.ellipse(box, fill=ink)
+                ink = text_on(ink)
             pen.text(centre, str(group + 1), fill=ink, font=digits, anchor="mm")
         elif group == KEPT:
-            pen.rectangle(_box(row, column, cell), outline=(255, 255, 255), width=max(1, cell // 14))
+            pen.rectangle(_box(row, column, cell), outline=MARK, width=max(1, cell // 14))
     return picture
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from visionzip.analysis import draw, page, pictures, plots
+from visionzip.analysis.style import entitle, save, style, svg
 from visionzip.analysis.trace import Tile, Trace, trace, trace_video
 from visionzip.attach import attached
 
@@ -65,7 +66,7 @@ def visualize(
     result = Result(target)
     sections = []
     for one in _bar(traces, count, progress):
-        sections.append(_section(one, folder, theme, result))
+        sections.append(_section(one, folder, theme, result, title or type(attachment.model).__name__))
     result.skipped = dict(found.skipped)
     if not sections:
         raise ValueError(f"none of the {count} file(s) at {path} is a readable picture:\n{found.summary()}")
@@ -91,10 +92,10 @@ def places(out: str | Path) -> tuple[Path, Path]:
     return target / "report.html", target / "pictures"
 
 
-def _section(one: Trace, folder: Path, theme: str, result: Result) -> str:
+def _section(one: Trace, folder: Path, theme: str, result: Result, model: str) -> str:
     """One picture: its PNGs written, its part of the page returned."""
     kind = "frame" if pictures.is_video(one.name) else "tile"
-    what = kind if len(one.tiles) > 1 else "picture"
+    what = kind if len(one.tiles) > 1 else "image"
     rows = []
     for number, tile in enumerate(one.tiles):
         drawings = views(tile)
@@ -102,19 +103,28 @@ def _section(one: Trace, folder: Path, theme: str, result: Result) -> str:
             drawings[0] = (f"{kind} {number + 1} of {len(one.tiles)}", drawings[0][1])
         stem = one.name + (f".{kind}{number + 1:02d}" if len(one.tiles) > 1 else "")
         sheet = draw.panel(
-            drawings, f"{one.name}{f', {drawings[0][0]}' if len(one.tiles) > 1 else ''}", note(tile), theme
+            drawings,
+            f"{one.name}{f', {drawings[0][0]}' if len(one.tiles) > 1 else ''}",
+            f"{model}, {note(tile)}",
+            theme,
         )
         (folder / stem).parent.mkdir(parents=True, exist_ok=True)
         sheet.save(folder / f"{stem}.kept.png")
         result.images.append(folder / f"{stem}.kept.png")
         rows.append([page.figure(caption, picture) for caption, picture in drawings])
     if one.held is not None:
-        with plots.style(theme):
-            result.images.append(plots.save(plots.histogram(one.tiles, what), folder / f"{one.name}.attention.png"))
-        with plots.style("page"):
-            drawn = [page.drawing("how the attention is spread", plots.svg(plots.histogram(one.tiles, what)))]
+        with style(theme):
+            figure = plots.histogram(one.tiles, what)
+            entitle(
+                figure,
+                "How the attention is spread",
+                f"{one.name}, {model}, {one.tokens} of {one.of_tokens} visual tokens",
+            )
+            result.images.append(save(figure, folder / f"{one.name}.attention.png"))
+        with style("page"):
+            drawn = [page.drawing("how the attention is spread", svg(plots.histogram(one.tiles, what)))]
             if len(one.tiles) == 1:
-                drawn.append(page.drawing("what a budget holds", plots.svg(plots.budget_curve(one.tiles[0]))))
+                drawn.append(page.drawing("what a budget holds", svg(plots.budget_curve(one.tiles[0]))))
             rows.append(drawn)
     held = f"{one.held:.0%}" if one.held is not None else "no scores"
     result.rows.append((one.name, str(len(one.tiles)), str(one.tokens), str(one.of_tokens), held))
@@ -129,7 +139,7 @@ def views(tile: Tile, side: int = SIDE) -> list[tuple[str, Image.Image]]:
         found.append((f"attention (yellow: {most:.1f}× average)", draw.heat(tile, side)))
     found.append((f"kept: {int(tile.kept_mask.sum())} of {tile.patches} patches", draw.kept(tile, side)))
     if len(tile.targets):
-        found.append((f"merged into {len(tile.targets)} tokens (frame: target)", draw.merged(tile, side)))
+        found.append((f"merged into {len(tile.targets)} tokens (disc: target)", draw.merged(tile, side)))
     return found
 
 

@@ -138,7 +138,7 @@ def build(looker: Looker, title: str, picture: str | None = None) -> Any:
                 with gr.Row():
                     heat = _image(gr, "Attention (yellow: most)", "heat")
                     kept = _image(gr, "Kept as they are", "kept")
-                    merged = _image(gr, "Merged (frame: target)", "merged")
+                    merged = _image(gr, "Merged (disc: target)", "merged")
                 words = gr.Markdown(elem_id="words")
         with gr.Row():
             look_at = _image(gr, "What the encoder saw: click a patch", "look")

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     pictures.find(arguments.path, results=arguments.out)  # before a model is loaded for nothing
     model, _ = _model.load(arguments)
     found = analyze(model, arguments.path, arguments.out, limit=arguments.limit)
-    files = write(found, arguments.theme)  # before anything is printed: whoever reads may have gone
+    files = write(found, arguments.theme, arguments.model)  # before anything is printed: whoever reads may have gone
     if found.resumed:
         print(f"{found.resumed} images were measured before")
     print(table(summary(found)))

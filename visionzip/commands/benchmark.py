@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from visionzip import attached
     from visionzip import benchmark as bench
-    from visionzip.analysis import pictures, plots
+    from visionzip.analysis import pictures, style
     from visionzip.budgets import parse_budgets
 
     if arguments.budgets is not None:
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--batches {arguments.batches!r} is not understood; expected numbers such as 1,8") from error
     picture = pictures.read_one(arguments.image) if arguments.image else gradient()
     if arguments.plot:
-        with plots.style(arguments.theme):
+        with style.style(arguments.theme):
             pass  # says what is missing before minutes of measuring
         if Path(arguments.plot).suffix.lower() != ".png":
             raise ValueError(f"--plot {arguments.plot}: expected the name of a PNG file")
@@ -82,8 +82,8 @@ def run(arguments: argparse.Namespace) -> None:
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump(found, file, indent=1)
     if arguments.plot:
-        with plots.style(arguments.theme):
-            plots.save(bench.plot(rows, where), arguments.plot)
+        with style.style(arguments.theme):
+            style.save(bench.plot(rows, where), arguments.plot)
 
 
 def quantized(arguments: argparse.Namespace) -> dict:
