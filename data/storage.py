@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,15 +26,24 @@ STORAGE_EXIT = 74
 """Exit code of every command where a file can't be written; `EX_IOERR` of sysexits.h."""
 
 
-def is_storage_error(error: BaseException) -> bool:
-    """Whether the disk is full or can't be written, rather than something about the call being wrong."""
-    return isinstance(error, OSError) and error.errno in STORAGE_ERRORS
+def storage_message(error: BaseException) -> str | None:
+    """The one sentence about a disk that is full or can't be written; None where that is not what is wrong.
 
-
-def storage_message(error: OSError) -> str:
-    """The one sentence about it."""
-    where = error.filename or "a file of this run"
-    return f"run ended with exit code {STORAGE_EXIT}: {where} could not be written: {error.strerror}"
+    The errors of safetensors are no OSErrors; they end in ``(os error 28)``.
+    """
+    if isinstance(error, OSError):
+        number, path = error.errno, error.filename
+    elif found := re.search(r"\(os error (\d+)\)", str(error) if type(error).__name__ == "SafetensorError" else ""):
+        number, path = int(found[1]), None
+    else:
+        return None
+    if number not in STORAGE_ERRORS:
+        return None
+    where = path or "a file of this run"
+    return (
+        f"run ended with exit code {STORAGE_EXIT}: {where} could not be written: {os.strerror(number)}. Make room, or set another "
+        "folder, and start the same command again"
+    )
 
 
 class DamagedFile(ValueError):

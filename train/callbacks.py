@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import netrc
@@ -18,7 +19,7 @@ from urllib.parse import urlparse
 from transformers import TrainerCallback
 from transformers.integrations import WandbCallback
 
-from train.config import RunConfig
+from train.config import RunConfig, to_yaml
 from train.wandb_files import logged_steps
 
 logger = logging.getLogger(__name__)
@@ -83,11 +84,9 @@ class Metrics(TrainerCallback):
         self.path = Path(path)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            keep = [line for line in read_metrics(self.path) if line.get("step", 0) <= state.global_step]
-            aside = self.path.with_name(f".{self.path.name}")
-            aside.write_text("".join(json.dumps(line) + "\n" for line in keep))
-            os.replace(aside, self.path)
+        if state.is_world_process_zero and state.global_step < state.max_steps:
+            keep = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
+            replace_text(self.path, "".join(json.dumps(line) + "\n" for line in keep))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
@@ -95,15 +94,33 @@ class Metrics(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **{k: number(v) for k, v in logs.items()}}) + "\n")
 
 
+class RecordConfig(TrainerCallback):
+    """The config in `config.yaml`, once training starts with it: what was refused, or had nothing left to train, is not recorded."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.path = config, Path(config.output_dir) / "config.yaml"
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and (state.global_step < state.max_steps or not self.path.is_file()):
+            replace_text(self.path, to_yaml(self.config))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write beside `path` and rename, so that a kill leaves the old content or the new."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Lines of a `metrics.jsonl`; one that a kill cut off is left out."""
+    """Lines of a `metrics.jsonl`, each with its `step`; one that a kill cut off, or that is damaged, is left out."""
     lines = []
     if Path(path).is_file():
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                continue
+        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                values = json.loads(line)
+                if isinstance(values, dict) and isinstance(values.get("step"), int):
+                    lines.append(values)
     return lines
 
 
@@ -163,8 +180,9 @@ class Wandb(WandbCallback):
                 self._wandb.log({**values, "train/global_step": line["step"]})
 
     def _run_id(self) -> str:
-        """The same id for every start of this run."""
-        if not self.id_file.is_file() or not self.id_file.read_text().strip():
+        """The same id for every start of this run; another one where it starts anew, or its steps would count as logged before."""
+        anew = self.run_config.trainer.resume is None
+        if anew or not self.id_file.is_file() or not self.id_file.read_text().strip():
             self.id_file.parent.mkdir(parents=True, exist_ok=True)
             self.id_file.write_text(secrets.token_hex(4))
         return self.id_file.read_text().strip()

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data.records import content_digest
 from train.cached import check_cache
+from train.callbacks import replace_text
 from train.config import ConfigError
 from train.digest import digest
 from train.doubts import doubt_answers
@@ -48,8 +50,16 @@ def evaluate_base(run: Run, base: dict[str, str]) -> dict[str, Scores]:
     if config.eval is None:
         return {}
     known = run.folder / "base_scores.json"
+    content = content_digest(config.eval.sources, config.data.cache_dir)
     key = digest(
-        [config.eval.model_dump(), config.data.template, config.model.model_dump(), config.zip.model_dump(), base]
+        [
+            config.eval.model_dump(),
+            content,
+            config.data.template,
+            config.model.model_dump(),
+            config.zip.model_dump(),
+            base,
+        ]
     )
     stored: list[Any] = [read_scores(known, key) if run.rank == 0 else None]
     if run.world_size > 1:
@@ -64,7 +74,8 @@ def evaluate_base(run: Run, base: dict[str, str]) -> dict[str, Scores]:
         scores["full"] = evaluate(run, "full tokens")
         attach(run.model, run.processor, config.zip)
     if run.rank == 0:
-        known.write_text(json.dumps({"key": key, "scores": {name: asdict(found) for name, found in scores.items()}}))
+        measured = json.loads(json.dumps({name: asdict(found) for name, found in scores.items()}))
+        replace_text(known, json.dumps({"key": key, "digest": digest(measured), "scores": measured}))
     return scores
 
 
@@ -93,14 +104,14 @@ def evaluate(run: Run, what: str) -> Scores:
 
 
 def read_scores(path: Path, key: str) -> dict[str, Scores] | None:
-    """What `evaluate_base` left in `path` under this key; None where it is not there."""
+    """What `evaluate_base` left in `path` under this key; None where it is not there, or damaged."""
     try:
         stored = json.loads(path.read_text())
-        if stored["key"] != key:
+        if stored["key"] != key or stored["digest"] != digest(stored["scores"]):
             return None
         return {
             name: Scores({k: (v[0], v[1]) for k, v in s["types"].items()}, s["answers"], s["unread"])
             for name, s in stored["scores"].items()
         }
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from data.storage import is_storage_error, storage_message
+from data.storage import storage_message
 from train.config import ConfigError
 from train.ending import Exit, RunEnded
 
@@ -27,13 +27,10 @@ def run_guarded(action: Callable[[], int]) -> int:
         return ended.code
     except KeyboardInterrupt:
         return 130
-    except OSError as error:
-        if not is_storage_error(error):
-            traceback.print_exc()
-            return Exit.ERROR
-        print(f"\n{storage_message(error)}", file=sys.stderr)
-        return Exit.STORAGE
     except Exception as error:
+        if message := storage_message(error):
+            print(f"\n{message}", file=sys.stderr)
+            return Exit.STORAGE
         if lost_peer(error):
             # Another rank has already said what is wrong; let the launcher see that one's exit code first.
             said = next(iter(str(error).splitlines()), "")

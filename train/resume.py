@@ -1,8 +1,7 @@
-"""Which checkpoint a run goes on from, and whether it is this run's."""
+"""Which checkpoint a run goes on from, the same on every rank."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +26,10 @@ class Resume:
 def find_resume(
     wanted: str | None, output_dir: str, rank: int, world_size: int, warn: Callable[[str], None]
 ) -> Resume | None:
-    """What `trainer.resume` leads to, the same on every rank. Rank 0 looks; the others are told.
+    """The checkpoint that `trainer.resume` leads to; None for a start from the beginning. Rank 0 looks; the others are told.
 
     Raises:
-        RunEnded: a checkpoint that was named explicitly is damaged.
+        RunEnded: a checkpoint that was named explicitly is damaged or not there.
     """
     answer: list[Any] = [None]
     reader = None
@@ -56,42 +55,8 @@ def _open(wanted: str | None, output_dir: str, warn: Callable[[str], None]) -> c
     if wanted == "auto":
         checkpoint.remove_leftovers(output_dir)
         path = checkpoint.find_newest_complete(output_dir, warn)
+        if path is None and checkpoint.list_checkpoints(output_dir):
+            warn(f"no complete checkpoint is left in {output_dir}: starting from the beginning")
     else:
         path = Path(wanted)
     return checkpoint.Reader(path) if path is not None else None
-
-
-def agree(resume: Resume, identity: dict[str, Any], exact: dict[str, Any]) -> list[str]:
-    """Compare a checkpoint with the run that wants to go on from it.
-
-    Args:
-        identity: must be equal (base model, ZipConfig, what trains).
-        exact: may differ, but then the continuation is not bit for bit the run that was interrupted.
-
-    Returns:
-        A line for everything that can't be kept exact.
-
-    Raises:
-        RunEnded: when an entry of `identity` differs.
-    """
-    stored = resume.progress["identity"]
-    different = [key for key, value in identity.items() if json.loads(json.dumps(value)) != stored.get(key)]
-    if different:
-        lines = "; ".join(
-            f"{key}: {shorten(stored.get(key))} there, {shorten(identity[key])} here" for key in different
-        )
-        raise RunEnded(
-            Exit.CONFIG,
-            f"{resume.path} belongs to another run ({lines}). Set another output_dir, or trainer.resume=null to start anew",
-        )
-    before = {**resume.progress, **stored}
-    return [
-        f"{key} was {shorten(before.get(key))}, is {shorten(value)}"
-        for key, value in exact.items()
-        if before.get(key) != json.loads(json.dumps(value))
-    ]
-
-
-def shorten(value: Any, limit: int = 60) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= limit else f"{text[:limit]}…"

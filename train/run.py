@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,28 +17,28 @@ from data.stream import is_streamed
 from train import report
 from train.arguments import training_arguments
 from train.build import build_model, master_precision
-from train.callbacks import Bar, Metrics, Speed, Wandb
+from train.callbacks import Bar, Metrics, RecordConfig, Speed, Wandb
+from train.checkpoint import list_checkpoints, step_of
 from train.compiled import compile_parts
 from train.config import ConfigError, RunConfig
-from train.digest import digest
 from train.doubts import doubt_loss
 from train.ending import Exit, RunEnded, StopRequest, Watchdog
 from train.evaluation import count_tokens, evaluate, evaluate_base
+from train.finished import RESULTS, find_finish, record_finish
 from train.held_out import questions_of
+from train.identity import compare, identify
 from train.launch import check_world, join_deepspeed, prepare_environment, quiet
 from train.layout import PackedRow, choose_layout, find_prefix
 from train.outcome import export, write_report
-from train.output_dir import make_output_dir
-from train.resume import Resume, agree, find_resume
+from train.output_dir import claim_output_dir
+from train.resume import Resume, find_resume
 from train.scores import Scores, describe_scores
 from train.setup import Run, build_batches, build_data
-from train.state import shape_of
 from train.trainable import choose, count
 from train.trainer import Hooks, ProjectorTrainer
 from train.wandb_page import Look, end_of_run
 from train.words import count_of
 from visionzip import attached
-from visionzip.projector import fingerprint
 
 Tokens = tuple[int, int]
 """Visual tokens of an image, compressed and full; 0 where they were not counted."""
@@ -52,14 +53,20 @@ def run(config: RunConfig) -> int:
     stop = StopRequest().install()
     try:
         args = start_process(config)
-        make_output_dir(config, args.process_index)
-        watchdog = Watchdog(config.trainer.hang_timeout, args.process_index)
-        built = build(config, args, stop, watchdog)
-        watchdog.start()
-        try:
-            return train_and_leave_behind(built)
-        finally:
-            watchdog.stop()
+        rank = args.process_index
+        with claim_output_dir(Path(config.output_dir), rank):
+            step = find_finish(config, rank, args.world_size)
+            if step is not None:
+                if rank == 0:
+                    tell_finished(config, step)
+                return Exit.DONE
+            watchdog = Watchdog(config.trainer.hang_timeout, rank)
+            built = build(config, args, stop, watchdog)
+            watchdog.start()
+            try:
+                return train_and_leave_behind(built)
+            finally:
+                watchdog.stop()
     finally:
         stop.remove()
 
@@ -68,16 +75,17 @@ def train_and_leave_behind(run: Run) -> int:
     """A built run to its end; returns the exit code."""
     dataset = build_data(run)
     tokens = count_tokens(run)
-    identity, exact = identify(run, dataset)
-    resume = find_start(run, identity, exact)
+    identity = identify(run, size_of(dataset))
+    resume = find_start(run, identity)
     wandb = start_wandb(run, tokens)
-    rejects = open_rejects(run, dataset, resume, exact["global_batch"]) if run.rank == 0 else None
+    rejects = open_rejects(run, dataset, resume, identity["global_batch"]) if run.rank == 0 else None
     scores: dict[str, Scores] = {}
     hooks = Hooks(
         records=partial(note_rejected, run, rejects),
         before_training=lambda trainer: scores.update(evaluate_base(run, identity["base"])),
         extra_logs=Speed(*tokens),
-        identity={**identity, **exact},
+        say=run.say,
+        identity=identity,
     )
     trainer = build_trainer(run, dataset, tokens[0], hooks, resume, wandb)
     announce(run, trainer, dataset, tokens)
@@ -137,38 +145,22 @@ def build(config: RunConfig, args: Any, stop: StopRequest, watchdog: Watchdog) -
     return Run(config, args, model, processor, trains, stop, watchdog)
 
 
-def identify(run: Run, dataset: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a checkpoint must have been made with to be resumed, and what it must have been made with to be resumed bit for bit."""
-    config, args = run.config, run.args
-    named = dict(run.model.named_parameters())
-    identity = {
-        "base": {part: digest(values) for part, values in fingerprint(run.model).items()},
-        "zip": config.zip.model_dump(),
-        "trains": digest([(name, list(shape_of(named[name]))) for name in run.trains]),
-    }
-    exact = {
-        "data": digest([config.data.model_dump(), size_of(dataset), *distill_options(config).items()]),
-        "loss": config.train.loss,
-        "seed": config.seed,
-        "global_batch": args.per_device_train_batch_size * run.world_size * args.gradient_accumulation_steps,
-        "zero": config.trainer.deepspeed,
-    }
-    return identity, exact
+def find_start(run: Run, identity: dict[str, Any]) -> Resume | None:
+    """The checkpoint that the run goes on from, if there is one; says so.
 
-
-def find_start(run: Run, identity: dict[str, Any], exact: dict[str, Any]) -> Resume | None:
-    """The checkpoint that the run goes on from, if there is one; says so."""
+    Raises:
+        RunEnded: it is of another run, or of settings that can't change.
+    """
     resume = find_resume(run.config.trainer.resume, str(run.folder), run.rank, run.world_size, run.say)
-    if resume is None:
-        return None
-    inexact = agree(resume, identity, {**exact, "world_size": run.world_size})
-    run.say(f"resuming from {resume.path} (step {resume.progress['step']} of {resume.progress['max_steps']})")
-    if 0 < run.args.max_steps < resume.progress["step"]:
-        run.say(
-            f"  trainer.max_steps={run.args.max_steps} is behind it: nothing is trained, its projector is what is exported"
-        )
-    for line in inexact:
-        run.say(f"  not bit for bit the interrupted run: {line}")
+    if resume is not None:
+        inexact = compare(resume, identity)
+        run.say(f"resuming from {resume.path} (step {resume.progress['step']} of {resume.progress['max_steps']})")
+        for line in inexact:
+            run.say(f"  not bit for bit the interrupted run: {line}")
+    start = resume.progress["step"] if resume is not None else 0
+    later = [path.name for path in list_checkpoints(run.folder) if step_of(path) > start] if run.rank == 0 else []
+    if later:
+        run.say(f"  {', '.join(later)} in {run.folder} will be deleted when this run saves its first checkpoint")
     return resume
 
 
@@ -197,7 +189,7 @@ def build_trainer(
         hooks=hooks,
         resume=resume,
         data_timeout=chosen.data_timeout or chosen.hang_timeout,
-        callbacks=[Bar(), Metrics(run.folder / "metrics.jsonl"), *wandb_callbacks(run, wandb)],
+        callbacks=[RecordConfig(config), Bar(), Metrics(run.folder / "metrics.jsonl"), *wandb_callbacks(run, wandb)],
     )
 
 
@@ -239,6 +231,18 @@ def wandb_callbacks(run: Run, wandb: Wandb | None) -> list[Any]:
 
 
 # Tell
+
+
+def tell_finished(config: RunConfig, step: int) -> None:
+    """What is printed in place of a run."""
+    folder = Path(config.output_dir)
+    found = [f"{name}: {folder / name}" for name in RESULTS if (folder / name).is_dir()]
+    print(
+        f"resuming from {folder / f'checkpoint-{step}'} (step {step} of {step}): this run is finished, nothing is trained or written. "
+        f"trainer.resume=null trains anew\n{'; '.join(found)}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def announce(run: Run, trainer: ProjectorTrainer, dataset: Any, tokens: Tokens) -> None:
@@ -335,6 +339,7 @@ def leave_behind(
     if run.rank == 0:
         pictures = write_report(run.model, run.processor, run.config, scores, facts, trainer.state.log_history)
         show(run, result, scores, tokens, pictures, wandb)
+        record_finish(run.config, trainer.state.global_step)
     if run.world_size > 1:
         dist.barrier()
 

@@ -1,35 +1,28 @@
-"""The Trainer: what a step's loss is divided by, what is saved, and how a run goes on where another stopped."""
+"""The Trainer: where its batches come from, what a step's loss is divided by, and when a step ends the run."""
 
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PrinterCallback, Trainer, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
+from transformers import PrinterCallback
 
 from data.cache.reader import VISUAL, VISUAL_VIDEO
 from data.collate import ANSWER_KEYS
-from train import checkpoint, random_state
 from train.cached import short_prompts
 from train.distill import Teacher
 from train.ending import Exit, RunEnded, StopRequest, Watchdog
 from train.labels import supervised
 from train.layout import Layout
 from train.loss import DEFAULT, LOSSES, PADDED, summed_loss
+from train.resumable import ResumableTrainer
 from train.resume import Resume
-from train.state import MasterState, shape_of
-from train.trainable import check
 from visionzip.attach import unwrap
 from visionzip.families import Family, family_for
 
@@ -52,15 +45,24 @@ class Totals:
 
 @dataclass
 class Hooks:
-    """What the program hangs into the training loop."""
+    """What the run does at points of the training loop.
+
+    Attributes:
+        records: told, on rank 0, of rejected records and of how many were read.
+        before_training: called once, with the model wrapped but nothing restored, so that the base model can be evaluated.
+        extra_logs: what is logged beside the loss.
+        say: prints a line on rank 0.
+        identity: what a checkpoint must agree with to be resumed (`train.identity`).
+    """
 
     records: Callable[[list[dict[str, Any]], int], None] = lambda rejected, read: None
     before_training: Callable[[Any], None] = lambda trainer: None
     extra_logs: Callable[[Totals], dict[str, float]] = lambda totals: {}
+    say: Callable[[str], None] = lambda text: None
     identity: dict[str, Any] = field(default_factory=dict)
 
 
-class ProjectorTrainer(Trainer):
+class ProjectorTrainer(ResumableTrainer):
     """Trains an attached model whose trainable names were chosen (`train.trainable.choose`).
 
     Args:
@@ -69,7 +71,6 @@ class ProjectorTrainer(Trainer):
         layout: how the samples of a micro-batch are laid out for the model.
         loss: name of one of `train.loss.LOSSES`.
         distill: `temperature` and `weight` of a `train.distill.Teacher`, for data that brings its answers.
-        hooks.identity: what a checkpoint must agree with to be resumed (base model, ZipConfig, data …).
     """
 
     def __init__(
@@ -90,21 +91,23 @@ class ProjectorTrainer(Trainer):
         distill: dict[str, float] | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
-        self.trains = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.batches, self.stop, self.watchdog, self.hooks, self.resume = batches, stop, watchdog, hooks, resume
+        self.batches, self.samples = batches, train_dataset
+        self.stop, self.hooks = stop, hooks
         self.data_timeout, self.layout, self.loss = data_timeout, layout, LOSSES[loss]
         self.distill = distill or {}
         self.family, self.totals = family_for(unwrap(model)), Totals()
         self.stopping = False
-        self.samples: Any = train_dataset
-        self.plain, self.folder = model, str(args.output_dir)
         super().__init__(
             model=model,
             args=args,
+            watchdog=watchdog,
+            identity=hooks.identity,
+            before_training=hooks.before_training,
+            say=hooks.say,
+            resume=resume,
             train_dataset=train_dataset,
             data_collator=collator,
             callbacks=callbacks,
-            optimizer_cls_and_kwargs=offloaded_adam(args),
         )
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True
@@ -132,9 +135,19 @@ class ProjectorTrainer(Trainer):
         )
 
     def _run_epoch(self, **kwargs: Any) -> Any:  # type: ignore[override]
+        if self.state.global_step >= self.state.max_steps:  # resumed from the end: the Trainer would take one more step
+            self.control.should_training_stop = True
+            return
         if self.batches is not None:
             self.batches.set_epoch(kwargs["epoch"])  # type: ignore[attr-defined]
-        return super()._run_epoch(**kwargs)
+        super()._run_epoch(**kwargs)
+
+    def skip_batches(self, step: int) -> None:
+        """A stream skips what was seen without decoding it; the loop then counts from `step` to max_steps."""
+        if self.batches is None:
+            self.args.ignore_data_skip = True
+            seen = step * self.args.gradient_accumulation_steps
+            self.samples.skip_batches(seen, self.args.per_device_train_batch_size)
 
     # The step
 
@@ -240,178 +253,12 @@ class ProjectorTrainer(Trainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.state.global_step == self._initial_global_step:
+            return  # the summary of a start that had nothing left to train
         if "loss" in logs:
             logs.update(self.hooks.extra_logs(self.totals))
             self.totals = Totals()
         super().log(logs, start_time)
-
-    # Start, save, go on
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """Wrap the model without the Trainer's own loading: the base model is whole at that point and can be evaluated."""
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        check(self.plain, set(self.trains))
-        self.masters = MasterState(self.plain, self.model_wrapped, self.optimizer)
-        self.hooks.before_training(self)
-        if self.resume is not None:
-            self._restore(self.resume, max_steps)
-        return prepared
-
-    def train_or_resume(self) -> Any:
-        """`train`, from `resume` where there is one.
-
-        The Trainer reads its state from a directory on every rank; it gets one of this process's own.
-        """
-        if self.resume is None:
-            return self.train()
-        if self.batches is None:
-            # A stream skips what was seen without decoding it; the loop then counts from there to max_steps.
-            self.args.ignore_data_skip = True
-            seen = self.resume.progress["step"] * self.args.gradient_accumulation_steps
-            self.samples.skip_batches(seen, self.args.per_device_train_batch_size)
-        with tempfile.TemporaryDirectory() as directory:
-            (Path(directory) / TRAINER_STATE_NAME).write_text(self.resume.trainer_state)
-            return self.train(resume_from_checkpoint=directory)
-
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """`_restore` does this, after the model is wrapped."""
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.resume is not None:
-            mine = self._scatter_random_states(self.resume)
-            if mine is not None:
-                random_state.restore(mine)
-
-    def _scatter_random_states(self, resume: Resume) -> dict[str, Tensor] | None:
-        if resume.progress["world_size"] != self.args.world_size:
-            return None
-        states: list[Any] = [None]
-        if resume.reader is not None:
-            states[0] = resume.reader.random_states()
-        if self.args.world_size > 1:
-            dist.broadcast_object_list(states, src=0)
-        prefix = f"{self.args.process_index}/"
-        return {name.removeprefix(prefix): t for name, t in states[0].items() if name.startswith(prefix)}
-
-    def _restore(self, resume: Resume, max_steps: int) -> None:
-        reader = resume.reader
-
-        def whole(name: str) -> Tensor:
-            self.watchdog.beat(f"loading {name} of {resume.path}")
-            target = self.masters.parameters[name.split("/", 1)[1]]
-            device = self.args.device
-            value = reader.tensor(name).to(device) if reader else torch.empty(shape_of(target), device=device)
-            if self.args.world_size > 1:
-                dist.broadcast(value, src=0)
-            return value
-
-        self.masters.load(whole, resume.progress["optimizer_step"])
-        schedule: Any = self.lr_scheduler
-        schedule.load_state_dict(fit_groups(resume.progress["schedule"], len(self.masters.inner.param_groups)))
-        for group, rate in zip(self.masters.inner.param_groups, schedule.get_last_lr(), strict=False):
-            group["lr"] = rate
-        if self.is_deepspeed_enabled:
-            for name, value in resume.progress.get("engine", {}).items():
-                setattr(self.model_wrapped, name, value)
-
-    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
-        """Every rank hands over its share, rank 0 writes. See train/checkpoint.py."""
-        self.store_flos()
-        states: list[Any] = [None] * self.args.world_size
-        if self.args.world_size > 1:
-            dist.gather_object(random_state.capture(), states if self.is_world_process_zero() else None, dst=0)
-        else:
-            states[0] = random_state.capture()
-        beat = lambda: self.watchdog.beat(f"writing checkpoint-{self.state.global_step}")  # noqa: E731
-        writer = None
-        try:
-            if self.is_world_process_zero():
-                writer = checkpoint.Writer(self.folder, self.state.global_step, beat)
-            for name, value in self.masters.tensors():
-                beat()
-                if not torch.isfinite(value).all():  # ZeRO-0 in float32 tells no norm of the gradient
-                    raise RunEnded(
-                        Exit.NOT_FINITE,
-                        f"{name} is not finite at step {self.state.global_step}, which is not saved. Lower trainer.learning_rate",
-                    )
-                if writer is not None:
-                    writer.tensor(name, value)
-            if writer is not None:
-                self._write_rest(writer, states)
-                writer.commit()
-                checkpoint.rotate(self.folder, self.state.global_step, self.args.save_total_limit)
-        except RunEnded:
-            if writer is not None:
-                writer.abandon()
-            raise
-        except OSError as error:
-            if writer is not None:
-                writer.abandon()
-            raise RunEnded(
-                Exit.STORAGE,
-                f"checkpoint-{self.state.global_step} could not be written to {self.folder}: {error.strerror or error}. "
-                "The last complete checkpoint is untouched; make room or set output_dir, and start the same command again",
-            ) from error
-        if self.args.world_size > 1:
-            dist.barrier()
-
-    def _write_rest(self, writer: checkpoint.Writer, states: list[dict[str, Tensor]]) -> None:
-        tensors = {f"{rank}/{name}": t for rank, state in enumerate(states) for name, t in state.items()}
-        writer.file("random.safetensors", checkpoint.as_bytes(tensors))
-        for callback in (c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)):
-            states_of: Any = self.state.stateful_callbacks
-            states_of[type(callback).__name__] = callback.state()
-        writer.file(TRAINER_STATE_NAME, trainer_state_json(self.state))
-        engine = self.model_wrapped if self.is_deepspeed_enabled else None
-        writer.json(
-            "progress.json",
-            {
-                "step": self.state.global_step,
-                "epoch": self.state.epoch,
-                "max_steps": self.state.max_steps,
-                "optimizer_step": self.masters.step(),
-                "schedule": self.lr_scheduler.state_dict() if self.lr_scheduler else {},
-                "layout": self.masters.layout,
-                "world_size": self.args.world_size,
-                "batch": [self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps],
-                "engine": {name: getattr(engine, name) for name in ENGINE_COUNTERS} if engine is not None else {},
-                "identity": self.hooks.identity,
-            },
-        )
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """What was trained is exported by `train.run`; frozen weights are never written."""
-
-
-def offloaded_adam(args: Any) -> tuple[Any, dict[str, Any]] | None:
-    """DeepSpeed's vectorised Adam where the optimizer lives in CPU memory, with the Trainer's own parameter groups.
-
-    An `optimizer` section in the DeepSpeed config would put all parameters into one group and decay biases too.
-    """
-    plugin = getattr(args, "hf_deepspeed_config", None)
-    if plugin is None or "optimizer" in plugin.config or not plugin.is_offload():
-        return None
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    if not plugin.config["zero_optimization"].get("offload_optimizer"):
-        return None
-    betas = (args.adam_beta1, args.adam_beta2)
-    return DeepSpeedCPUAdam, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
-
-
-def fit_groups(schedule: dict[str, Any], groups: int) -> dict[str, Any]:
-    """A schedule's state for another number of parameter groups: DeepSpeed drops empty ones. All have the same learning rate."""
-    return {key: value[:1] * groups if isinstance(value, list) else value for key, value in schedule.items()}
-
-
-ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-
-
-def trainer_state_json(state: TrainerState) -> bytes:
-    with tempfile.TemporaryDirectory() as directory:
-        path = os.path.join(directory, TRAINER_STATE_NAME)
-        state.save_to_json(path)
-        return Path(path).read_bytes()
 
 
 def images_in(family: Family, batch: dict[str, Any]) -> int:

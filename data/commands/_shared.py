@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from data.config_file import ConfigError
-from data.storage import STORAGE_EXIT, is_storage_error, storage_message
+from data.storage import STORAGE_EXIT, storage_message
 
 
 def start(command: Any, program: str, arguments: Sequence[str] | None) -> int:
@@ -52,8 +52,8 @@ def run_guarded(program: str, action: Callable[[], int]) -> int:
     except ConfigError as error:
         print(f"config error: {error}", file=sys.stderr)
     except OSError as error:
-        if is_storage_error(error):
-            print(f"\n{storage_message(error)}", file=sys.stderr)
+        if message := storage_message(error):
+            print(f"\n{message}", file=sys.stderr)
             return STORAGE_EXIT
         said = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         print(f"{program}: {said}", file=sys.stderr)

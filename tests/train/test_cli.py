@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from safetensors import SafetensorError
 from torch.distributed import DistBackendError
 
 from train import guard
@@ -22,12 +23,14 @@ OWN = (
 )
 
 
-def said(error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+def said(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, code: Exit = Exit.ERROR
+) -> str:
     def fail() -> int:
         raise error
 
     monkeypatch.setattr(guard.time, "sleep", lambda seconds: None)
-    assert guard.run_guarded(fail) == Exit.ERROR
+    assert guard.run_guarded(fail) == code
     return capsys.readouterr().err
 
 
@@ -47,3 +50,14 @@ def test_an_error_of_nccl_that_is_our_own(
     assert "unexpected error" in found
     assert "Traceback" in found
     assert text in found
+
+
+def test_a_full_disk_under_a_library_that_has_errors_of_its_own(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`save_pretrained` writes through safetensors."""
+    error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    said_of = said(error, capsys, monkeypatch, Exit.STORAGE)
+    assert "run ended with exit code 74: a file of this run could not be written: No space left on device" in said_of
+    assert "Traceback" not in said_of
+    assert "Traceback" in said(SafetensorError("Error while deserializing header"), capsys, monkeypatch)

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from tests.train.workspace import Ranks, config_of, equal, losses, projector
+from train.callbacks import read_metrics
 
 
 def saving(workspace: Path, output: Path, stage: str = "zero2", **changes: Any) -> dict[str, Any]:
@@ -123,6 +125,121 @@ def test_a_finished_run_started_again_trains_no_further(workspace: Path, ranks: 
     assert equal(before, projector(tmp_path / "run"))
     assert len(losses(tmp_path / "run")) == 6
     assert "max_steps=3 is behind it" in ranks.run({**config, "trainer": {**config["trainer"], "max_steps": 3}})
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """File → time of change and bytes."""
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.launch
+def test_from_the_last_checkpoint_nothing_is_trained(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """Four steps end within an epoch of three; the constant rate would show one step more."""
+    output = tmp_path / "run"
+    config = saving(workspace, output, trainer__max_steps=4, trainer__lr_scheduler_type="constant")
+    ranks.run(config)
+    expected, metrics = projector(output), (output / "metrics.jsonl").read_bytes()
+    shutil.rmtree(output / "projector")
+    saved = contents(output / "checkpoint-4")
+    said = ranks.run(config)
+    assert "it is the last step: nothing is trained, its weights are exported" in said
+    assert equal(projector(output), expected)
+    assert (output / "metrics.jsonl").read_bytes() == metrics
+    assert sorted(p.name for p in output.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert contents(output / "checkpoint-4") == saved
+    before = contents(output)
+    said = ranks.run(config)
+    assert "(step 4 of 4): this run is finished, nothing is trained or written" in said
+    assert contents(output) == before
+    (output / "projector" / "projector.safetensors").write_bytes(b"")
+    ranks.run(config)
+    assert equal(projector(output), expected), "an export that is not complete is made again"
+    changed = {
+        **config,
+        "eval": {"sources": [{"path": str(workspace / "heldout.json"), "images": str(workspace / "images")}]},
+    }
+    assert "training_free" in json.loads(_evaluated(ranks, changed))["scores"], (
+        "another config is not what was finished"
+    )
+    assert equal(projector(output), expected)
+
+
+def _evaluated(ranks: Ranks, config: dict[str, Any]) -> str:
+    ranks.run(config)
+    return (Path(config["output_dir"]) / "base_scores.json").read_text()
+
+
+SETTINGS = {
+    "trainer__learning_rate": (2e-2, "trainer.learning_rate was 0.01, is 0.02"),
+    "trainer__lr_scheduler_type": ("constant", 'trainer.lr_scheduler_type was "cosine", is "constant"'),
+    "trainer__warmup_steps": (2, "trainer.warmup_steps was 0, is 2"),
+    "trainer__weight_decay": (0.1, "trainer.weight_decay was 0.0, is 0.1"),
+    "trainer__max_grad_norm": (0.5, "trainer.max_grad_norm was 1.0, is 0.5"),
+    "trainer__adam_beta2": (0.95, "trainer.adam_beta2 was 0.999, is 0.95"),
+    "train__lora": ({"on": ["llm"], "alpha": 8}, "train.lora.alpha was 32, is 8"),
+}
+
+
+@pytest.mark.launch
+def test_settings_that_can_not_change_are_refused_with_both_values(
+    workspace: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """They were ignored, or took effect unsaid, and `config.yaml` recorded them."""
+    output = tmp_path / "run"
+    base = {"trainer__max_steps": 4, "train__lora": {"on": ["llm"], "alpha": 32}}
+    ranks.run(saving(workspace, output, **base), world=1)
+    before = contents(output)
+    for key, (value, says) in SETTINGS.items():
+        ranks.start(saving(workspace, output, **{**base, "trainer__max_steps": 6, key: value}), world=1)
+        assert ranks.wait() == [2], key
+        said = ranks.output()
+        assert (
+            f"checkpoint-4 was trained with other settings, which can't change on resume: {says}. Set them back" in said
+        )
+        assert contents(output) == before, "neither config.yaml nor anything else"
+
+
+@pytest.mark.launch
+def test_a_longer_run_follows_the_schedule_of_its_new_length(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
+    linear = {"trainer__lr_scheduler_type": "linear"}
+    longer = saving(workspace, tmp_path / "run", trainer__max_steps=8, **linear)
+    ranks.run(saving(workspace, tmp_path / "run", trainer__max_steps=4, **linear))
+    said = ranks.run(longer, saving(workspace, tmp_path / "whole", trainer__max_steps=8, **linear))
+    assert "max_steps was 4, is 8: the learning rate now follows a schedule of 8 steps" in said
+    rates = [line["learning_rate"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    whole = [line["learning_rate"] for line in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "loss" in line]
+    assert rates[4:] == whole[4:], "from the first step on"
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["max_steps"] == 8
+
+
+@pytest.mark.launch
+def test_what_takes_effect_is_named(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """Other records behind the same path in the same number, another length, another seed."""
+    rows = json.loads((workspace / "train.json").read_text())
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    source = [{"path": str(tmp_path / "mine.json"), "images": str(workspace / "images")}]
+    config = saving(workspace, tmp_path / "run", data__sources=source, trainer__max_steps=2)
+    ranks.run(config, world=1)
+    rows[0]["conversations"][1]["value"] = "another answer"
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    config["data"]["max_length"] = 100
+    said = ranks.run({**config, "seed": 3, "trainer": {**config["trainer"], "max_steps": 4}}, world=1)
+    for line in ("content.mine was", "data.max_length was 128, is 100", "seed was 0, is 3"):
+        assert f"not bit for bit the interrupted run: {line}" in said
+
+
+@pytest.mark.launch
+def test_a_run_that_starts_anew_leaves_no_checkpoint_of_the_one_before(
+    workspace: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """They pushed its own ones out, being later, and the next start went on from them."""
+    config = saving(workspace, tmp_path / "run", trainer__save_total_limit=2)
+    ranks.run(config)
+    anew = {**config, "seed": 5, "trainer": {**config["trainer"], "resume": None, "max_steps": 2}}
+    said = ranks.run(anew)
+    assert "checkpoint-4, checkpoint-6 in" in said
+    assert "will be deleted when this run saves its first checkpoint" in said
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 @pytest.mark.launch

@@ -20,6 +20,7 @@ from tests.train.workspace import (
     config_of,
     environment,
     equal,
+    launch,
     losses,
     projector,
     train_script,
@@ -209,6 +210,54 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(workspace: Path
     assert not any(output.glob(".writing*"))
     ranks.run(config)
     assert (output / "checkpoint-4").is_dir()
+
+
+@pytest.mark.launch
+def test_a_full_disk_at_the_end_is_said_in_a_sentence_and_the_export_follows(
+    workspace: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """safetensors has errors of its own kind, which ended in a traceback and exit code 1."""
+    output = tmp_path / "run"
+    config = endless(workspace, output, trainer__max_steps=4)
+    ranks.start(config, killed_before_export=True, grace=0.0)
+    assert -signal.SIGKILL in ranks.wait()
+    ranks.start(config, file_limit=12_000)
+    assert 74 in ranks.wait()
+    said = ranks.output()
+    file = output / "projector" / "projector.safetensors"
+    assert f"run ended with exit code 74: {file} could not be written: File too large. Make room" in said
+    assert "Traceback" not in said
+    assert not file.exists()
+    ranks.run(config)
+    ranks.run(endless(workspace, tmp_path / "never", trainer__max_steps=4))
+    assert equal(projector(output), projector(tmp_path / "never"))
+
+
+@pytest.mark.launch
+def test_a_kill_between_the_last_checkpoint_and_the_export_costs_nothing(
+    workspace: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """A constant rate: another step, which was taken each time, would change the projector."""
+    output = tmp_path / "run"
+    config = endless(workspace, output, trainer__max_steps=4)
+    ranks.run(endless(workspace, tmp_path / "never", trainer__max_steps=4))
+    for _ in range(3):
+        ranks.start(config, killed_before_export=True, grace=0.0)
+        assert -signal.SIGKILL in ranks.wait()
+        assert [path.name for path in checkpoint.list_checkpoints(output)] == ["checkpoint-2", "checkpoint-4"]
+    ranks.run(config)
+    assert equal(projector(output), projector(tmp_path / "never"))
+    assert losses(output) == losses(tmp_path / "never")
+
+
+@pytest.mark.launch
+def test_a_start_that_fails_leaves_nothing_behind(workspace: Path, tmp_path: Path) -> None:
+    """Neither `.running` nor `config.yaml`; and DeepSpeed does not announce its extensions before the mistake."""
+    gone = config_of(workspace, tmp_path / "run", model__path=str(tmp_path / "nowhere"))
+    done = launch(gone, expect=2)
+    assert "config error: model" in done.stderr
+    assert "built successfully" not in done.stdout + done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.launch

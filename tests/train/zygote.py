@@ -69,6 +69,10 @@ def rank(request: dict[str, Any], number: int, port: int) -> None:
             return loss if next(calls) < request["bad_gradient"] else loss + (loss * 0).sqrt()
 
         trainer.summed_loss = bad
+    if request.get("killed_before_export"):
+        from train import run as program
+
+        program.export = lambda *given, **named: os.kill(os.getpid(), signal.SIGKILL)
     from train import callbacks
     from train.config import load_config
     from train.guard import run_guarded
