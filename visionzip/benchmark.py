@@ -21,13 +21,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from visionzip.analysis.ask import Stopwatch, prompt
-from visionzip.analysis.trace import to_model
+from visionzip.analysis.ask import Stopwatch
 from visionzip.attach import attach, attached, detach, unwrap
 from visionzip.budgets import ALL, format_budget
 from visionzip.config import ZipConfig
 from visionzip.families import family_for
+from visionzip.inputs import batch_prompts, prompt_inputs, to_model
 from visionzip.intercept import Interceptions
+from visionzip.prompts import question, usual_template
 
 QUESTIONS = ("Describe the picture.", "What else is there?", "And what colour is it?")
 
@@ -131,9 +132,8 @@ class _Case:
     runs: list[list[dict[str, Any]]] = field(default_factory=list)
 
     def prepare(self, model: Any, processor: Any, picture: Image.Image) -> None:
-        texts, images = [prompt(processor, QUESTIONS[0])] * self.batch, [picture] * self.batch
-        inputs = dict(processor(text=texts, images=images, return_tensors="pt", padding=True))
-        inputs.pop("labels", None)  # PaliGemma's processor makes some
+        row = prompt_inputs(usual_template(processor), [question(QUESTIONS[0])], [picture])
+        inputs = batch_prompts(processor, [row] * self.batch)
         self.inputs = to_model(model, inputs)
         token = unwrap(
             model

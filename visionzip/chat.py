@@ -1,6 +1,6 @@
 """A conversation with a compressed model that keeps its KV cache: a picture is encoded and prefilled once, however long it goes on.
 
-Every turn the whole conversation is rendered by the processor's template and compared with what the cache holds; what they have in
+Every turn the whole conversation is rendered as in training (`visionzip.prompts`) and compared with what the cache holds; what they have in
 common is not computed again. So the prompt is always what the template makes of it, whatever a tokenizer does at the seams.
 """
 
@@ -18,9 +18,9 @@ from transformers import TextStreamer
 from visionzip.attach import Attachment, attach, attached, detach, unwrap
 from visionzip.config import ZipConfig
 from visionzip.images import prepare_image
+from visionzip.inputs import ImageInputs, merge_image_inputs, process_images, to_model
+from visionzip.prompts import Message, Slot, usual_template
 from visionzip.shorten import keep_of_each
-
-ROLES = {"user": "USER", "assistant": "ASSISTANT"}
 
 
 @dataclass
@@ -55,19 +55,21 @@ class Chat:
     processor: Any
     max_new_tokens: int = 512
     temperature: float = 0.0
-    messages: list[dict[str, Any]] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
     pictures: list[Any] = field(default_factory=list)
     waiting: list[Any] = field(default_factory=list)
     _cache: Any = None
     _held: Tensor | None = None  # ids of what the cache holds, (L,)
     _counted: dict[int, tuple[int, int]] = field(default_factory=dict)
     _encoded: dict[int, tuple[int, list[Any]]] = field(default_factory=dict)
+    _inputs: dict[int, ImageInputs] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         attachment = attached(self.model)
         if attachment is None:
             raise ValueError("nothing is attached to this model; load it with visionzip.load, or attach it first")
         self.config, self.family = attachment.config, attachment.family
+        self._template = usual_template(self.processor)
 
     def show(self, picture: Any) -> None:
         """Put a picture (PIL) before the next question; nothing of it is cut off."""
@@ -75,7 +77,7 @@ class Chat:
 
     def reset(self) -> None:
         """Forget the conversation and its pictures."""
-        self.messages, self.pictures, self.waiting, self._counted, self._encoded = [], [], [], {}, {}
+        self.messages, self.pictures, self.waiting, self._counted, self._encoded, self._inputs = [], [], [], {}, {}, {}
         self._forget()
 
     def budget(self, config: ZipConfig | None) -> None:
@@ -89,7 +91,7 @@ class Chat:
         else:
             attach(unwrap(self.model), self.processor, config)
             self.config = config
-        self._counted, self._encoded = {}, {}
+        self._counted, self._encoded, self._inputs = {}, {}, {}
         self._forget()
 
     def ask(self, question: str, write: Callable[[str], None] = lambda text: None) -> Turn:
@@ -105,11 +107,10 @@ class Chat:
             raise ValueError(
                 f"{self.processor.image_token} stands for a picture and can't be part of a question; show one first"
             )
-        content = [{"type": "image"} for _ in self.waiting] + [{"type": "text", "text": question}]
-        messages = [*self.messages, {"role": "user", "content": content}]
         pictures = [*self.pictures, *self.waiting]
-        inputs = self._inputs(self._render(messages), pictures)
-        ids = self._fitted(inputs["input_ids"][0], pictures)
+        shown: list[str | Slot] = [Slot("image", index) for index in range(len(self.pictures), len(pictures))]
+        messages = [*self.messages, Message("user", [*shown, f"\n{question}" if shown else question])]
+        ids = self._fitted(self._prompt(messages, pictures), pictures)
         self._check_length(len(ids))
         counts = [self._count(picture) for picture in pictures]
         known, old = self._common(ids, [now for now, _ in counts])
@@ -136,12 +137,12 @@ class Chat:
         except BaseException as error:
             self._forget()  # what the cache holds now is not known
             if isinstance(error, KeyboardInterrupt):
-                self._said(messages, pictures, streamer.text)
+                self._keep(messages, pictures, streamer.text)
             raise
         self._cache = output.past_key_values
         self._held = output.sequences[0][: self._length()]
         arrived = len(self.waiting)
-        self._said(messages, pictures, streamer.text)
+        self._keep(messages, pictures, streamer.text)
         end = time.perf_counter()
         return Turn(
             text=streamer.text,
@@ -154,35 +155,25 @@ class Chat:
             tokens=output.sequences.shape[1] - len(ids),
         )
 
-    def _said(self, messages: list[dict[str, Any]], pictures: list[Any], answer: str) -> None:
-        text = [{"type": "text", "text": answer.strip()}]
-        self.messages, self.pictures, self.waiting = [*messages, {"role": "assistant", "content": text}], pictures, []
+    def _keep(self, messages: list[Message], pictures: list[Any], answer: str) -> None:
+        self.messages = [*messages, Message("assistant", [answer.strip()])]
+        self.pictures, self.waiting = pictures, []
 
-    def _render(self, messages: list[dict[str, Any]]) -> str:
-        if getattr(self.processor, "chat_template", None):
-            return self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        # LLaVA-1.5's own way of asking, for a processor that has none
-        parts = []
-        for message in messages:
-            marks = [self.processor.image_token + "\n" for part in message["content"] if part["type"] == "image"]
-            text = [part["text"] for part in message["content"] if part["type"] == "text"]
-            parts.append(f"{ROLES[message['role']]}: {''.join(marks)}{' '.join(text)}")
-        return " ".join([*parts, "ASSISTANT:"])
+    def _prompt(self, messages: list[Message], pictures: list[Any]) -> Tensor:
+        """``(L,)`` ids of a conversation up to where the model is to answer."""
+        placeholders = ["".join(self._processed(picture).placeholders) for picture in pictures]
+        return torch.tensor(self._template.prompt(messages, placeholders), device=self.model.device)
 
-    def _inputs(self, text: str, pictures: list[Any]) -> Any:
-        start = self.processor.tokenizer.bos_token
-        inputs = self.processor(
-            text=text,
-            images=pictures or None,
-            return_tensors="pt",
-            add_special_tokens=not (start and text.startswith(start)),
-        )
-        return self._moved(inputs)
+    def _processed(self, picture: Any) -> ImageInputs:
+        """One image through the image processor, and its placeholders; done once a budget."""
+        if id(picture) not in self._inputs:
+            self._inputs[id(picture)] = process_images(self.processor, [picture])
+        return self._inputs[id(picture)]
 
     def _pixels(self, pictures: list[Any]) -> dict[str, Any]:
         """The model's inputs of some pictures alone."""
-        made = self.processor(text=self.processor.image_token * len(pictures), images=pictures, return_tensors="pt")
-        return self.family.image_inputs(self._moved(made))
+        merged = merge_image_inputs([self._processed(picture).inputs for picture in pictures])
+        return to_model(unwrap(self.model), self.family.image_inputs(merged))
 
     def _visual(self, pictures: list[Any]) -> dict[str, Any]:
         """What ``generate`` takes for some pictures: pixels, or their tokens where these were needed before."""
@@ -215,9 +206,6 @@ class Chat:
         kept = [self._kept(picture) for picture in pictures]
         counts = [sum(map(len, tokens)) for _, tokens in kept]
         return ids[keep_of_each(ids[None], self.family.image_token_id, [written for written, _ in kept], counts)[0]]
-
-    def _moved(self, inputs: Any) -> Any:
-        return inputs.to(self.model.device, dtype=self.model.dtype)
 
     def _count(self, picture: Any) -> tuple[int, int]:
         """(tokens now, tokens of the untouched model) of one picture, all its tiles together."""

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from visionzip.images import ImageError
+from visionzip.images import ImageError, PadImages, prepare_image
+from visionzip.prompts import BaseTemplate, Message
 
 Frames = list[Image.Image]
 
@@ -96,6 +97,41 @@ def text_inputs(processor: Any, ids: list[int], answers: Tensor | None = None) -
         marks = torch.zeros(len(ids), dtype=torch.long) if answers is None else answers.long()
         inputs["token_type_ids"] = marks.cummax(0).values if len(ids) else marks
     return inputs
+
+
+def prompt_inputs(
+    template: BaseTemplate,
+    messages: Sequence[Message],
+    images: Sequence[Image.Image | Frames] = (),
+    pad_images: PadImages = "auto",
+) -> dict[str, Any]:
+    """One prompt, up to where the model is to answer the last message: ``input_ids`` (L,), token types and image inputs.
+
+    Args:
+        messages: their slots count over `images`.
+        pad_images: as `ZipConfig.pad_images`.
+
+    Raises:
+        ImageError, PromptError: for an image, or a conversation, that can't be used.
+    """
+    processor = template.processor
+
+    def prepared(image: Image.Image) -> Image.Image:
+        return prepare_image(image, processor, pad_images)
+
+    shown = process_images(
+        processor, [list(map(prepared, each)) if isinstance(each, list) else prepared(each) for each in images]
+    )
+    return {**text_inputs(processor, template.prompt(messages, shown.placeholders)), **shown.inputs}
+
+
+def to_model(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Tensors on the model's device, floating-point ones in its dtype."""
+    device, dtype = model.device, model.dtype
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }
 
 
 def _adds_token_type_ids(processor: Any) -> bool:

@@ -5,17 +5,17 @@ lmms-eval finds this file through the entry point ``lmms_eval.models`` of the in
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
 from PIL import Image
 
-from visionzip.attach import attached, detach
+from visionzip.attach import attach, attached, detach
 from visionzip.config import ZipConfig
 from visionzip.export.card import budget_words
-from visionzip.images import prepare_image
+from visionzip.inputs import batch_prompts, prompt_inputs, to_model
 from visionzip.loading import load
+from visionzip.prompts import Message, Slot, get_template, question, template_names, usual_template
 
 try:
     from lmms_eval.api.model import lmms
@@ -24,11 +24,7 @@ except ImportError as error:
         "visionzip.lmms is a model for lmms-eval, which is not installed here; docs/evaluation.md says how to install it"
     ) from error
 
-IMAGE = "<image>"  # how lmms-eval's tasks mark a picture's place in a question
-SYSTEM = (
-    "A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the human's questions."
-)
+IMAGE = "<image>"  # how lmms-eval's tasks mark the place of an image in a question
 PASSED_ON = ("temperature", "top_p", "num_beams", "max_new_tokens")
 
 
@@ -47,8 +43,8 @@ class VisionZip(lmms):
         dominant, contextual, selector, merge, layer: what to keep; default: what a projector was trained with.
         full: true runs the same model and projector with all tokens, the reference the paper's shares are taken of.
         base: the model a projector belongs to, where that is not the one it names.
-        template: ``chat``, the processor's own; ``llava_v1``, what LLaVA-1.5 (and the paper) was evaluated with.
-        pad: pad pictures to squares where the processor would crop them (default), as LLaVA and the training here do.
+        template: ``chat``, the processor's own; ``llava_v1``, what LLaVA-1.5 (and the paper) was evaluated with, token by token.
+        pad_images: as `ZipConfig.pad_images`; default: what a projector was trained with, else where the processor would crop.
         dtype, device, attn_implementation: as in ``from_pretrained``.
     """
 
@@ -65,7 +61,7 @@ class VisionZip(lmms):
         full: bool = False,
         base: str | None = None,
         template: str = "chat",
-        pad: bool = True,
+        pad_images: bool | str | None = None,
         dtype: str = "auto",
         device: str | None = None,
         batch_size: int | str = 1,
@@ -76,8 +72,8 @@ class VisionZip(lmms):
         names = {name: value for name, value in unknown.items() if name not in ("max_batch_size",)}
         if names:
             raise ValueError(f"--model_args: {', '.join(names)} not known; known: {ARGUMENTS}")
-        if template not in ("chat", "llava_v1"):
-            raise ValueError(f"--model_args: template={template}; expected chat or llava_v1")
+        if template not in template_names():
+            raise ValueError(f"--model_args: template={template}; expected one of {', '.join(template_names())}")
         self.accelerator = _accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         asked = {"dominant": dominant, "contextual": contextual, "selector": selector, "merge": merge, "layer": layer}
@@ -88,12 +84,20 @@ class VisionZip(lmms):
         self.model, self.processor = load(pretrained, self.device, dtype, config=config, base=base, **more)
         attachment = attached(self.model)
         assert attachment is not None
+        if pad_images is not None:
+            config = ZipConfig.model_validate({**attachment.config.model_dump(), "pad_images": pad_images})
+            attach(self.model, self.processor, config)
+            attachment = attached(self.model)
+            assert attachment is not None
+        self.pad_images = attachment.config.pad_images
         self.budget = "all visual tokens" if full else budget_words(attachment.config)
         if full:
             detach(self.model)
-        self.template, self.pad = template, pad
+        if template == "chat":  # or what stands in for it where the processor has none
+            self.template = usual_template(self.processor)
+        else:
+            self.template = get_template(template, self.processor)
         self.batch_size = int(batch_size)
-        self.processor.tokenizer.padding_side = "left"
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Answers in the order of `requests`; those with the same settings share batches."""
@@ -117,55 +121,38 @@ class VisionZip(lmms):
 
     def _answer(self, requests: list[Any]) -> list[str]:
         settings = dict(requests[0].args[1])
-        texts, pictures = [], []
+        rows = []
         for request in requests:
-            question, _, doc_to_visual, doc_id, task, split = request.args
-            shown = [self._picture(visual) for visual in doc_to_visual(self.task_dict[task][split][doc_id]) or []]
-            texts.append(self._prompt(question, len(shown)))
-            pictures.append(shown)
-        start = self.processor.tokenizer.bos_token
-        inputs = self.processor(
-            text=texts,
-            images=[shown for shown in pictures if shown] or None,
-            padding=True,
-            return_tensors="pt",
-            add_special_tokens=not (start and texts[0].startswith(start)),
-        ).to(self.device, dtype=self.model.dtype)
+            text, _, doc_to_visual, doc_id, task, split = request.args
+            rows.append(self._row(text, doc_to_visual(self.task_dict[task][split][doc_id]) or []))
+        inputs = to_model(self.model, batch_prompts(self.processor, rows))
         with torch.inference_mode():
             output = self.model.generate(**inputs, **sampling(settings))
         new = output[:, inputs["input_ids"].shape[1] :]
         return [cut(text, settings.get("until")) for text in self.processor.batch_decode(new, skip_special_tokens=True)]
 
-    def _picture(self, visual: Any) -> Image.Image:
-        if not isinstance(visual, Image.Image):
-            raise ValueError(f"this model answers about pictures; the task gave a {type(visual).__name__}")
-        picture = visual.convert("RGB")
-        return prepare_image(picture, self.processor, "auto" if self.pad else False)
-
-    def _prompt(self, question: str, pictures: int) -> str:
-        parts = parts_of(question, pictures)
-        if self.template == "chat" and getattr(self.processor, "chat_template", None):
-            return self.processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
-        mark = self.processor.image_token
-        first = mark + "\n" if parts[0]["type"] == "image" else ""
-        text = "".join(mark if part["type"] == "image" else part["text"] for part in parts[1 if first else 0 :])
-        return f"{SYSTEM} USER: {first}{text} ASSISTANT:"
+    def _row(self, text: str, visuals: list[Any]) -> dict[str, Any]:
+        """A question's ``input_ids`` (L,), and the image inputs of what it shows."""
+        for visual in visuals:
+            if not isinstance(visual, Image.Image):
+                raise ValueError(f"this model answers questions about images; the task gave a {type(visual).__name__}")
+        message = message_of(text, len(visuals))
+        return prompt_inputs(self.template, [message], visuals, self.pad_images)
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether it is what the model would say."""
         found = []
         for request in requests:
-            question, target, doc_to_visual, doc_id, task, split = request.args
+            text, target, doc_to_visual, doc_id, task, split = request.args
             doc = self.task_dict[task][split][doc_id]
-            shown = [self._picture(visual) for visual in doc_to_visual(doc) or []]
             answer = target(doc) if callable(target) else target
-            inputs = self.processor(text=self._prompt(question, len(shown)), images=shown or None, return_tensors="pt")
+            inputs = batch_prompts(self.processor, [self._row(text, doc_to_visual(doc) or [])])
             ids = self.processor.tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
             inputs["input_ids"] = torch.cat((inputs["input_ids"], ids), dim=1)
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
             inputs.pop("mm_token_type_ids", None)
             with torch.inference_mode():
-                logits = self.model(**inputs.to(self.device, dtype=self.model.dtype)).logits[0, -ids.shape[1] - 1 : -1]
+                logits = self.model(**to_model(self.model, inputs)).logits[0, -ids.shape[1] - 1 : -1]
             scores, wanted = logits.float().log_softmax(dim=-1), ids[0].to(self.device)
             likelihood = float(scores.gather(1, wanted[:, None]).sum())
             found.append((likelihood, bool((scores.argmax(dim=-1) == wanted).all())))
@@ -180,7 +167,7 @@ class VisionZip(lmms):
         raise NotImplementedError("tasks of several rounds are not supported by --model visionzip")
 
 
-ARGUMENTS = "pretrained, dominant, contextual, selector, merge, layer, full, base, template, pad, dtype, device, attn_implementation"
+ARGUMENTS = "pretrained, dominant, contextual, selector, merge, layer, full, base, template, pad_images, dtype, device, attn_implementation"
 
 
 def _accelerator() -> Any:
@@ -190,16 +177,15 @@ def _accelerator() -> Any:
     return Accelerator(cpu=not torch.cuda.is_available())
 
 
-def parts_of(question: str, pictures: int) -> list[dict[str, str]]:
-    """A question as parts of a message: pictures where it marks them if it marks them all, else in front."""
-    pieces = re.split(re.escape(IMAGE), question)
-    text = [{"type": "text", "text": piece} for piece in pieces]
-    if len(pieces) - 1 != pictures:
-        return [{"type": "image"}] * pictures + [{"type": "text", "text": question.replace(IMAGE, "").strip()}]
-    parts = [text[0]]
-    for piece in text[1:]:
-        parts += [{"type": "image"}, piece]
-    return [part for part in parts if part["type"] == "image" or part["text"].strip()] or [text[0]]
+def message_of(text: str, images: int) -> Message:
+    """A task's question: images where it marks them if it marks them all, else in front."""
+    pieces = text.split(IMAGE)
+    if len(pieces) - 1 != images:
+        return question(text.replace(IMAGE, "").strip(), images)
+    parts: list[str | Slot] = [pieces[0]]
+    for index, piece in enumerate(pieces[1:]):
+        parts += [Slot("image", index), piece]
+    return Message("user", [part for part in parts if isinstance(part, Slot) or part.strip()] or [pieces[0]])
 
 
 def sampling(settings: dict[str, Any]) -> dict[str, Any]:

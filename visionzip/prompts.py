@@ -307,3 +307,8 @@ def get_template(name: str, processor: Any) -> BaseTemplate:
 def usual_template(processor: Any) -> BaseTemplate:
     """The processor's own chat template, or LLaVA-1.5's conversation for a processor that has none."""
     return get_template("chat" if getattr(processor, "chat_template", None) else "llava_v1", processor)
+
+
+def question(text: str, images: int = 1) -> Message:
+    """A user's turn that shows the first `images` images of a conversation, then asks."""
+    return Message("user", [*(Slot("image", index) for index in range(images)), f"\n{text}" if images else text])

@@ -8,8 +8,12 @@ from tests.tiny import picture, tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, attached, detach
 from visionzip.chat import Chat
 from visionzip.cli import main
+from visionzip.inputs import batch_prompts, prompt_inputs
+from visionzip.prompts import usual_template
+from visionzip.templates import llava_v1
 
 BUDGET = ZipConfig(dominant=5, contextual=3)
+SYSTEM = len(llava_v1.SYSTEM.split())  # the tiny processor has no chat template: it is asked as LLaVA is
 
 
 @pytest.fixture
@@ -29,7 +33,8 @@ def encoded(chat, monkeypatch):
 
 def anew(chat):
     """The last answer, from the whole conversation at once without any cache."""
-    inputs = chat._inputs(chat._render(chat.messages[:-1]), chat.pictures)
+    row = prompt_inputs(usual_template(chat.processor), chat.messages[:-1], chat.pictures)
+    inputs = batch_prompts(chat.processor, [row])
     with torch.no_grad():
         output = chat.model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=False, suppress_tokens=[4])
     ids = output[0, inputs["input_ids"].shape[1] :]
@@ -41,7 +46,7 @@ def test_turns_reuse_the_cache_and_answer_as_if_computed_anew(chat, encoded):
     first = chat.ask("what is this")
     assert (first.text, encoded) == (anew(chat), [1, 1])  # once by the chat, once by the check
     assert first.pictures == [(8, 16)]
-    assert first.prefilled == first.prompt == 1 + 1 + 8 + 3 + 1
+    assert first.prefilled == first.prompt == 1 + SYSTEM + 1 + 8 + 3 + 1
     encoded.clear()
 
     second = chat.ask("is this red")
@@ -58,7 +63,7 @@ def test_turns_reuse_the_cache_and_answer_as_if_computed_anew(chat, encoded):
     assert third.text == anew(chat)
     assert third.pictures == [(8, 16), (8, 16)]
     assert third.prompt - third.prefilled >= second.prompt  # all that was there before
-    assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 3
+    assert [message.role for message in chat.messages] == ["user", "assistant"] * 3
 
 
 def test_text_arrives_as_it_is_made(chat):
@@ -111,7 +116,7 @@ def test_reset(chat):
     chat.show(picture(1))
     chat.reset()
     turn = chat.ask("what")
-    assert (turn.prompt, turn.encoded, len(chat.messages)) == (4, 0, 2)
+    assert (turn.prompt, turn.encoded, len(chat.messages)) == (4 + SYSTEM, 0, 2)
 
 
 def test_an_interrupted_answer(chat):
@@ -125,7 +130,7 @@ def test_an_interrupted_answer(chat):
 
     with pytest.raises(KeyboardInterrupt):
         chat.ask("what is this", stop)
-    assert chat.messages[-1]["content"][0]["text"] == "".join(said).strip()
+    assert chat.messages[-1].text == "".join(said).strip()
     turn = chat.ask("is this red")
     assert turn.text == anew(chat)
     assert turn.encoded == 1
@@ -170,7 +175,7 @@ class TestTerminal:
         code, printed = talk("what is this", "/budget 12", "what", "/reset", "how many", arguments=["--image", "a.png"])
         assert code == 0
         assert "8 visual tokens (5 dominant + 3 contextual) a picture. /help says" in printed.out
-        assert "picture: 8 of 16 tokens · prompt 14 tokens · first token after" in printed.out
+        assert f"picture: 8 of 16 tokens · prompt {14 + SYSTEM} tokens · first token after" in printed.out
         assert (
             "12 visual tokens (10 dominant + 2 contextual) a picture; the pictures so far are read anew." in printed.out
         )

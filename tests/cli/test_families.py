@@ -7,6 +7,7 @@ from tests.families.case import cases, picture
 from visionzip import attach, save
 from visionzip.chat import Chat
 from visionzip.export import load_into, read
+from visionzip.inputs import batch_prompts, text_inputs
 from visionzip.projector import projector_state
 
 CASES = cases()
@@ -31,7 +32,8 @@ def test_three_turns_with_two_pictures(family):
     assert [turn.encoded for turn in (first, second, third)] == [1, 0, new]
     assert second.prefilled < second.prompt - first.pictures[0][0]
     assert first.pictures[0][0] < first.pictures[0][1]
-    inputs = chat._inputs(chat._render(chat.messages[:-1]), chat.pictures)
+    row = text_inputs(processor, chat._prompt(chat.messages[:-1], chat.pictures).tolist())
+    inputs = {**batch_prompts(processor, [row]), **chat._pixels(chat.pictures)}
     with torch.no_grad():
         anew = model.generate(
             **inputs, max_new_tokens=3, do_sample=False, use_cache=False, suppress_tokens=chat.family.placeholder_ids

@@ -82,8 +82,8 @@ def test_its_command_line(projector, tmp_path, capsys):
     for row in rows:
         doc = asked[row["doc_id"]]
         text = (
-            "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-            f"and polite answers to the human's questions. USER: <image>\n{doc['question']} ASSISTANT:"
+            "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+            f"and polite answers to the user's questions. USER: <image>\n{doc['question']} ASSISTANT:"
         )
         inputs = processor(text=text, images=doc["image"], return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
@@ -136,7 +136,7 @@ class TestPlugIn:
         ("arguments", "message"),
         [
             ({"budget": 64}, "budget not known; known: pretrained, dominant"),
-            ({"template": "v2"}, "template=v2; expected chat or llava_v1"),
+            ({"template": "v2"}, "template=v2; expected one of chat, llava_v1"),
             ({"dominant": 6, "contextual": 2}, "trained for something else"),
         ],
     )
@@ -146,24 +146,50 @@ class TestPlugIn:
 
     def test_no_video(self, model):
         model.task_dict = {"task": {"test": [["film.mp4"]]}}
-        with pytest.raises(ValueError, match="answers about pictures; the task gave a str"):
+        with pytest.raises(ValueError, match="answers questions about images; the task gave a str"):
             model.generate_until([request("what", [])])
 
     def test_prompts(self, lmms, model):
-        model.processor.chat_template = (
-            "{% for m in messages %}{% for p in m.content %}[{{ p.type }}]{% endfor %}{% endfor %}"
-        )
-        assert model._prompt("a <image> b", 1) == "[text][image][text]"
-        assert model._prompt("a <image> b", 2) == "[image][image][text]"
-        assert model._prompt("a b", 0) == "[text]"
-        model.template = "llava_v1"
-        assert model._prompt("what?", 1).endswith(" questions. USER: <image>\nwhat? ASSISTANT:")
-        assert model._prompt("a <image> b <image>", 2).endswith(" questions. USER: a <image> b <image> ASSISTANT:")
+        def render(question, images):
+            return model.template.render([lmms.message_of(question, images)], ["<image>"] * images)
 
-    def test_nothing_of_a_picture_is_cut_off(self, lmms, model, projector):
-        wide = Image.new("RGB", (30, 10), "white")
-        assert model._picture(wide).size == (30, 30)
-        assert lmms.VisionZip(pretrained=str(projector), device="cpu", pad=False)._picture(wide).size == (30, 10)
+        assert render("what?", 1).startswith("A chat between a curious user and")
+        assert render("what?", 1).endswith(" questions. USER: <image>\nwhat? ASSISTANT:")
+        assert render("a <image> b <image>", 2).endswith(" questions. USER: a <image> b <image> ASSISTANT:")
+        assert render("a <image> b", 2).endswith(" questions. USER: <image><image>\na  b ASSISTANT:")
+        model.processor.chat_template = (
+            "{% for m in messages %}{% for p in m.content %}"
+            "{% if p.type == 'image' %}<image>{% else %}[{{ p.text }}]{% endif %}{% endfor %}{% endfor %}"
+        )
+        model.template = lmms.usual_template(model.processor)
+        assert render("a <image> b", 1) == "[a ]<image>[ b]"
+        assert render("a b", 0) == "[a b]"
+        assert render("a b", 2) == "<image><image>[a b]"
+
+    def test_ids_are_those_llavas_own_evaluation_gives(self, lmms, model):
+        """LLaVA tokenizes what stands before and behind an image on its own, so a `▁` comes before the newline behind it."""
+        from tests.data import kit
+
+        model.processor = kit.processor()
+        model.template = lmms.get_template("llava_v1", model.processor)
+        row = model._row("What colour is the bus?", [picture(0)])
+        tokenizer = model.processor.tokenizer
+        before, behind = model.template.render([lmms.question("What colour is the bus?")], ["<image>"]).split("<image>")
+        expected = [1, *(tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, behind))]
+        image = tokenizer.convert_tokens_to_ids("<image>")
+        assert row["input_ids"].tolist() == [1, *expected[1], *[image] * kit.PLACEHOLDERS, *expected[2]]
+        assert tokenizer.convert_ids_to_tokens(expected[2][0]) == "▁"
+
+    def test_nothing_of_an_image_is_cut_off(self, lmms, model, projector):
+        wide, square = Image.new("RGB", (30, 10), "white"), Image.new("RGB", (30, 30), "white")
+        cropping = lmms.VisionZip(pretrained=str(projector), device="cpu", pad_images=False)
+        found = [made._row("what", [image])["pixel_values"] for made in (model, cropping) for image in (wide, square)]
+        padded, of_square, cropped, same_square = found
+        assert torch.equal(cropped, of_square)
+        assert torch.equal(same_square, of_square)
+        assert not torch.equal(padded, of_square)
+        whole = lmms.VisionZip(pretrained=str(projector), device="cpu", full=True)
+        assert torch.equal(whole._row("what", [wide])["pixel_values"], padded), "with all tokens, too"
 
     def test_settings(self, lmms):
         assert lmms.sampling({"max_new_tokens": 4, "temperature": 0, "top_p": 0.5, "until": ["x"]}) == {

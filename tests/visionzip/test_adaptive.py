@@ -22,6 +22,8 @@ from visionzip.cli import main
 from visionzip.compress import compress
 from visionzip.config import Adaptive
 from visionzip.families.tiles import pack_each, pack_picture
+from visionzip.inputs import batch_prompts, prompt_inputs
+from visionzip.prompts import usual_template
 from visionzip.selectors import Features
 
 IMAGE = 4
@@ -368,7 +370,8 @@ def test_a_chat_keeps_its_cache_and_encodes_each_picture_once(model, processor):
         encoded.clear()
         turn = chat.ask(question)
         assert encoded == [1] * len(pictures)
-        whole = chat._inputs(chat._render(chat.messages[:-1]), chat.pictures)
+        row = prompt_inputs(usual_template(processor), chat.messages[:-1], chat.pictures)
+        whole = batch_prompts(processor, [row])
         assert turn.text == processor.tokenizer.decode(
             answer(model, whole, suppress_tokens=[IMAGE])[0], skip_special_tokens=True
         )

@@ -93,7 +93,7 @@ def content_of(path: Path) -> str:
 
 def measure(attachment: Attachment, name: str, picture: Any) -> dict[str, Any]:
     """Everything that is known of one picture; lists are by layer, tiles are averaged."""
-    layers = attention_by_layer(attachment, image_inputs(attachment.processor, picture))
+    layers = attention_by_layer(attachment, image_inputs(attachment.processor, picture, attachment.config.pad_images))
     traced = trace(attachment.model, picture, name=name)
     chosen = _scores(traced)
     keep = [int(tile.kept_mask.sum()) for tile in traced.tiles]
@@ -128,7 +128,7 @@ def measure(attachment: Attachment, name: str, picture: Any) -> dict[str, Any]:
 
 def layer_maps(attachment: Attachment, picture: Any) -> list[np.ndarray]:
     """The attention of each layer on the patches of a picture (its first tile), ``(rows, columns)``, where it has such a shape."""
-    inputs = image_inputs(attachment.processor, picture)
+    inputs = image_inputs(attachment.processor, picture, attachment.config.pad_images)
     layers = attention_by_layer(attachment, inputs)
     grid = trace(attachment.model, picture).tiles[0].grid
     count = layers[0].shape[1]

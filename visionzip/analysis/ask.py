@@ -11,7 +11,10 @@ from PIL import Image
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from visionzip.analysis.trace import to_model
+from visionzip.attach import attached
+from visionzip.images import PadImages
+from visionzip.inputs import batch_prompts, prompt_inputs, to_model
+from visionzip.prompts import question, usual_template
 
 
 @dataclass(frozen=True)
@@ -59,24 +62,25 @@ class Stopwatch(BaseStreamer):
         return self.times[-1] - self.start if self.times else 0.0
 
 
-def prompt(processor: Any, question: str) -> str:
-    """The text of one turn with one picture, laid out as the model's own chat template says."""
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return f"USER: {getattr(processor, 'image_token', '<image>')}\n{question} ASSISTANT:"
-
-
 def ask(
     model: Any,
     processor: Any,
-    picture: Image.Image,
-    question: str,
+    image: Image.Image,
+    text: str,
     *,
     max_new_tokens: int = 128,
+    pad_images: PadImages | None = None,
 ) -> Answer:
-    """Answer greedily."""
-    inputs = to_model(model, dict(processor(text=prompt(processor, question), images=[picture], return_tensors="pt")))
+    """Answer one question about one image greedily, asked as the processor's chat template says.
+
+    Args:
+        pad_images: None: as the attached model's `ZipConfig` says, or ``"auto"`` where nothing is attached.
+    """
+    if pad_images is None:
+        attachment = attached(model)
+        pad_images = attachment.config.pad_images if attachment else "auto"
+    row = prompt_inputs(usual_template(processor), [question(text)], [image], pad_images)
+    inputs = to_model(model, batch_prompts(processor, [row]))
     tokenizer = getattr(processor, "tokenizer", processor)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     watch = Stopwatch(model.device)

@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from visionzip.adaptive import calibrate, held, needed
-from visionzip.analysis.trace import image_inputs, to_model
+from visionzip.analysis.trace import image_inputs
 from visionzip.attach import Attachment
 from visionzip.compress import listening
 from visionzip.config import Adaptive, ZipConfig
-from visionzip.images import prepare_image
+from visionzip.inputs import to_model
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def calibrated(
     found: list[Tensor] = []
     with listening(lambda features, _: found.append(held(features, adaptive.measure, dominant - features.cls).cpu())):
         for picture in pictures:
-            inputs = to_model(model, image_inputs(processor, prepare_image(picture, processor, config.pad_images)))
+            inputs = to_model(model, image_inputs(processor, picture, config.pad_images))
             family.compress(plain, **inputs)
     if not found:
         raise ValueError("there is no readable picture to calibrate on")

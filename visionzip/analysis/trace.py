@@ -19,6 +19,8 @@ from visionzip.attach import Attachment, attached
 from visionzip.compress import DROPPED, Compressed, compress, listening
 from visionzip.config import ZipConfig
 from visionzip.families import Family
+from visionzip.images import PadImages, prepare_image
+from visionzip.inputs import process_images, to_model
 from visionzip.selectors import Features
 
 KEPT = -2
@@ -120,7 +122,9 @@ def trace(model: Any, picture: Image.Image, processor: Any = None, name: str = "
         ValueError: for a model nothing is attached to, or without a processor.
     """
     attachment, processor = _parts(model, processor)
-    return _traced(attachment, processor, image_inputs(processor, picture), [picture], name)
+    return _traced(
+        attachment, processor, image_inputs(processor, picture, attachment.config.pad_images), [picture], name
+    )
 
 
 def trace_video(model: Any, frames: Sequence[Image.Image], processor: Any = None, name: str = "") -> Trace:
@@ -145,19 +149,9 @@ def trace_inputs(attachment: Attachment, processor: Any, inputs: dict[str, Any],
     return _traced(attachment, processor, inputs, [], name)
 
 
-def image_inputs(processor: Any, picture: Image.Image) -> dict[str, Any]:
-    """What the model's ``forward`` takes for one picture."""
-    options = {**getattr(processor, "images_kwargs", {}), "return_tensors": "pt"}
-    return _known(processor, processor.image_processor(images=[picture.convert("RGB")], **options))
-
-
-def to_model(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Tensors on the model's device, floating-point ones in its dtype."""
-    device, dtype = model.device, model.dtype
-    return {
-        name: value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
-        for name, value in inputs.items()
-    }
+def image_inputs(processor: Any, image: Image.Image, pad_images: PadImages = "auto") -> dict[str, Any]:
+    """What the model's ``forward`` takes for one image, prepared as `ZipConfig.pad_images` says."""
+    return process_images(processor, [prepare_image(image, processor, pad_images)]).inputs
 
 
 def _traced(

@@ -90,7 +90,9 @@ class Looker:
         tile = look.trace.tiles[number]
         if look.maps is None:
             with self.lock:
-                look.maps = attention_map(self._attachment(), image_inputs(self.processor, look.picture))
+                look.maps = attention_map(
+                    self._attachment(), image_inputs(self.processor, look.picture, self.config.pad_images)
+                )
         total = tile.features.hidden_states.shape[1]
         if look.maps.shape[1] != total:
             raise ValueError(
@@ -109,18 +111,23 @@ class Looker:
         """
         if not question.strip():
             raise ValueError("ask something first")
+        pad_images = self.config.pad_images
         with self.lock:
             before = self._attachment().config
             if not self.warm:  # the first run of a process pays for what no other pays for
-                ask(self.model, self.processor, look.picture, question, max_new_tokens=2)
+                ask(self.model, self.processor, look.picture, question, max_new_tokens=2, pad_images=pad_images)
                 self.warm = True
             try:
                 attach(self.model, self.processor, config)
-                inputs = image_inputs(self.processor, look.picture)
+                inputs = image_inputs(self.processor, look.picture, self.config.pad_images)
                 ((full_tokens, tokens),) = self._attachment().token_counts(**inputs)
-                compressed = ask(self.model, self.processor, look.picture, question, max_new_tokens=length)
+                compressed = ask(
+                    self.model, self.processor, look.picture, question, max_new_tokens=length, pad_images=pad_images
+                )
                 detach(self.model)
-                full = ask(self.model, self.processor, look.picture, question, max_new_tokens=length)
+                full = ask(
+                    self.model, self.processor, look.picture, question, max_new_tokens=length, pad_images=pad_images
+                )
             finally:
                 attach(self.model, self.processor, before)
         return Pair(full, compressed, full_tokens, tokens)
