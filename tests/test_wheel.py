@@ -1,5 +1,6 @@
 """The wheel holds the library and nothing else: a wheel with packages called `train` and `data` breaks other people's code."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -35,3 +36,13 @@ def test_top_level_of_the_wheel(tmp_path):
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"visionzip"}
     library = {path.relative_to(ROOT).as_posix() for path in (ROOT / "visionzip").rglob("*.py")}
     assert library <= set(names)
+
+
+def test_extras_that_are_named_exist():
+    """A command that messages and docs tell people to run: pip would warn of an unknown extra, and install without it."""
+    extras = set(
+        re.findall(r"^([a-z]+) = \[", (ROOT / "pyproject.toml").read_text().split("optional-dependencies]")[1], re.M)
+    )
+    files = [path for kind in ("*.py", "*.md", "*.yaml") for path in ROOT.rglob(kind) if ".venv" not in path.parts]
+    named = {name for path in files for name in re.findall(r"visionzip-ft\[(\w+)\]", path.read_text(encoding="utf-8"))}
+    assert {"quant", "viz"} <= named <= extras

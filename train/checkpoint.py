@@ -27,6 +27,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from visionzip.manifest import find_damage
+
 NAME = re.compile(r"^checkpoint-(\d+)$")
 MANIFEST = "manifest.json"
 FORMAT = "visionzip-checkpoint/1"
@@ -183,21 +185,9 @@ def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(
             f"{root}: {', '.join(added)} is not listed in {MANIFEST}; remove what does not belong to it"
         )
-    for name, expected in files.items():
-        _verify_file(root / name, expected)
+    if damage := find_damage(root, files):
+        raise CheckpointError(f"{root}: {'; '.join(damage)}")
     return manifest
-
-
-def _verify_file(path: Path, expected: dict[str, Any]) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent}: {path.name} is missing")
-    if path.stat().st_size != expected["bytes"]:
-        raise CheckpointError(
-            f"{path.parent}: {path.name} has {path.stat().st_size} bytes; expected {expected['bytes']}"
-        )
-    with open(path, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-            raise CheckpointError(f"{path.parent}: {path.name} was changed after it was written (checksum)")
 
 
 def find_newest_complete(output_dir: str | os.PathLike[str], warn: Callable[[str], None]) -> Path | None:

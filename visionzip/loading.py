@@ -131,6 +131,7 @@ def save(
     metadata: dict[str, Any] | None = None,
     base: str | os.PathLike[str] | None = None,
     force: bool = False,
+    trust_remote_code: bool = False,
     overwrite: bool = False,
     write: bool = True,
     **options: Any,
@@ -145,6 +146,7 @@ def save(
         metadata: anything JSON can hold, kept with it: ``data``, ``steps``, ``results`` go into the card.
         base: for a path as `source`, the model it belongs to, where that is not the one it names.
         force: merge although encoder, LLM or ZipConfig differ from what it was trained with.
+        trust_remote_code: run Python code from the base model's files, where the whole model has to be loaded and needs some.
         overwrite: replace the export that is at `out`.
         write: under ZeRO-3 all ranks call this, one of them with ``write=True``.
         options: the format's own, such as ``vision_tower`` for llava.
@@ -165,7 +167,7 @@ def save(
         trained = read(place)
         model = None
         if form.whole or (trained.adapters and form.name != "peft"):
-            model, processor = load(place, "cpu", base=base, force=force)
+            model, processor = load(place, "cpu", base=base, force=force, trust_remote_code=trust_remote_code)
             fresh = Trained.of(model)
             header = trained.header.model_copy(update={"fingerprint": fresh.header.fingerprint})
             trained = Trained(header, {**fresh.projector, **trained.projector}, fresh.adapters, fresh.adapter_config)

@@ -133,6 +133,15 @@ class TestExport:
             assert {line.split()[0] for line in printed[1:]} == {path.name for path in out.iterdir()}
             read(out)
 
+    def test_help_lists_every_format(self, capsys):
+        """Read from the formats' files, so that a new one is listed by being there."""
+        from visionzip.export import FORMATS
+
+        with pytest.raises(SystemExit):
+            main(["export", "--help"])
+        listed = capsys.readouterr().out.split("formats:")[1]
+        assert sorted(line.split()[0] for line in listed.strip().splitlines()) == FORMATS.names()
+
     def test_overwrite(self, projector, tmp_path, capsys):
         command = ["export", str(projector), "--out", str(tmp_path / "again")]
         assert main(command) == 0

@@ -104,7 +104,7 @@ def quantized(arguments: argparse.Namespace) -> dict:
             f"--quantize {arguments.quantize} needs a GPU, and there is none; leave it out to measure on the CPU"
         )
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("--quantize needs bitsandbytes: pip install bitsandbytes")
+        raise ValueError("--quantize needs bitsandbytes: pip install 'visionzip-ft[quant]'")
     config = BitsAndBytesConfig(load_in_4bit=arguments.quantize == 4, load_in_8bit=arguments.quantize == 8)
     return {"quantization_config": config}
 

@@ -1,32 +1,49 @@
 """write what was trained in another format, with a model card
 
-  visionzip export runs/demo/projector --format merged --out runs/demo/merged
-  visionzip export runs/ft-64/projector --format llava --out llava-v1.5-7b-visionzip-64
+  visionzip export runs/demo --format merged --out runs/demo-merged
+  visionzip export runs/ft-64 --format llava --out llava-v1.5-7b-visionzip-64
 
-formats:
-  safetensors  the projector alone, float32 (default)
-  llava        mm_projector.bin and config.json for LLaVA's own loader, float16
-  merged       a whole model directory for from_pretrained that compresses by itself
-  peft         an adapter for PeftModel.from_pretrained
+A run's directory stands for all that the run trained: a projector, LoRA with it, or a whole model.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import re
 from pathlib import Path
 from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="an export of any format: file, directory, or id on the hub")
+    formats = list_formats()
+    parser.epilog = "formats:\n" + "\n".join(f"  {name:<11}  {text}" for name, text in formats.items())
+    parser.add_argument("source", help="a run's directory, or an export of any format: file, directory or hub id")
     parser.add_argument("--out", required=True, help="directory to write; must not exist, or be empty")
-    parser.add_argument("--format", default="safetensors", help="see above (default: safetensors)")
-    parser.add_argument("--base", help="the model it belongs to, where that is not the one it names")
+    parser.add_argument("--format", default="safetensors", help="see below (default: safetensors)")
+    parser.add_argument("--base", help="the model it belongs to, if not the one it names")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the base model (default: never; nothing asks)",
+    )
     parser.add_argument("--vision-tower", help="llava: the encoder's id or directory, where its sizes do not tell")
     parser.add_argument(
-        "--force", action="store_true", help="although it was trained with something else than the base"
+        "--force", action="store_true", help="merge although it was trained with another base, encoder or budget"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the export that is at --out")
+
+
+def list_formats() -> dict[str, str]:
+    """Name → summary of each format, from the first line of its file: importing those would import torch, and --help is quick."""
+    import visionzip
+
+    found = {}
+    for path in sorted((Path(visionzip.__file__).parent / "export").glob("*.py")):
+        line = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
+        if match := re.match(r"`(\w+)`[,:] (.+)", line):
+            found[match[1]] = match[2]
+    return found
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -42,6 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.format,
         base=arguments.base,
         force=arguments.force,
+        trust_remote_code=arguments.trust_remote_code,
         overwrite=arguments.overwrite,
         **options,
     )

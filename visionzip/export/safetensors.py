@@ -1,4 +1,4 @@
-"""`safetensors`, the default: the projector alone, float32, in projector.safetensors
+"""`safetensors`: the projector alone, float32, in projector.safetensors (default)
 
 The header is the file's own metadata, whose values have to be strings; what is no string is stored as JSON.
 """
