@@ -226,7 +226,7 @@ def test_what_it_does_not_know(tmp_path, inspect):
     assert "a file of a kind this toolkit does not know. Size" in inspect(tmp_path / "a.png")
     assert "a directory of a kind this toolkit does not know. Contains a.png" in inspect(tmp_path)
     shutil.rmtree(tmp_path)
-    assert "visionzip inspect: there is nothing at" in inspect(tmp_path, code=1)
+    assert "visionzip inspect: there is nothing at" in inspect(tmp_path, code=2)
 
 
 def test_as_json(model, tmp_path, capsys):

@@ -175,7 +175,7 @@ def test_refusals_are_one_line_each(trained, outside, tmp_path):
     }
     for expected, changes in ((cases, {"HF_TOKEN": "wrong"}), (alone, {"HF_ENDPOINT": "http://127.0.0.1:9"})):
         for (code, _, error), message in zip(outside(*expected, **changes), expected.values(), strict=True):
-            assert code == 1
+            assert code == 2
             assert message in error
             assert "Traceback" not in error
 
