@@ -33,11 +33,19 @@ class Encoder(ABC):
 
     @abstractmethod
     def tokens(self, tower: Any) -> int:
-        """``N``, tokens of a picture of the size the encoder was made for, CLS included."""
+        """``N``, tokens of a picture of the size the encoder was made for, CLS included, registers not."""
 
     @abstractmethod
     def depth(self, tower: Any) -> int:
         """Number of transformer layers."""
+
+    def registers(self, tower: Any) -> int:
+        """Tokens between CLS and the patches that are no part of the image; what is read is without them."""
+        return 0
+
+    def width(self, tower: Any) -> int:
+        """Width of the widest activation of a token, inside the MLPs."""
+        return tower.config.intermediate_size
 
     def encode(self, tower: Any, pixel_values: Tensor, layer: Layer, *, scores: bool = True) -> Features:
         """Run the encoder up to the layer that is read.
@@ -63,7 +71,7 @@ class Encoder(ABC):
         """Pictures that go through the encoder together: all of them on an accelerator, `SLICE_BYTES` of them on a CPU."""
         if pixel_values.device.type != "cpu":
             return max(len(pixel_values), 1)
-        widest = self.tokens(tower) * tower.config.intermediate_size * pixel_values.element_size()
+        widest = self.tokens(tower) * self.width(tower) * pixel_values.element_size()
         return max(SLICE_BYTES // widest, 1)
 
     def layers_run(self, tower: Any, layer: Layer) -> list[int]:

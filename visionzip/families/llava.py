@@ -56,9 +56,10 @@ class Llava(Family):
         return {"image": FixedCount(sum(self.budget(config)))}
 
     def stock_count(self) -> int | None:
-        encoder = self.encoder
+        encoder = self.encoder  # an untouched model hands registers on
         without_cls = encoder.has_cls and self.model.config.vision_feature_select_strategy == "default"
-        return encoder.tokens(self.encoder_module) - int(without_cls)
+        tower = self.encoder_module
+        return encoder.tokens(tower) + encoder.registers(tower) - int(without_cls)
 
     def token_counts(self, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
         stock = self.stock_count()
