@@ -241,7 +241,7 @@ def _peak(device: torch.device) -> Iterator[list[int]]:
         found.append(int(match[1]) * 1024)
 
 
-def table(rows: Sequence[Row]) -> str:
+def render_rows(rows: Sequence[Row]) -> str:
     """Markdown, one line a budget, batch size and turn; in brackets how many times less or faster than with all tokens."""
     head = ["budget", "batch", "turn", "visual tokens", "prompt", "encode ms", "prefill ms", "first token ms",
             "ms a token", "KV cache MB", "peak MB", "GFLOP"]  # fmt: skip
@@ -278,7 +278,7 @@ def facts(rows: Sequence[Row], model: Any, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def plot(rows: Sequence[Row], where: str) -> Any:
+def draw_rows(rows: Sequence[Row], where: str) -> Any:
     """Time to first token, prefill, cache and work against visual tokens, a line a batch size; first turns only."""
     from visionzip.analysis.style import SERIES, entitle, new_figure, whole_ticks
 

@@ -68,7 +68,7 @@ class Row:
         return sum(self.shares.values()) / len(self.shares) if self.shares else None
 
 
-def read(place: str | os.PathLike[str]) -> tuple[dict[str, float], bool]:
+def read_scores(place: str | os.PathLike[str]) -> tuple[dict[str, float], bool]:
     """Scores by column from a result file, or from all of them below a directory, and whether all tokens were used.
 
     Where a task was run more than once, the newest file counts. A task that is not in the paper is a column of its own,
@@ -114,7 +114,7 @@ def _metric(results: dict[str, Any], name: str, task: str) -> float:
     raise ValueError(f"{task} has no {name} among its results ({', '.join(sorted(results))})")
 
 
-def build(runs: dict[str, str], full: str | None = None, budget: int | None = None) -> tuple[list[Row], str]:
+def build_rows(runs: dict[str, str], full: str | None = None, budget: int | None = None) -> tuple[list[Row], str]:
     """The rows of the table, and what the shares are of.
 
     Args:
@@ -127,7 +127,7 @@ def build(runs: dict[str, str], full: str | None = None, budget: int | None = No
     """
     rows, complete = [], []
     for label, place in runs.items():
-        scores, all_tokens = read(place)
+        scores, all_tokens = read_scores(place)
         rows.append(Row(label, scores))
         complete += [label] if all_tokens else []
     if full is not None and full not in runs:
@@ -161,7 +161,7 @@ def columns(rows: list[Row]) -> list[str]:
     return [name for name in NAMES if name in measured] + sorted(measured - set(NAMES))
 
 
-def markdown(rows: list[Row], of: str) -> str:
+def render_markdown(rows: list[Row], of: str) -> str:
     """The table: a score and, below it in the same cell, its share; the average share last."""
     shown = columns(rows)
     lines = [f"| | {' | '.join(shown)} | average share |", "|---" * (len(shown) + 2) + "|"]

@@ -9,7 +9,7 @@ from PIL import Image
 from tests.analysis.conftest import BAD
 from visionzip import ZipConfig, attach
 from visionzip.analysis import analyze as module
-from visionzip.analysis.analyze import LINES, analyze, summary, table, write
+from visionzip.analysis.analyze import LINES, analyze, render_summary, summary, write
 from visionzip.analysis.pictures import read
 from visionzip.analysis.trace import trace
 from visionzip.cli import main
@@ -54,7 +54,7 @@ def test_budgets_are_those_of_the_scores(ready, pictures, tmp_path):
     assert sum(facts["spread"]["share_of_patches"]) == pytest.approx(1, abs=1e-3)
     assert facts["curve"][0] == 0
     assert facts["curve"][-1] == pytest.approx(1, abs=1e-4)
-    assert f"| 90% | {np.median(needed):.0f} (" in table(facts)
+    assert f"| 90% | {np.median(needed):.0f} (" in render_summary(facts)
 
 
 def test_goes_on_where_it_was_stopped(ready, pictures, tmp_path, monkeypatch):

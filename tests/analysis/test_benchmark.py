@@ -9,7 +9,7 @@ from tests.families.case import cases
 from tests.families.case import picture as photo
 from tests.tiny import picture, tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, attached, save
-from visionzip.benchmark import benchmark, table
+from visionzip.benchmark import benchmark, render_rows
 from visionzip.cli import main
 
 NEW = 4
@@ -70,7 +70,7 @@ def test_times_are_in_order(rows):
 
 
 def test_the_table(rows):
-    lines = table(list(rows.values())).splitlines()
+    lines = render_rows(list(rows.values())).splitlines()
     assert len(lines) == 2 + 8
     full, few = rows[("all", 1, 1)], rows[("5 + 3", 1, 1)]
     line = next(line for line in lines if line.startswith("| 5 + 3 | 1 | 1 |"))

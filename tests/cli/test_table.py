@@ -5,7 +5,7 @@ import json
 import pytest
 
 from visionzip.cli import main
-from visionzip.table import BENCHMARKS, FULL, NAMES, PUBLISHED, build, read
+from visionzip.table import BENCHMARKS, FULL, NAMES, PUBLISHED, build_rows, read_scores
 
 # The averages the paper prints, to check the rows it prints them for.
 PRINTED = {
@@ -47,7 +47,7 @@ def test_published_averages_follow_from_the_published_scores(row, average):
 
 def test_scores_in_the_papers_units(tmp_path):
     results(tmp_path / "a" / "1_results.json", PAPER)
-    scores, full = read(tmp_path / "a")
+    scores, full = read_scores(tmp_path / "a")
     assert scores == {"GQA": pytest.approx(61.9), "MMB": 64.7, "MME": 1862.0, "POPE": pytest.approx(85.9)}
     assert not full
 
@@ -58,13 +58,13 @@ def test_several_files_and_the_newest_of_a_task(tmp_path):
     old = results(tmp_path / "b_results.json", {"gqa": {"exact_match": 0.1}, "mmmu_val": {"mmmu_acc": 0.3}})
     results(tmp_path / "a_results.json", {"gqa": {"exact_match": 0.5}})
     os.utime(old, (1, 1))
-    assert read(tmp_path)[0] == {"GQA": 50.0, "MMMU": 30.0}
+    assert read_scores(tmp_path)[0] == {"GQA": 50.0, "MMMU": 30.0}
 
 
 def test_shares_of_the_run_with_all_tokens(tmp_path):
     results(tmp_path / "full_results.json", {"gqa": {"exact_match": 0.6}}, "pretrained=x,full=True")
     results(tmp_path / "ft_results.json", {"gqa": {"exact_match": 0.57}})
-    rows, of = build({"ft": tmp_path / "ft_results.json", "full": tmp_path / "full_results.json"}, budget=64)
+    rows, of = build_rows({"ft": tmp_path / "ft_results.json", "full": tmp_path / "full_results.json"}, budget=64)
     assert [row.label for row in rows] == [
         "ft",
         "full",
@@ -78,7 +78,7 @@ def test_shares_of_the_run_with_all_tokens(tmp_path):
 
 
 def test_shares_without_one(tmp_path):
-    rows, of = build({"ft": results(tmp_path / "ft_results.json", {"gqa": {"exact_match": 0.57}})})
+    rows, of = build_rows({"ft": results(tmp_path / "ft_results.json", {"gqa": {"exact_match": 0.57}})})
     assert rows[0].average == pytest.approx(57 / 61.9)
     assert "published uncompressed LLaVA-1.5-7B" in of
     assert len(rows) == 1 + len(PUBLISHED)

@@ -77,7 +77,7 @@ def analyze(
             result.lines.append(line)
     result.skipped = todo.skipped
     if not result.lines:
-        raise ValueError(f"none of the {len(found.names)} file(s) at {path} is a readable picture:\n{todo.summary()}")
+        raise ValueError(f"none of the {len(found.names)} file(s) at {path} is a readable image:\n{todo.summary()}")
     shown = result.lines[0]["name"]
     result.maps = layer_maps(attachment, pictures.read(found.root / shown))
     return result
@@ -178,7 +178,7 @@ def summary(analysis: Analysis) -> dict[str, Any]:
     }
 
 
-def table(facts: dict[str, Any]) -> str:
+def render_summary(facts: dict[str, Any]) -> str:
     """The summary as Markdown: budgets, then one line a layer."""
     lines = [
         f"{facts['pictures']} images, {facts['patches_per_tile']:.0f} patches per image or tile; median and quartiles", "",
@@ -215,7 +215,7 @@ def write(analysis: Analysis, theme: str = "light", name: str = "") -> list[Path
     facts = {**summary(analysis), "name": name}
     folder = analysis.folder
     (folder / "analysis.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    (folder / "analysis.md").write_text(table(facts) + "\n", encoding="utf-8")
+    (folder / "analysis.md").write_text(render_summary(facts) + "\n", encoding="utf-8")
     with style(theme):
         drawn = [save(figure, folder / f"{name}.png") for name, figure in analysis_plots.all_of(facts, analysis.maps)]
     return [folder / "analysis.json", folder / "analysis.md", *drawn]
@@ -290,4 +290,4 @@ def _read(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
 def _bar(found: pictures.Found, progress: bool) -> Iterator[tuple[str, Any]]:
     from tqdm import tqdm
 
-    yield from tqdm(found.pictures(), total=len(found.names), unit="picture", disable=not progress)
+    yield from tqdm(found.pictures(), total=len(found.names), unit="image", disable=not progress)

@@ -64,7 +64,7 @@ def drawing(caption: str, svg: str) -> str:
     return f'<figure class="wide"><figcaption>{html.escape(caption)}</figcaption>{svg}</figure>'
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def render_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
     lines = "".join("<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row) + "</tr>" for row in rows)
     return f"<section><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table></section>"

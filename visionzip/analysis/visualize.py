@@ -69,14 +69,14 @@ def visualize(
         sections.append(_section(one, folder, theme, result, title or type(attachment.model).__name__))
     result.skipped = dict(found.skipped)
     if not sections:
-        raise ValueError(f"none of the {count} file(s) at {path} is a readable picture:\n{found.summary()}")
+        raise ValueError(f"none of the {count} file(s) at {path} is a readable image:\n{found.summary()}")
     config = attachment.config
     intro = [
         f"{type(attachment.model).__name__} {title}".strip(),
         f"selector {config.selector}, dominant {config.dominant}, contextual {config.contextual}, merge {config.merge}",
     ]
-    head = ("picture", "tiles or frames", "tokens", "of", "attention held by kept patches")
-    parts = [page.table(head, result.rows), *sections]
+    head = ("image", "tiles or frames", "tokens", "of", "attention held by kept patches")
+    parts = [page.render_table(head, result.rows), *sections]
     if found.skipped:
         parts.append(page.preformatted("Skipped", found.summary()))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -154,4 +154,4 @@ def note(tile: Tile) -> str:
 def _bar(items: Iterable[Trace], count: int, progress: bool) -> Iterable[Trace]:
     from tqdm import tqdm
 
-    return tqdm(items, total=count, unit="picture", disable=not progress)
+    return tqdm(items, total=count, unit="image", disable=not progress)

@@ -16,7 +16,7 @@ from visionzip.merges import MERGES
 from visionzip.selectors import SELECTORS
 
 SIDE = 420
-QUESTION = "What is in the picture?"
+QUESTION = "What is in the image?"
 
 
 def build(looker: Looker, title: str, picture: str | None = None) -> Any:
@@ -42,7 +42,7 @@ def build(looker: Looker, title: str, picture: str | None = None) -> Any:
         try:
             look = looker.look(path)
         except ValueError as error:
-            raise gr.Error(f"This picture can't be used: {error}") from error
+            raise gr.Error(f"This image can't be used: {error}") from error
         tile = look.trace.tiles[0]
         dominant, contextual, total = looker.budget(tile)
         picture = draw.enlarged(tile, SIDE)
@@ -84,7 +84,7 @@ def build(looker: Looker, title: str, picture: str | None = None) -> Any:
 
     def asked(look: Look | None, number: int, question: str, length: float, *budget: Any) -> list[Any]:
         if look is None:
-            raise gr.Error("Upload a picture first.")
+            raise gr.Error("Upload an image first.")
         try:
             tile = budgeted(looker, look, number, *budget)
             config = looker.with_budget(len(tile.kept), len(tile.targets), *budget[2:])
@@ -103,10 +103,10 @@ def build(looker: Looker, title: str, picture: str | None = None) -> Any:
         title=f"VisionZip: {title}", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
     ) as page:
         state = gr.State()
-        gr.Markdown(f"# What a model keeps of a picture\n`{title}`")
+        gr.Markdown(f"# What a model keeps of an image\n`{title}`")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                upload = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Picture", height=240,
+                upload = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Image", height=240,
                                   value=pictures.read_one(picture) if picture else None, elem_id="picture", format="png", buttons=[])  # fmt: skip
                 # Gradio would decode it first, whatever its size, and show a stack trace where it can't; `pictures.read` says why.
                 upload.preprocess = lambda payload: payload.path if payload else None

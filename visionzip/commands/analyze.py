@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from visionzip.analysis import pictures
-    from visionzip.analysis.analyze import analyze, summary, table, write
+    from visionzip.analysis.analyze import analyze, render_summary, summary, write
 
     pictures.find(arguments.path, results=arguments.out)  # before a model is loaded for nothing
     model, _ = _model.load(arguments)
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     files = write(found, arguments.theme, arguments.model)  # before anything is printed: whoever reads may have gone
     if found.resumed:
         print(f"{found.resumed} images were measured before")
-    print(table(summary(found)))
+    print(render_summary(summary(found)))
     for name, reason in found.skipped.items():
         print(f"skipped {name}: {reason}", file=sys.stderr)
     print(f"\n{arguments.out}: {', '.join(path.name for path in files)}")

@@ -77,13 +77,13 @@ def run(arguments: argparse.Namespace) -> None:
     where = f"{arguments.model} on {found['device']}, {found['dtype']}" + (
         f", {arguments.quantize} bit" if arguments.quantize else ""
     )
-    print(f"{where}\n\n{bench.table(rows)}")
+    print(f"{where}\n\n{bench.render_rows(rows)}")
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump(found, file, indent=1)
     if arguments.plot:
         with style.style(arguments.theme):
-            style.save(bench.plot(rows, where), arguments.plot)
+            style.save(bench.draw_rows(rows, where), arguments.plot)
 
 
 def quantized(arguments: argparse.Namespace) -> dict:

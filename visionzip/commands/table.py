@@ -22,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from visionzip.table import build, markdown
+    from visionzip.table import build_rows, render_markdown
 
-    rows, of = build(labelled(arguments.results), arguments.full, arguments.budget)
+    rows, of = build_rows(labelled(arguments.results), arguments.full, arguments.budget)
     if arguments.json:
         plain = [
             {
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
         ]
         text = json.dumps({"shares_of": of, "rows": plain}, indent=2, ensure_ascii=False)
     else:
-        text = markdown(rows, of)
+        text = render_markdown(rows, of)
     if arguments.out:
         Path(arguments.out).write_text(text + "\n", encoding="utf-8")
     else:
