@@ -68,7 +68,9 @@ def rejecting() -> Iterator[None]:
     """What the library says of an image or a conversation that can't be used, as a `Reject`."""
     try:
         yield
-    except (ImageError, PromptError) as error:
+    except ImageError as error:
+        raise Reject(error.reason, ": ".join(filter(None, (error.name, error.detail)))) from error
+    except PromptError as error:
         raise Reject(error.reason, error.detail) from error
 
 

@@ -30,9 +30,9 @@ MEASURES = ("attention", "coverage")
 
 
 def pictures(folder: Path, limit: int | None = None) -> Iterator[Any]:
-    from visionzip.analysis.pictures import find
+    from visionzip.analysis.image_files import find_images
 
-    return (picture for _, picture in find(folder, limit).pictures())
+    return (picture for _, picture in find_images(folder, limit).images())
 
 
 def variants(data: Path, selector: str, mean: float) -> dict[str, dict[str, Any]]:

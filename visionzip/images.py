@@ -37,15 +37,26 @@ PadImages = bool | Literal["auto"]
 
 
 class ImageError(ValueError):
-    """An image or video that can't be used. `reason`: one of a few short phrases, to count by. `detail`: what was found."""
+    """An image or video that can't be used.
 
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
+    Attributes:
+        reason: one of a few short phrases, to count by.
+        detail: what was found.
+        name: of the file; empty where there is none.
+        words: reason and detail, without the name.
+    """
+
+    def __init__(self, reason: str, detail: str = "", name: str = "") -> None:
+        self.reason, self.detail, self.name = reason, detail, name
+        self.words = f"{reason} ({detail})" if detail else reason
+        super().__init__(f"{name}: {self.words}" if name else self.words)
+
+    def of(self, name: str) -> ImageError:
+        """The same, of the file called `name`."""
+        return type(self)(self.reason, self.detail, name)
 
     def __reduce__(self) -> tuple:  # loader processes hand it on
-        return (type(self), (self.reason, self.detail))
+        return (type(self), (self.reason, self.detail, self.name))
 
 
 def decode_image(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -62,27 +73,25 @@ def decode_image(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_P
     with file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # damaged EXIF and the like; what matters is raised
         if not file.read(1):
-            raise ImageError("empty file", name)
+            raise ImageError("empty file", name=name)
         file.seek(0)
         try:
             with Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN]) as image:
                 width, height = image.size
                 if width * height > max_pixels:
                     raise ImageError(
-                        "image too large", f"{name}: {width} × {height} pixels, at most {max_pixels:,} are allowed"
+                        "image too large", f"{width} × {height} pixels, at most {max_pixels:,} are allowed", name
                     )
                 image.load()
                 return to_rgb(_upright(image))
         except UnidentifiedImageError as error:
-            raise ImageError(
-                "unreadable image", f"{name} is not in a supported format ({', '.join(FORMATS)})"
-            ) from error
+            raise ImageError("unreadable image", f"none of {', '.join(FORMATS)}", name) from error
         except Image.DecompressionBombError as error:
-            raise ImageError("image too large", f"{name}: {error}") from error
+            raise ImageError("image too large", str(error), name) from error
         except ImageError:
             raise
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, …
-            raise ImageError("unreadable image", f"{name}: {type(error).__name__}: {error}") from error
+            raise ImageError("unreadable image", f"{type(error).__name__}: {error}", name) from error
 
 
 def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
@@ -90,12 +99,13 @@ def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
     try:
         path = as_spelled(os.fspath(path))
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ImageError("file missing", f"{path} is not a file")
+            raise ImageError("file missing", "not a file", path)
         return open(path, "rb")
     except ImageError:
         raise
     except (OSError, ValueError) as error:
-        raise ImageError("file missing", f"{path}: {getattr(error, 'strerror', None) or error}") from error
+        detail = getattr(error, "strerror", None) or str(error)
+        raise ImageError("file missing", detail, os.fspath(path)) from error
 
 
 def as_spelled(path: str) -> str:

@@ -32,7 +32,7 @@ def decode_video(
 
     Raises:
         ImageError: for what can't be read, also where only a wanted frame can't be.
-        RuntimeError: for a video file where PyAV is missing.
+        ValueError: for a video file where PyAV is missing.
     """
     if isinstance(source, Sequence) and not isinstance(source, str | bytes):
         return _decode_files(source, count, max_pixels)
@@ -43,7 +43,7 @@ def decode_video(
             names = [name for name in os.listdir(folder) if name.lower().endswith(FRAME_SUFFIXES)]
             files = [os.path.join(folder, name) for name in sorted(names, key=_natural)]
             if not files:
-                raise ImageError("unreadable video", f"{folder} contains no frames ({', '.join(FRAME_SUFFIXES)})")
+                raise ImageError("unreadable video", f"contains no frames: {', '.join(FRAME_SUFFIXES)}", folder)
             return _decode_files(files, count, max_pixels)
         source = path
     return _decode_file(source, count, max_pixels)
@@ -71,16 +71,17 @@ def _decode_file(source: str | bytes, count: int, max_pixels: int) -> list[Image
     try:
         import av  # noqa: F401
     except ImportError as error:
-        raise RuntimeError("reading video files needs PyAV: pip install 'visionzip-ft[video]'") from error
+        raise ValueError("reading video files needs PyAV: pip install 'visionzip-ft[video]'") from error
 
+    name = "" if isinstance(source, bytes) else source
     with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
         try:
             frames = _seek_frames(file, count, max_pixels)
             return _count_frames(file, count, max_pixels) if frames is None else frames
-        except ImageError:
-            raise
+        except ImageError as error:
+            raise error.of(name) from error
         except Exception as error:  # PyAV raises a class an FFmpeg error code, besides ValueError and OSError
-            raise ImageError("unreadable video", f"{type(error).__name__}: {error}") from error
+            raise ImageError("unreadable video", f"{type(error).__name__}: {error}", name) from error
 
 
 @contextmanager

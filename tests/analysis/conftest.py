@@ -29,4 +29,4 @@ def pictures(tmp_path):
     return folder
 
 
-BAD = {"empty.png": "empty", "text.jpg": "no picture of a known format", "torn.png": "damaged picture"}
+BAD = {"empty.png": "empty file", "text.jpg": "unreadable image", "torn.png": "unreadable image"}

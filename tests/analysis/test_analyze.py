@@ -10,9 +10,9 @@ from tests.analysis.conftest import BAD
 from visionzip import ZipConfig, attach
 from visionzip.analysis import analyze as module
 from visionzip.analysis.analyze import LINES, analyze, render_summary, summary, write
-from visionzip.analysis.pictures import read
 from visionzip.analysis.trace import trace
 from visionzip.cli import main
+from visionzip.images import decode_image
 
 BUDGET = ZipConfig(dominant=5, contextual=3)
 
@@ -45,7 +45,13 @@ def test_budgets_are_those_of_the_scores(ready, pictures, tmp_path):
     facts = summary(analyze(ready, pictures, tmp_path / "out", progress=False))
     needed = []
     for name in ("a.jpg", "b & c.png", "more/a.jpg"):
-        best = trace(ready, read(pictures / name)).tiles[0].attention.flatten().sort(descending=True).values.cumsum(0)
+        best = (
+            trace(ready, decode_image(pictures / name))
+            .tiles[0]
+            .attention.flatten()
+            .sort(descending=True)
+            .values.cumsum(0)
+        )
         needed.append(int((best < 0.9).sum()) + 1)
     assert facts["budget_for"]["90%"]["patches"]["mean"] == pytest.approx(np.mean(needed))
     assert facts["kept_patches_per_tile"] == 4
@@ -118,7 +124,7 @@ def test_its_own_plots_are_not_measured(model_folder, pictures, capsys):
         assert main([*arguments, str(pictures / "out")]) == 0
         assert "3 images, 16 patches per image" in capsys.readouterr().out
     assert main([*arguments, str(pictures)]) == 2
-    assert "the results would be written among the pictures in" in capsys.readouterr().err
+    assert "the results would be written among the images in" in capsys.readouterr().err
 
 
 def test_nothing_to_analyze(ready, tmp_path):

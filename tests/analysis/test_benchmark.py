@@ -130,7 +130,7 @@ def test_a_projectors_own_split_selector_and_merge(model_folder, tmp_path, capsy
         (["--batches", "1,a"], "expected numbers such as 1,8"),
         (["--batches", "0"], "batch must be at least 1, got 0"),
         (["--new-tokens", "1"], "new tokens must be at least 2, got 1"),
-        (["--picture", "nowhere.png"], "nowhere.png can't be used: not a file"),
+        (["--picture", "nowhere.png"], "nowhere.png: file missing (No such file or directory)"),
         (["--dominant", "15", "--contextual", "9"], "the encoder makes 17 tokens"),
     ],
 )

@@ -200,7 +200,7 @@ def test_6_a_file_that_is_no_picture_gets_a_message(page, setting):
     page.one("picture", "button[aria-label='Remove Image']").click()
     page.until(lambda: not page.browser.find_elements("css selector", "#picture img"))
     page.one("picture", "input[type=file]").send_keys(str(folder / "broken.png"))
-    page.until(lambda: "no picture of a known format" in page.browser.find_element("tag name", "body").text)
+    page.until(lambda: "unreadable image" in page.browser.find_element("tag name", "body").text)
 
 
 def test_7_dark(browser, setting):

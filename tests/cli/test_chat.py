@@ -190,7 +190,7 @@ class TestTerminal:
         )
         assert code == 0
         wrong = [line for line in printed.out.splitlines() if line.startswith("! ")]
-        expected = ["/image takes one or more", "nope.png can't be used: not a file", "broken.jpg can't be used: no picture of a known format", "No closing quotation",
+        expected = ["/image takes one or more", "nope.png: file missing (No such file or directory)", "broken.jpg: unreadable image", "No closing quotation",
                     "/budget takes one value", "/wrong is no command"]  # fmt: skip
         assert len(wrong) == len(expected)
         for line, part in zip(wrong, expected, strict=True):
@@ -231,7 +231,7 @@ class TestTerminal:
     def test_a_wrong_picture_ends_it_before_the_model_is_loaded(self, talk, monkeypatch):
         monkeypatch.setattr("visionzip.load", None)
         code, printed = talk(arguments=["--image", "nope.png"])
-        assert (code, printed.err) == (2, "visionzip chat: nope.png can't be used: not a file\n")
+        assert (code, printed.err) == (2, "visionzip chat: nope.png: file missing (No such file or directory)\n")
 
 
 def test_a_cache_that_ends_inside_a_picture_is_used_up_to_the_picture(chat):

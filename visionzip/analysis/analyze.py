@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visionzip.analysis import pictures, redundancy
+from visionzip.analysis import image_files, redundancy
 from visionzip.analysis.attention import attention_by_layer
 from visionzip.analysis.trace import Trace, image_inputs, trace
 from visionzip.attach import Attachment, attached
 from visionzip.fingerprint import short
+from visionzip.images import decode_image
 from visionzip.projector import fingerprint
 
 LINES = "pictures.jsonl"
@@ -55,7 +56,7 @@ def analyze(
     attachment = attached(model)
     if attachment is None or attachment.processor is None:
         raise ValueError("attach the model with its processor first: the budget says which patches are compared")
-    found = pictures.find(path, limit, out)
+    found = image_files.find_images(path, limit, out)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     head = {"model": type(attachment.model).__name__, "encoder": short({"encoder": fingerprint(attachment.model)["encoder"]}),
@@ -64,7 +65,7 @@ def analyze(
     contents = {name: content_of(found.root / name) for name in found.names}
     known = [line for line in lines if contents.get(line["name"]) == line["content"]]
     done = {line["name"] for line in known}
-    todo = pictures.Found(found.root, [name for name in found.names if name not in done])
+    todo = image_files.ImageFiles(found.root, [name for name in found.names if name not in done])
     result = Analysis(folder, head, known, resumed=len(done))
 
     with open(folder / LINES, "a", encoding="utf-8") as file:
@@ -79,7 +80,7 @@ def analyze(
     if not result.lines:
         raise ValueError(f"none of the {len(found.names)} file(s) at {path} is a readable image:\n{todo.summary()}")
     shown = result.lines[0]["name"]
-    result.maps = layer_maps(attachment, pictures.read(found.root / shown))
+    result.maps = layer_maps(attachment, decode_image(found.root / shown))
     return result
 
 
@@ -287,7 +288,7 @@ def _read(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
     return records[1:]
 
 
-def _bar(found: pictures.Found, progress: bool) -> Iterator[tuple[str, Any]]:
+def _bar(found: image_files.ImageFiles, progress: bool) -> Iterator[tuple[str, Any]]:
     from tqdm import tqdm
 
-    yield from tqdm(found.pictures(), total=len(found.names), unit="image", disable=not progress)
+    yield from tqdm(found.images(), total=len(found.names), unit="image", disable=not progress)

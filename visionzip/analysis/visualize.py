@@ -9,10 +9,11 @@ from typing import Any
 
 from PIL import Image
 
-from visionzip.analysis import draw, page, pictures, plots
+from visionzip.analysis import draw, image_files, page, plots
 from visionzip.analysis.style import entitle, save, style, svg
 from visionzip.analysis.trace import Tile, Trace, trace, trace_video
 from visionzip.attach import attached
+from visionzip.video import decode_video
 
 SIDE = 400
 """Pixels of a drawing's longer side."""
@@ -54,14 +55,14 @@ def visualize(
     if attachment is None:
         raise ValueError("nothing is attached to this model, so nothing is left out; give a budget to look at")
     target, folder = places(out)
-    if pictures.is_video(path):
+    if image_files.is_video(path):
         name = Path(path).name
-        traces: Iterable[Trace] = [trace_video(model, pictures.frames(path, frames), name=name)]
-        found, count = pictures.Found(Path(path).parent, [name]), 1
+        traces: Iterable[Trace] = [trace_video(model, decode_video(path, frames), name=name)]
+        found, count = image_files.ImageFiles(Path(path).parent, [name]), 1
     else:
-        found = pictures.find(path, limit, folder)
+        found = image_files.find_images(path, limit, folder)
         count = len(found.names)
-        traces = (trace(model, picture, name=name) for name, picture in found.pictures())
+        traces = (trace(model, picture, name=name) for name, picture in found.images())
 
     result = Result(target)
     sections = []
@@ -94,7 +95,7 @@ def places(out: str | Path) -> tuple[Path, Path]:
 
 def _section(one: Trace, folder: Path, theme: str, result: Result, model: str) -> str:
     """One picture: its PNGs written, its part of the page returned."""
-    kind = "frame" if pictures.is_video(one.name) else "tile"
+    kind = "frame" if image_files.is_video(one.name) else "tile"
     what = kind if len(one.tiles) > 1 else "image"
     rows = []
     for number, tile in enumerate(one.tiles):

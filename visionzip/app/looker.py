@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from visionzip.analysis import pictures
 from visionzip.analysis.ask import Answer, ask
 from visionzip.analysis.attention import attention_map
 from visionzip.analysis.trace import Tile, Trace, image_inputs, trace
 from visionzip.attach import attach, attached, detach
 from visionzip.config import ZipConfig
+from visionzip.images import decode_image
 
 
 @dataclass
@@ -57,9 +57,9 @@ class Looker:
         """Read a picture and run the encoder on it.
 
         Raises:
-            ValueError: for what is no readable picture.
+            ValueError: for what is no readable image.
         """
-        picture = pictures.read(path)
+        picture = decode_image(path)
         with self.lock:
             return Look(picture, trace(self.model, picture))
 

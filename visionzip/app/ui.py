@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from visionzip.analysis import draw, pictures
+from visionzip.analysis import draw
 from visionzip.analysis.trace import Tile
 from visionzip.analysis.visualize import note
 from visionzip.app.looker import Look, Looker, patch_at
 from visionzip.app.server import gradio
+from visionzip.images import ImageError, decode_image
 from visionzip.merges import MERGES
 from visionzip.selectors import SELECTORS
 
@@ -41,8 +42,8 @@ def build(looker: Looker, title: str, picture: str | None = None) -> Any:
             return [None, *[gr.skip()] * 3, None, None, None, "", None, None, None, ""]
         try:
             look = looker.look(path)
-        except ValueError as error:
-            raise gr.Error(f"This image can't be used: {error}") from error
+        except ImageError as error:  # without the name, which is that of a copy on the server
+            raise gr.Error(f"This image can't be used: {error.words}") from error
         tile = look.trace.tiles[0]
         dominant, contextual, total = looker.budget(tile)
         picture = draw.enlarged(tile, SIDE)
@@ -107,8 +108,8 @@ def build(looker: Looker, title: str, picture: str | None = None) -> Any:
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 upload = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Image", height=240,
-                                  value=pictures.read_one(picture) if picture else None, elem_id="picture", format="png", buttons=[])  # fmt: skip
-                # Gradio would decode it first, whatever its size, and show a stack trace where it can't; `pictures.read` says why.
+                                  value=decode_image(picture) if picture else None, elem_id="picture", format="png", buttons=[])  # fmt: skip
+                # Gradio would decode it first, whatever its size, and show a stack trace where it can't; `decode_image` says why.
                 upload.preprocess = lambda payload: payload.path if payload else None
                 tile_choice = gr.Dropdown(label="Tile", choices=[("1 of 1", 0)], value=0, visible=False, elem_id="tile")
                 dominant = gr.Slider(

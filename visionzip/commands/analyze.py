@@ -23,10 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from visionzip.analysis import pictures
+    from visionzip.analysis import image_files
     from visionzip.analysis.analyze import analyze, render_summary, summary, write
 
-    pictures.find(arguments.path, results=arguments.out)  # before a model is loaded for nothing
+    image_files.find_images(arguments.path, results=arguments.out)  # before a model is loaded for nothing
     model, _ = _model.load(arguments)
     found = analyze(model, arguments.path, arguments.out, limit=arguments.limit)
     files = write(found, arguments.theme, arguments.model)  # before anything is printed: whoever reads may have gone

@@ -41,16 +41,16 @@ def public_url(text: str) -> str:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from visionzip.analysis import pictures
     from visionzip.app.looker import Looker
     from visionzip.app.server import check_port, exit_on_signals, gradio, serve
     from visionzip.app.ui import build
+    from visionzip.images import decode_image
 
     exit_on_signals()
     gradio()
     check_port(arguments.host, arguments.port)  # both before a model is loaded for nothing
     if arguments.image:
-        pictures.read_one(arguments.image)
+        decode_image(arguments.image)
     model, processor = _model.load(arguments)
     page = build(Looker(model, processor), arguments.model, arguments.image)
     server = serve(page, arguments.host, arguments.port, arguments.public_url)

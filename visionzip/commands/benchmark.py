@@ -41,8 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from visionzip import attached
     from visionzip import benchmark as bench
-    from visionzip.analysis import pictures, style
+    from visionzip.analysis import style
     from visionzip.budgets import parse_budgets
+    from visionzip.images import decode_image
 
     if arguments.budgets is not None:
         parse_budgets(
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
         batches = [int(part) for part in arguments.batches.split(",")]
     except ValueError as error:
         raise ValueError(f"--batches {arguments.batches!r} is not understood; expected numbers such as 1,8") from error
-    picture = pictures.read_one(arguments.image) if arguments.image else gradient()
+    picture = decode_image(arguments.image) if arguments.image else gradient()
     if arguments.plot:
         with style.style(arguments.theme):
             pass  # says what is missing before minutes of measuring

@@ -28,17 +28,17 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
     import yaml
 
-    from visionzip.analysis import pictures
+    from visionzip.analysis import image_files
     from visionzip.analysis.calibrate import calibrated
     from visionzip.attach import attached
     from visionzip.config import Adaptive
 
     adaptive = Adaptive(threshold=0.5, measure=arguments.measure, least=arguments.least)
-    found = pictures.find(arguments.path, arguments.limit)
+    found = image_files.find_images(arguments.path, arguments.limit)
     model, processor = _model.load(arguments)
     attachment = attached(model)
     assert attachment is not None
-    result = calibrated(attachment, processor, (each for _, each in found.pictures()), arguments.mean, adaptive)
+    result = calibrated(attachment, processor, (each for _, each in found.images()), arguments.mean, adaptive)
     counts = result.counts.double()
     spread = ", ".join(f"{torch.quantile(counts, q).item():.0f}" for q in (0.0, 0.1, 0.5, 0.9, 1.0))
     print(yaml.safe_dump({"zip": result.config.model_dump(exclude_none=True)}, sort_keys=False), end="")

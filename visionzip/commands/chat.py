@@ -38,7 +38,7 @@ def temperature(text: str) -> float:
 def run(arguments: argparse.Namespace) -> None:
     from visionzip.chat import Chat
 
-    begun = [open_picture(path) for path in arguments.image]  # before the model: a wrong path costs nothing
+    begun = [open_image(path) for path in arguments.image]  # before the model: a wrong path costs nothing
     model, processor = _model.load(arguments)
     chat = Chat(model, processor, arguments.max_new_tokens, arguments.temperature)
     for picture in begun:
@@ -115,7 +115,7 @@ class Terminal:
         if word == "/image":
             if not rest:
                 raise ValueError("/image takes one or more files: /image photo.jpg")
-            for picture in [open_picture(path) for path in rest]:
+            for picture in [open_image(path) for path in rest]:
                 self.chat.show(picture)
                 self.note(f"{picture.width} × {picture.height} picture, shown with the next question.")
         elif word == "/budget":
@@ -155,12 +155,12 @@ def summary(turn: Any) -> str:
     return " · ".join(parts)
 
 
-def open_picture(path: str) -> Any:
-    """A file as an upright RGB picture.
+def open_image(path: str) -> Any:
+    """A file as an upright RGB image.
 
     Raises:
-        ValueError: when it is none, or can't be read.
+        ImageError: when it can't be read.
     """
-    from visionzip.analysis.pictures import read_one
+    from visionzip.images import decode_image
 
-    return read_one(os.path.expanduser(path))
+    return decode_image(os.path.expanduser(path))

@@ -30,13 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from visionzip.analysis import pictures
+    from visionzip.analysis import image_files
     from visionzip.analysis.visualize import places, visualize
+    from visionzip.video import decode_video
 
-    if pictures.is_video(arguments.path):  # all this before a model is loaded for nothing
-        pictures.frames(arguments.path, arguments.frames)
+    if image_files.is_video(arguments.path):  # all this before a model is loaded for nothing
+        decode_video(arguments.path, arguments.frames)
     else:
-        pictures.find(arguments.path, results=places(arguments.out)[1])
+        image_files.find_images(arguments.path, results=places(arguments.out)[1])
     model, _ = _model.load(arguments)
     result = visualize(
         model, arguments.path, arguments.out, theme=arguments.theme, frames=arguments.frames, limit=arguments.limit,
