@@ -1,7 +1,7 @@
-"""How many tokens a picture needs: the budget stops early where few patches already hold what is asked for.
+"""How many tokens an image needs: the budget stops early where few patches already hold what is asked for.
 
-Decided by the picture alone, before anything is selected, so every selector and merge works with it and the tokens stay a pure
-function of the picture. Shapes as in `visionzip.compress`: ``B`` pictures, ``P`` patches (CLS not counted).
+Decided by the image alone, before anything is selected, so every selector and merge works with it and the tokens stay a pure
+function of the image. Shapes as in `visionzip.compress`: ``B`` images, ``P`` patches (CLS not counted).
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def held(features: Features, measure: Measure, most: int) -> Tensor:
 
 
 def needed(shares: Tensor, adaptive: Adaptive, cls: int) -> Tensor:
-    """``(B, most)`` of `held` → dominant tokens of each picture ``(B,)`` int64, CLS included: the fewest that reach the threshold."""
+    """``(B, most)`` of `held` → dominant tokens of each image ``(B,)`` int64, CLS included: the fewest that reach the threshold."""
     most = shares.shape[1]
     patches = (shares < adaptive.threshold).sum(dim=1) + 1
     return patches.clamp(min=min(max(adaptive.least - cls, 0), most), max=most) + cls
 
 
 def dominant_of_each(features: Features, adaptive: Adaptive, most: int) -> list[int]:
-    """Dominant tokens of each of ``B`` pictures, CLS included; `most`: what the budget allows."""
+    """Dominant tokens of each of ``B`` images, CLS included; `most`: what the budget allows."""
     return needed(held(features, adaptive.measure, most - features.cls), adaptive, features.cls).tolist()
 
 
@@ -64,13 +64,13 @@ def compress_each(features: Features, config: ZipConfig) -> list[Compressed]:
 
 
 def calibrate(shares: Tensor, mean: float, adaptive: Adaptive, cls: int, contextual: int) -> tuple[float, float]:
-    """A threshold at which pictures keep `mean` tokens on average or as few below as there can be, and the average it gives.
+    """A threshold at which images keep `mean` tokens on average or as few below as there can be, and the average it gives.
 
-    Of all that give the same it is the middle one, so that no picture here is decided by rounding.
+    Of all that give the same it is the middle one, so that no image here is decided by rounding.
 
     Args:
-        shares: ``(pictures, most)`` of `held`.
-        mean: tokens a picture, CLS and contextual ones included.
+        shares: ``(images, most)`` of `held`.
+        mean: tokens per image, CLS and contextual ones included.
         adaptive: of which `least` counts; its threshold is what is looked for.
 
     Raises:
@@ -84,7 +84,7 @@ def calibrate(shares: Tensor, mean: float, adaptive: Adaptive, cls: int, context
     fewest, most = average(0.0), shares.shape[1] + cls + contextual
     if not fewest <= mean < most:
         raise ValueError(
-            f"a mean of {mean:g} tokens can't be had: every picture keeps {fewest:g} or more (adaptive.least, contextual) and "
+            f"a mean of {mean:g} tokens can't be had: every image keeps {fewest:g} or more (adaptive.least, contextual) and "
             f"{most} at most (dominant + contextual); ask for a mean between them, or change these"
         )
     low, high = 0.0, 1.0

@@ -44,14 +44,14 @@ class Attachment:
         return list(self.family.projectors)
 
     def compress(self, **image_inputs: Any) -> list[VisualTokens]:
-        """Frozen part: image inputs of ``forward`` → for each picture its ``(L_i, D)`` tokens. No gradient.
+        """Frozen part: image inputs of ``forward`` → for each image its ``(L_i, D)`` tokens. No gradient.
 
-        A pure function of the picture, so its result can be stored and used again for every epoch, run and rank.
+        A pure function of the image, so its result can be stored and used again for every epoch, run and rank.
         """
         return self.family.compress(self.config, **image_inputs)
 
     def project(self, visual_tokens: list[VisualTokens]) -> list[Tensor]:
-        """Trained part: `compress`'s result → ``(L_i, hidden)`` embeddings a picture, with gradient to the projector."""
+        """Trained part: `compress`'s result → ``(L_i, hidden)`` embeddings per image, with gradient to the projector."""
         return self.family.project(visual_tokens)
 
     def encoder_outputs(self, visual_tokens: list[VisualTokens], kind: str = "image") -> dict[str, Any]:
@@ -63,14 +63,14 @@ class Attachment:
         return {kind: self.family.outputs(visual_tokens, kind)}
 
     def token_counts(self, **image_inputs: Any) -> list[tuple[int, int]]:
-        """For each picture (visual tokens of the untouched model, visual tokens now).
+        """For each image (visual tokens of the untouched model, visual tokens now).
 
-        With budgets of each picture's own the encoder has to look at it first.
+        With per-image budgets this runs the encoder.
         """
         counts = self.family.token_counts(self.config, **image_inputs)
         if self.config.adaptive is None:
             return counts
-        kept = [len(picture) for picture in self.compress(**image_inputs)]
+        kept = [len(tokens) for tokens in self.compress(**image_inputs)]
         return [(stock, now) for (stock, _), now in zip(counts, kept, strict=True)]
 
     def fit(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], list[VisualTokens]]:
@@ -83,7 +83,7 @@ class Attachment:
         return self.shortener.fit(inputs)
 
     def placeholders(self, written: str, visual_tokens: list[VisualTokens]) -> str:
-        """The text that stands for these pictures (one, or a video's frames), whose tokens are known, of that `written` for them."""
+        """The text that stands for these images (one, or a video's frames), whose tokens are known, of that `written` for them."""
         if self.config.adaptive is None:
             return written
         token = self.processor.image_token
@@ -107,8 +107,8 @@ def attach(model: nn.Module, processor: Any = None, config: ZipConfig | None = N
     Args:
         model: a ``*ForConditionalGeneration`` instance of a supported family (changed in place); wrappers (PEFT, DDP,
             DeepSpeed, ``torch.compile``) are looked through.
-        processor: the processor its prompts are made with (changed in place), which then writes ``K`` placeholders a
-            picture. Without one, prompts made by a stock processor are shortened as they come in.
+        processor: the processor its prompts are made with (changed in place), which then writes ``K`` placeholders an
+            image. Without one, prompts made by a stock processor are shortened as they come in.
         config: what to keep; or give its fields: ``attach(model, processor, dominant=54, contextual=10)``.
 
     Returns:

@@ -1,6 +1,6 @@
 """Score → select → merge: VisionZip in pure tensor functions that know no model.
 
-Shapes: ``B`` pictures (or tiles, or frames), ``N`` tokens of the encoder with CLS, ``D`` hidden size, ``K`` kept tokens =
+Shapes: ``B`` images (or tiles, or frames), ``N`` tokens of the encoder with CLS, ``D`` hidden size, ``K`` kept tokens =
 dominant + contextual. Source: arXiv 2412.04467, section 3; where paper and authors' code disagree (the merge adds, the
 pseudo-code averages) the code is followed, because it produced the published numbers.
 """
@@ -25,7 +25,7 @@ DROPPED = -1
 
 @dataclass(frozen=True)
 class Compressed:
-    """The tokens that are left of ``B`` pictures, and where each one came from.
+    """The tokens that are left of ``B`` images, and where each one came from.
 
     Attributes:
         tokens: ``(B, K, D)``: CLS, dominant patches in raster order, contextual tokens.
@@ -63,7 +63,7 @@ def compress(
     """Keep `dominant` tokens as they are and merge the others into `contextual` ones.
 
     Args:
-        features: one layer of an encoder, ``N`` tokens of ``B`` pictures.
+        features: one layer of an encoder, ``N`` tokens of ``B`` images.
         dominant: tokens kept, CLS included where there is one.
         contextual: tokens the rest is merged into; with 0 the rest is dropped.
 
@@ -132,14 +132,14 @@ def merge_weights(features: Features, chosen: Compressed, merge: str) -> Tensor:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Inside, products are taken in the precision of what they are given, whatever surrounds: a trainer's ``bf16=True`` would take
-    those that choose and merge in bfloat16, and pictures would keep other tokens there than when a cache was written."""
+    those that choose and merge in bfloat16, and images would keep other tokens there than when a cache was written."""
     return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
-def part(pictures: Compressed, start: int, stop: int) -> Compressed:
-    """Pictures `start` … `stop` of a batch."""
+def part(images: Compressed, start: int, stop: int) -> Compressed:
+    """Images `start` … `stop` of a batch."""
     return Compressed(
-        pictures.tokens[start:stop], pictures.kept[start:stop], pictures.targets[start:stop], pictures.slots[start:stop]
+        images.tokens[start:stop], images.kept[start:stop], images.targets[start:stop], images.slots[start:stop]
     )
 
 

@@ -1,4 +1,4 @@
-"""What to keep of a picture: one validated object, stored with the model and with everything that is exported."""
+"""What to keep of an image: one validated object, stored with the model and with everything that is exported."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ Measure = Literal["attention", "coverage"]
 
 
 class Adaptive(BaseModel):
-    """A budget of each picture's own: it keeps as few dominant tokens as hold `threshold` of what is measured.
+    """Per-image budgets: an image keeps as few dominant tokens as hold `threshold` of what is measured.
 
-    `ZipConfig.dominant` is then the most a picture keeps; contextual tokens are the same number for all. A threshold that
+    `ZipConfig.dominant` is then the most an image keeps; contextual tokens are the same number for all. A threshold that
     gives a wanted mean is found by ``visionzip calibrate``.
     """
 
@@ -22,7 +22,7 @@ class Adaptive(BaseModel):
     measure: Measure = Field(
         "attention", description="share of the attention on patches, or of what a greedy choice of patches covers"
     )
-    least: StrictInt = Field(1, ge=1, description="dominant tokens that every picture keeps, CLS included")
+    least: StrictInt = Field(1, ge=1, description="dominant tokens that every image keeps, CLS included")
 
     @property
     def needs_scores(self) -> bool:
@@ -54,7 +54,7 @@ class ZipConfig(BaseModel):
         None, description="hidden state that is read, as in `hidden_states[layer]`; None: the one the model reads"
     )
     adaptive: Adaptive | None = Field(
-        None, description="stop early where a picture needs few tokens; `dominant` is then the most"
+        None, description="stop early where an image needs few tokens; `dominant` is then the most"
     )
     pad_images: bool | Literal["auto"] = Field(
         "auto",
@@ -92,9 +92,9 @@ class ZipConfig(BaseModel):
         """The budget in tokens for an encoder that makes `tokens` of them.
 
         Args:
-            tokens: ``N``, tokens a picture has, CLS included.
+            tokens: ``N``, tokens an image has, CLS included.
             reserved: tokens that are always kept (CLS) and therefore need a place among the dominant.
-            cap: a picture with fewer tokens than asked for keeps all it has; for encoders whose pictures differ in size.
+            cap: an image with fewer tokens than asked for keeps all it has; for encoders whose images differ in size.
 
         Returns:
             ``(dominant, contextual)``, both in tokens.
@@ -112,7 +112,7 @@ class ZipConfig(BaseModel):
         if dominant < reserved or dominant + contextual > tokens:
             raise ValueError(
                 f"a budget of dominant={self.dominant} + contextual={self.contextual} can't be met: the encoder makes "
-                f"{tokens} tokens a picture{' (CLS included)' if reserved else ''}. Choose dominant + contextual <= {tokens}."
+                f"{tokens} tokens per image{' (CLS included)' if reserved else ''}. Choose dominant + contextual <= {tokens}."
             )
         return dominant, contextual
 

@@ -1,8 +1,8 @@
-"""Prompts that hold more placeholders than a picture has tokens, shortened on their way into a compressed model.
+"""Prompts that hold more placeholders than an image has tokens, shortened on their way into a compressed model.
 
 They are cut before the model sees them, and put back in what ``generate`` returns, so that ``output[:, input_ids.shape[1]:]`` is
 the answer as always. Two cases need it: the authors' call without a processor, where a stock processor wrote the untouched
-model's number; and budgets of each picture's own, which nobody knows before the picture went through the encoder.
+model's number; and per-image budgets, which are known only once an image has gone through the encoder.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def cut_text(model: Any, kwargs: dict[str, Any], keep: Tensor) -> dict[str, Any]
 
 
 def keep_of_each(input_ids: Tensor, token: int, written: list[int], kept: list[int]) -> Tensor:
-    """Which places of ``(B, L)`` stay: of the `written` placeholders of each picture, in order over all rows, the first `kept`.
+    """Which places of ``(B, L)`` stay: of the `written` placeholders of each image, in order over all rows, the first `kept`.
 
     Raises:
         ValueError: where there are not as many placeholders as `written` in all.
@@ -94,12 +94,12 @@ def keep_of_each(input_ids: Tensor, token: int, written: list[int], kept: list[i
     starts = torch.tensor([0, *written], device=input_ids.device).cumsum(0)
     if int(image.sum()) != int(starts[-1]):
         raise ValueError(
-            f"the prompt holds {int(image.sum())} picture placeholders, but its {len(written)} pictures need {int(starts[-1])}; "
+            f"the prompt holds {int(image.sum())} image placeholders, but needs {int(starts[-1])} for its images; "
             "make the prompt with the processor that was attached with this model"
         )
-    picture = torch.searchsorted(starts, number, right=True).clamp(min=1, max=len(written)) - 1
-    place = number - starts[picture]
-    return ~image | (place < torch.tensor(kept, device=input_ids.device)[picture])
+    owner = torch.searchsorted(starts, number, right=True).clamp(min=1, max=len(written)) - 1
+    place = number - starts[owner]
+    return ~image | (place < torch.tensor(kept, device=input_ids.device)[owner])
 
 
 @dataclass
@@ -175,9 +175,9 @@ class ShortenPrompts(PromptCutter):
 
 @dataclass
 class FitPrompts(PromptCutter):
-    """Of the most placeholders a picture can need to those it keeps (`ZipConfig.adaptive`).
+    """Of the most placeholders an image can need to those it keeps (`ZipConfig.adaptive`).
 
-    Pictures go through the encoder here, once, and on as ``mm_encoder_outputs``: the number that a prompt is cut to and the
+    Images go through the encoder here, once, and on as ``mm_encoder_outputs``: the number that a prompt is cut to and the
     tokens that fill it come from the same pass.
     """
 
@@ -186,21 +186,21 @@ class FitPrompts(PromptCutter):
     def cut(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         if kwargs.get("input_ids") is None or kwargs.get("pixel_values") is None:
             return kwargs
-        inputs, pictures = self.fit(kwargs)
-        return {**inputs, "mm_encoder_outputs": self.attachment.encoder_outputs(pictures)}
+        inputs, visual_tokens = self.fit(kwargs)
+        return {**inputs, "mm_encoder_outputs": self.attachment.encoder_outputs(visual_tokens)}
 
     def fit(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
-        """(the inputs without pixels, their text cut to what the pictures kept; `Attachment.compress`'s result)."""
+        """(the inputs without pixels, their text cut to what the images kept; `Attachment.compress`'s result)."""
         family = self.attachment.family
         pixels = family.image_inputs(kwargs)
         inputs = {name: value for name, value in kwargs.items() if name not in pixels}
-        pictures = self.attachment.compress(**pixels)
+        visual_tokens = self.attachment.compress(**pixels)
         counted = family.token_counts(self.attachment.config, **pixels)
         written = [most if self.attachment.processor_fits else stock for stock, most in counted]
-        kept = [len(picture) for picture in pictures]
+        kept = [len(tokens) for tokens in visual_tokens]
         keep = keep_of_each(inputs["input_ids"], family.image_token_id, written, kept)
         if kept == written:
-            return inputs, pictures
+            return inputs, visual_tokens
         if inputs.get("attention_mask") is not None:
             keep &= inputs["attention_mask"].bool()  # padding is made anew
-        return cut_text(self.model, inputs, keep), pictures
+        return cut_text(self.model, inputs, keep), visual_tokens

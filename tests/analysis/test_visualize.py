@@ -105,7 +105,7 @@ def test_themes(model, processor, pictures, tmp_path, theme):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--dominant", "15", "--contextual", "3"], "the encoder makes 17 tokens a picture"),
+        (["--dominant", "15", "--contextual", "3"], "the encoder makes 17 tokens per image"),
         (["--dominant", "0"], "dominant=0 can't be met"),
     ],
 )

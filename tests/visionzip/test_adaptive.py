@@ -21,7 +21,7 @@ from visionzip.chat import Chat
 from visionzip.cli import main
 from visionzip.compress import compress
 from visionzip.config import Adaptive
-from visionzip.families.tiles import pack_each, pack_picture
+from visionzip.families.tiles import pack_each, pack_image
 from visionzip.inputs import batch_prompts, prompt_inputs
 from visionzip.prompts import usual_template
 from visionzip.selectors import Features
@@ -263,7 +263,7 @@ def test_a_prompt_that_is_not_for_these_pictures_is_refused(model, processor):
     inputs = prompt(processor, QUESTION, [picture(0)])
     inputs["input_ids"] = inputs["input_ids"][:, :-6]
     stock = prompt(tiny_processor(), QUESTION, [picture(0)])
-    with pytest.raises(ValueError, match=r"holds 16 picture placeholders, but its 1 pictures need 12"):
+    with pytest.raises(ValueError, match=r"holds 16 image placeholders, but needs 12 for its images"):
         model(**stock)
     with pytest.raises(ValueError, match="position_ids"):
         model(**prompt(processor, QUESTION, [picture(0)]), position_ids=torch.arange(99)[None])
@@ -316,7 +316,7 @@ def test_tiles_of_equal_numbers_are_packed_as_ever():
     found = features(5, 16, 0)
     together = compress(found, 6, 2)
     each = [compress(Features(*(t[n : n + 1] for t in (found.hidden_states, found.metric, found.scores)), True), 6, 2) for n in range(5)]  # fmt: skip
-    assert torch.equal(pack_each(each, (2, 2), 4, True), pack_picture(together, (2, 2), 4, True))
+    assert torch.equal(pack_each(each, (2, 2), 4, True), pack_image(together, (2, 2), 4, True))
 
 
 def test_unequal_tiles_are_packed_patch_by_patch():

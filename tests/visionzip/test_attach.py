@@ -352,7 +352,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("stranger", "message"),
         [
-            (tiny_processor(image=64), r"picture size 64 \(the model: 32"),
+            (tiny_processor(image=64), r"image size 64 \(the model: 32"),
             (tiny_processor(patch=16), r"patch size 16 \(the model: 8"),
             (tiny_processor().tokenizer, "not a processor for LlavaForConditionalGeneration"),
             ("llava-hf/llava-1.5-7b-hf", "str is not a processor"),

@@ -1,4 +1,4 @@
-"""The threshold at which pictures keep a wanted number of tokens on average, found on pictures like those to come."""
+"""The threshold at which images keep a wanted number of tokens on average, found on images like those to come."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from visionzip.inputs import to_model
 
 @dataclass(frozen=True)
 class Calibrated:
-    """`config` has the threshold. `counts` ``(tiles,)``: tokens of each picture looked at (LLaVA-NeXT: of each of its tiles)."""
+    """`config` has the threshold. `counts` ``(tiles,)``: tokens of each image looked at (LLaVA-NeXT: of each of its tiles)."""
 
     config: ZipConfig
     mean: float
@@ -30,18 +30,18 @@ class Calibrated:
 def calibrated(
     attachment: Attachment,
     processor: Any,
-    pictures: Iterable[Image.Image],
+    images: Iterable[Image.Image],
     mean: float,
     adaptive: Adaptive,
 ) -> Calibrated:
-    """Budgets of each picture's own with `mean` tokens a picture (a tile) or a little fewer, over `pictures`.
+    """Per-image budgets (per tile, where there are tiles) with a mean of `mean` tokens or a little fewer, over `images`.
 
     Args:
-        attachment: its config says the most a picture keeps, and all else; a picture with budgets of its own must be possible.
+        attachment: its config says the most an image keeps, and all else; its family must support per-image budgets.
         adaptive: measure and least; its threshold does not count.
 
     Raises:
-        ValueError: for a family without such budgets, no pictures, or a mean that can't be had.
+        ValueError: for a family without such budgets, no images, or a mean that can't be had.
     """
     model, config, family = attachment.model, attachment.config, attachment.family
     if not family.per_image_budgets:
@@ -50,16 +50,16 @@ def calibrated(
     plain = config.model_copy(update={"adaptive": None})
     found: list[Tensor] = []
     with listening(lambda features, _: found.append(held(features, adaptive.measure, dominant - features.cls).cpu())):
-        for picture in pictures:
-            inputs = to_model(model, image_inputs(processor, picture, config.pad_images))
+        for image in images:
+            inputs = to_model(model, image_inputs(processor, image, config.pad_images))
             family.compress(plain, **inputs)
     if not found:
-        raise ValueError("there is no readable picture to calibrate on")
+        raise ValueError("there is no readable image to calibrate on")
     shares = torch.cat(found)
     cls = dominant - shares.shape[1]
     threshold, average = calibrate(shares, mean, adaptive, cls, contextual)
     if not 0.0 < threshold < 1.0:
-        raise ValueError(f"a mean of {mean:g} tokens needs no threshold: every picture keeps that few; ask for more")
+        raise ValueError(f"a mean of {mean:g} tokens needs no threshold: every image keeps that few; ask for more")
     chosen = adaptive.model_copy(update={"threshold": threshold})
     counts = needed(shares, chosen, cls) + contextual
     return Calibrated(config.model_copy(update={"adaptive": chosen}), average, counts)

@@ -16,7 +16,7 @@ from visionzip.selectors import Features, joined
 
 # Queries handled at once where attention received is summed: bounds memory to B × H × CHUNK × N floats.
 CHUNK = 256
-# On a CPU pictures go through an encoder in slices whose widest activation is at most this large: it then stays in a processor's
+# On a CPU images go through an encoder in slices whose widest activation is at most this large: it then stays in a processor's
 # last cache, and below the 32 MB from which glibc takes every allocation from the system anew, zeroed page by page.
 SLICE_BYTES = 16 * 2**20
 
@@ -33,7 +33,7 @@ class Encoder(ABC):
 
     @abstractmethod
     def tokens(self, tower: Any) -> int:
-        """``N``, tokens of a picture of the size the encoder was made for, CLS included, registers not."""
+        """``N``, tokens of an image of the size the encoder was made for, CLS included, registers not."""
 
     @abstractmethod
     def depth(self, tower: Any) -> int:
@@ -65,10 +65,10 @@ class Encoder(ABC):
 
     @abstractmethod
     def read(self, tower: Any, pixel_values: Tensor, layer: Layer, scores: bool) -> Features:
-        """`encode` for as many pictures as go through at once."""
+        """`encode` for as many images as go through at once."""
 
     def at_once(self, tower: Any, pixel_values: Tensor) -> int:
-        """Pictures that go through the encoder together: all of them on an accelerator, `SLICE_BYTES` of them on a CPU."""
+        """Images that go through the encoder together: all of them on an accelerator, `SLICE_BYTES` of them on a CPU."""
         if pixel_values.device.type != "cpu":
             return max(len(pixel_values), 1)
         widest = self.tokens(tower) * self.width(tower) * pixel_values.element_size()

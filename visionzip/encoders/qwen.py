@@ -1,10 +1,10 @@
-"""Qwen's vision transformers (Qwen2-VL, Qwen2.5-VL, Qwen3-VL): pictures of any size in one packed sequence, no CLS.
+"""Qwen's vision transformers (Qwen2-VL, Qwen2.5-VL, Qwen3-VL): images of any size in one packed sequence, no CLS.
 
-Not an `Encoder`: there is no ``N`` that holds for every picture, so what it gives is one `Frames` a picture. A *group* is the
-``s × s`` patches that the merger makes one visual token of; a *frame* is what attends to itself (a picture, or two video
+Not an `Encoder`: there is no ``N`` that holds for every image, so what it gives is one `Frames` per image. A *group* is the
+``s × s`` patches that the merger makes one visual token of; a *frame* is what attends to itself (an image, or two video
 frames that were embedded together).
 
-Shapes: ``S`` patches of all pictures, ``t`` frames of one picture, ``n`` groups a frame, ``s`` side of a group, ``H`` heads.
+Shapes: ``S`` patches of all images, ``t`` frames of one image, ``n`` groups per frame, ``s`` side of a group, ``H`` heads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from visionzip.selectors import Features
 
 @dataclass(frozen=True)
 class Frames:
-    """One picture or video after the encoder, group by group in raster order, not windowed.
+    """One image or video after the encoder, group by group in raster order, not windowed.
 
     Attributes:
         grid: ``(3,)``: frames, rows and columns of patches.
@@ -46,17 +46,17 @@ class QwenEncoder:
 
     @torch.no_grad()
     def encode(self, tower: Any, pixel_values: Tensor, grid_thw: Tensor, *, scores: bool = True) -> list[Frames]:
-        """``(S, channels · patch pixels)`` and ``(pictures, 3)`` frames, rows and columns of patches → one `Frames` a picture.
+        """``(S, channels · patch pixels)`` and ``(images, 3)`` frames, rows and columns of patches → one `Frames` per image.
 
         Raises:
             ValueError: when the patches are not as many as the grids say.
         """
-        grids = grid_thw.tolist()  # one wait for a GPU, not one a picture
+        grids = grid_thw.tolist()  # one wait for a GPU, not one per image
         lengths = [frames * rows * columns for frames, rows, columns in grids]
         if sum(lengths) != len(pixel_values):
             raise ValueError(
                 f"{len(pixel_values)} patches were given, but the grids {grids} are of {sum(lengths)}; on a "
-                f"cache of an earlier turn, pass the pixels of all pictures that are in the prompt"
+                f"cache of an earlier turn, pass the pixels of all images that are in the prompt"
             )
         with in_own_precision(tower, pixel_values.device):
             return self._read(tower, pixel_values, grid_thw, grids, lengths, scores)
@@ -102,7 +102,7 @@ class QwenEncoder:
         keys: Tensor,
         *deep: Tensor,
     ) -> Frames:
-        """One picture: ``(t·h·w, …)`` each → frames of groups."""
+        """One image: ``(t·h·w, …)`` each → frames of groups."""
         keys, queries = (x.unflatten(0, (frames, -1)).transpose(1, 2) for x in (keys, queries))  # (t, H, h·w, d)
         found = attention_received(queries, keys, scale).unflatten(1, (-1, group)).mean(-1) if scores else None
         metric = keys.mean(dim=1).unflatten(1, (-1, group)).mean(2)  # (t, n, d)
@@ -118,7 +118,7 @@ class QwenEncoder:
 
         side = tower.spatial_merge_size
         hidden = tower.patch_embed(pixel_values)
-        if hasattr(tower, "pos_embed"):  # Qwen3-VL: learned positions, resampled to the picture's grid
+        if hasattr(tower, "pos_embed"):  # Qwen3-VL: learned positions, resampled to the image's grid
             places, weights = vision_utils.get_vision_interpolation_indices_and_weights(
                 grid_thw,
                 num_grid_per_side=tower.num_grid_per_side,

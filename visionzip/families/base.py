@@ -49,7 +49,7 @@ class Family(ABC):
     inputs: ClassVar[dict[str, tuple[str, ...]]] = {"image": ("pixel_values",)}
     #: kind → the one of them with a row per image or video, where that is not the pixels
     counted: ClassVar[dict[str, str]] = {}
-    #: a prompt holds one placeholder a visual token; False: one an image, and the model itself makes room
+    #: a prompt holds one placeholder per visual token; False: one per image, and the model itself makes room
     needs_placeholders: ClassVar[bool] = True
     #: supports per-image budgets (`ZipConfig.adaptive`)
     per_image_budgets: ClassVar[bool] = False

@@ -1,13 +1,13 @@
-"""Gemma 3 (`Gemma3ForConditionalGeneration`): SigLIP at 896 pixels, 4 × 4 patches pooled to 256 tokens a picture.
+"""Gemma 3 (`Gemma3ForConditionalGeneration`): SigLIP at 896 pixels, 4 × 4 patches pooled to 256 tokens per image.
 
 Selection stands after the pooling (`visionzip.families.grouped` says why). Pooling is the first thing the projector module does;
 it has no weights. So `compress` pools and chooses, and `project` hands the chosen tokens to the *whole* module, laid out
 such that its pooling gives each of them back. Calling its norm and matrix on their own would be less work, but then
 ZeRO-3, FSDP, PEFT and device maps, which act when a module is called, would not see it.
 
-Pan-and-scan crops are pictures of their own. A picture's tokens attend to each other in both directions, told by
+Pan-and-scan crops are images of their own. An image's tokens attend to each other in both directions, told by
 ``token_type_ids``, which the processor makes from the ids and which therefore stays right. Batches that come without, as those
-of a template of ours, get theirs: the untouched model would let pictures attend causally, which it was not trained on.
+of a template of ours, get theirs: the untouched model would let images attend causally, which it was not trained on.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Gemma3(Grouped):
         return (
             processor.tokenizer.image_token,
             processor.tokenizer.image_token_id,
-        )  # its own image_token begins a picture
+        )  # its own image_token begins an image
 
     def token_types(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor | None:
         """1 for visual tokens, 0 for text."""
@@ -58,7 +58,7 @@ class Gemma3(Grouped):
 
 
 def unpool(tokens: Tensor, length: int, side: int) -> Tensor:
-    """``(M, D)`` → ``(sheets, N, D)``, pictures of patches whose mean over blocks of ``side × side`` is `tokens` again.
+    """``(M, D)`` → ``(sheets, N, D)``, images of patches whose mean over blocks of ``side × side`` is `tokens` again.
 
     A token stands ``side²`` times as large in one corner of its block, among zeros: where ``side²`` is a power of two
     (16 in all of Gemma 3), nothing is rounded, which a block of equal values does not promise.

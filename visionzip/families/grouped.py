@@ -5,10 +5,10 @@ group is what can be kept or dropped. Choosing patches first leaves almost no gr
 group would then be made of patches that are no neighbours (the mistake known from a port for Qwen), or of
 few patches and holes the projector never saw. (``python -m scripts.grouping`` counts: the best quarter of an encoder's patches
 lies in half of its groups and fills a tenth of them or fewer, while the best quarter of groups holds nearly as much attention.) Grouping itself has no weights, so the result is still frozen and a pure
-function of the picture; scores and keys are averaged over each group; and the projector runs on ``K`` tokens instead of all.
+function of the image; scores and keys are averaged over each group; and the projector runs on ``K`` tokens instead of all.
 Contextual tokens are merged there too, in what the projector takes, as the authors do for LLaVA.
 
-Shapes: ``T`` tiles of all pictures, ``N`` patches of a tile, ``n`` groups of a tile, ``K`` kept of them, ``C`` what the
+Shapes: ``T`` tiles of all images, ``N`` patches of a tile, ``n`` groups of a tile, ``K`` kept of them, ``C`` what the
 projector takes.
 """
 
@@ -32,7 +32,7 @@ from visionzip.selectors import Features
 
 
 class Grouped(Family):
-    """``(T, 3, height, width)`` → ``(K, C)`` a tile, dominant groups in raster order, then contextual tokens."""
+    """``(T, 3, height, width)`` → ``(K, C)`` per tile, dominant groups in raster order, then contextual tokens."""
 
     #: where the processor says how many placeholders it writes a tile
     count_name: ClassVar[str] = "image_seq_length"
@@ -71,7 +71,7 @@ class Grouped(Family):
     def processor_facts(self, processor: Any) -> dict[str, tuple[Any, Any]]:
         return {
             "image token id": (self.token(processor)[1], self.model.config.image_token_id),
-            "placeholders a tile": (getattr(processor, self.count_name, None), self.groups),
+            "placeholders per tile": (getattr(processor, self.count_name, None), self.groups),
         }
 
     def token(self, processor: Any) -> tuple[str, int]:
@@ -94,7 +94,7 @@ class Grouped(Family):
             return compress_to_budget(Features(tokens, metric, scores, has_cls=False), config).tokens
 
     def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:
-        """One entry a *tile*: nothing in ``pixel_values`` says which tiles are of one picture, and nothing needs to know."""
+        """One entry a *tile*: nothing in ``pixel_values`` says which tiles are of one image, and nothing needs to know."""
         return list(self.tiles(config, image_inputs["pixel_values"]))
 
     def encoder_output(self, embeddings: list[Tensor], kind: str = "image") -> BaseModelOutputWithPooling:

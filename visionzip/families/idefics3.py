@@ -1,10 +1,10 @@
-"""Idefics3 and SmolVLM: tiles of one size and the picture as a whole, pixel shuffle by 2 to 4, one linear layer.
+"""Idefics3 and SmolVLM: tiles of one size and the image as a whole, pixel shuffle by 2 to 4, one linear layer.
 
 Selection stands after the pixel shuffle (`visionzip.families.grouped` says why), for each tile on its own, so that the text the
 processor writes around every tile (``<row_1_col_2>``) stays true. With a shuffle of 3 or 4 a tile is down to 169 or 64
 tokens before anything is chosen: budgets that are usual for LLaVA keep everything here.
 
-``pixel_values`` is ``(rows, tiles, 3, height, width)``: the tiles of all pictures in one row of text, short rows filled up with
+``pixel_values`` is ``(rows, tiles, 3, height, width)``: the tiles of all images in one row of text, short rows filled up with
 tiles of zeros, which are dropped. So `compress` gives one entry a row, as the untouched model does.
 """
 

@@ -2,7 +2,7 @@
 
 Selection stands after the pixel shuffle (`visionzip.families.grouped` says why): of a tile's 256 groups of 2 × 2 patches ``K`` are
 kept. CLS is dropped as the untouched model drops it, as it has no place in a shuffle; `visionzip.encoders.internvit`
-says why it does not score either. A video is a number of tiles, one a frame, so it needs nothing of its own.
+says why it does not score either. A video is a number of tiles, one per frame, so it needs nothing of its own.
 """
 
 from __future__ import annotations

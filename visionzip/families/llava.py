@@ -1,4 +1,4 @@
-"""LLaVA-1.5 (`LlavaForConditionalGeneration`): one picture, one grid of patches, a two-layer projector."""
+"""LLaVA-1.5 (`LlavaForConditionalGeneration`): one image, one grid of patches, a two-layer projector."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from visionzip.families.stand_ins import FixedCount, TokenCount
 
 
 class Llava(Family):
-    """``(B, 3, height, width)`` → K tokens a picture: CLS, dominant patches in raster order, contextual tokens."""
+    """``(B, 3, height, width)`` → K tokens per image: CLS, dominant patches in raster order, contextual tokens."""
 
     per_image_budgets = True
     plain_positions = True
@@ -42,7 +42,7 @@ class Llava(Family):
         return {
             "image token id": (processor.image_token_id, self.model.config.image_token_id),
             "patch size": (getattr(processor, "patch_size", None), vision.patch_size),
-            "picture size": (picture_size(processor.image_processor), vision.image_size),
+            "image size": (image_size(processor.image_processor), vision.image_size),
         }
 
     def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:
@@ -70,8 +70,8 @@ class Llava(Family):
 FAMILIES.register("llava")(Llava)
 
 
-def picture_size(image_processor: Any) -> int | None:
-    """Side of the square picture an image processor gives, in pixels."""
+def image_size(image_processor: Any) -> int | None:
+    """Side of the square image an image processor gives, in pixels."""
     for name in ("crop_size", "size"):
         size = getattr(image_processor, name, None)
         if size and (name == "size" or getattr(image_processor, "do_center_crop", True)):

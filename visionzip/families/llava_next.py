@@ -1,10 +1,10 @@
-"""LLaVA-NeXT (`LlavaNextForConditionalGeneration`; 7B, 13B, Mistral, 34B): CLIP on a base picture and on tiles.
+"""LLaVA-NeXT (`LlavaNextForConditionalGeneration`; 7B, 13B, Mistral, 34B): CLIP on a base image and on tiles.
 
-Every tile is compressed on its own with the whole budget, so a picture of ``T`` tiles has ``T * K`` tokens and the number of
+Every tile is compressed on its own with the whole budget, so an image of ``T`` tiles has ``T * K`` tokens and the number of
 placeholders follows its size. The order is the authors': the base's block, then over all other tiles the kept patches in
-raster order of the stitched picture, their CLS tokens, their contextual tokens. What the untouched model does to the stitched
+raster order of the stitched image, their CLS tokens, their contextual tokens. What the untouched model does to the stitched
 grid, cropping the padding and ending each row with a newline, has no meaning for a few patches out of it and is left out;
-authors' code sets one ``image_newline`` only where a picture is a single tile, which transformers' class never makes here (a
+authors' code sets one ``image_newline`` only where an image is a single tile, which transformers' class never makes here (a
 base always comes with a grid).
 """
 
@@ -23,7 +23,7 @@ from visionzip.config import ZipConfig
 from visionzip.families.base import FAMILIES, VisualTokens
 from visionzip.families.llava import Llava
 from visionzip.families.stand_ins import TokenCount
-from visionzip.families.tiles import pack_each, pack_picture, tile_grid
+from visionzip.families.tiles import pack_each, pack_image, tile_grid
 
 
 @dataclass
@@ -55,13 +55,13 @@ class LlavaNext(Llava):
             tiles = flat_tiles(image_inputs["pixel_values"], counts)
             features = self.encode(config, tiles)
             starts = [sum(counts[:index]) for index in range(len(counts))]
-            pictures = list(zip(starts, counts, grids, strict=True))
+            images = list(zip(starts, counts, grids, strict=True))
             side, cls = self.side, self.encoder.has_cls
             if config.adaptive is not None:  # every tile stops on its own
                 each = compress_each(features, config)
-                return [pack_each(each[start : start + count], grid, side, cls) for start, count, grid in pictures]
+                return [pack_each(each[start : start + count], grid, side, cls) for start, count, grid in images]
             kept = compress_to_budget(features, config)
-            return [pack_picture(part(kept, start, start + count), grid, side, cls) for start, count, grid in pictures]
+            return [pack_image(part(kept, start, start + count), grid, side, cls) for start, count, grid in images]
 
     @property
     def side(self) -> int:
@@ -88,7 +88,7 @@ class LlavaNext(Llava):
         return {"image": TileCount(sum(self.budget(config)), pinpoints, stock.vision_config.image_size)}
 
     def stock_count(self) -> int | None:
-        return None  # it depends on the picture's size
+        return None  # it depends on the image's size
 
     def token_counts(self, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
         side, budget = self.side, sum(self.budget(config))
@@ -107,7 +107,7 @@ FAMILIES.register("llava_next")(LlavaNext)
 def flat_tiles(pixel_values: Tensor, counts: list[int]) -> Tensor:
     """``(B, T_max, C, h, w)``, padded with empty tiles, or ``(ΣT, C, h, w)`` → ``(ΣT, C, h, w)``."""
     if pixel_values.dim() == 5:
-        return torch.cat([picture[:count] for picture, count in zip(pixel_values, counts, strict=True)])
+        return torch.cat([image[:count] for image, count in zip(pixel_values, counts, strict=True)])
     if pixel_values.dim() != 4 or len(pixel_values) != sum(counts):
         raise ValueError(
             f"pixel_values of shape {list(pixel_values.shape)} do not hold the {sum(counts)} tiles that image_sizes stand for; "

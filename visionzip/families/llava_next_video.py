@@ -1,9 +1,9 @@
-"""LLaVA-NeXT-Video (`LlavaNextVideoForConditionalGeneration`): pictures as LLaVA-NeXT, videos frame by frame.
+"""LLaVA-NeXT-Video (`LlavaNextVideoForConditionalGeneration`): images as LLaVA-NeXT, videos frame by frame.
 
-Pictures are tiles in the order of LLaVA-NeXT. Of a frame the untouched model pools the 24 × 24 patches to 12 × 12 *before* the
+Images are tiles in the order of LLaVA-NeXT. Of a frame the untouched model pools the 24 × 24 patches to 12 × 12 *before* the
 projector, which is where we choose: among the pooled patches, with scores and keys pooled over the same squares, so that what
 is kept is what the untouched model would show its LLM. A frame's CLS token is kept as well and counts among the dominant, as
-everywhere with CLIP (the untouched model drops it). A frame's budget is of 145 tokens, a picture's tile's of 577.
+everywhere with CLIP (the untouched model drops it). A frame's budget is of 145 tokens, an image's tile's of 577.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from visionzip.selectors import Features
 
 
 class LlavaNextVideo(LlavaNext):
-    """Pictures and videos: ``(L, D)``, a video's frames one after the other with ``K`` tokens each."""
+    """Images and videos: ``(L, D)``, a video's frames one after the other with ``K`` tokens each."""
 
     per_image_budgets = False
     inputs: ClassVar[dict[str, tuple[str, ...]]] = {**LlavaNext.inputs, "video": ("pixel_values_videos",)}

@@ -2,17 +2,17 @@
 
 No authors' code exists for this family; what is decided here, and why:
 
-- **One picture in a prompt** is cut into tiles as in LLaVA-NeXT and treated likewise: every tile is compressed on its own
+- **One image in a prompt** is cut into tiles as in LLaVA-NeXT and treated likewise: every tile is compressed on its own
   *before* the untouched model's unpadding, its newlines and its bilinear shrinking, in the order of `tiles.pack_picture`
   without the CLS part. After them there would be no tiles: a shrunken grid mixes patches across tile borders, which attention
   never crossed and whose scores can't be compared.
 - **At most nine tiles' worth** (``anyres_max_9``). The untouched model shrinks larger grids to about nine tiles' patches. A
-  budget a tile without that limit would give a picture of 6 × 6 tiles a third of its tokens where others get a tenth, so the
+  budget a tile without that limit would give an image of 6 × 6 tiles a third of its tokens where others get a tenth, so the
   grid's tiles share what nine would get, rounded down.
-- **Several pictures in a prompt** are one tile each; there the untouched model sets one ``image_newline`` after the patches,
+- **Several images in a prompt** are one tile each; there the untouched model sets one ``image_newline`` after the patches,
   and so do we (as the authors do for a single tile): ``K + 1`` tokens. It is not trained.
-  A picture alone and the same picture among others are therefore two different inputs (``batch_num_images`` says which), and a
-  conversation that begins with one picture can't go on with a second on the same cache, here as in the untouched model.
+  An image alone and the same image among others are therefore two different inputs (``batch_num_images`` says which), and a
+  conversation that begins with one image can't go on with a second on the same cache, here as in the untouched model.
 - **Video**: the untouched model projects all 27 × 27 patches of a frame, pools them to 14 × 14, and sets one newline after the
   last frame. We choose among the 14 × 14: choosing before would either merge patches that are no neighbours or show the LLM
   unpooled ones. Scores and keys are pooled with the same weights; of each kept position the four patches it is made of go
@@ -67,7 +67,7 @@ class OnevisionCount(TileCount):
 
 
 class LlavaOnevision(LlavaNext):
-    """Pictures: ``(L, D)``, or ``{"tokens", "newline"}`` where there are several; videos: ``{"tokens", "weights", "newline"}``.
+    """Images: ``(L, D)``, or ``{"tokens", "newline"}`` where there are several; videos: ``{"tokens", "weights", "newline"}``.
 
     ``newline`` is a flag: the embedding itself is the LLM's and is set by `project`.
     """
@@ -104,8 +104,8 @@ class LlavaOnevision(LlavaNext):
         whole, most = self.budget(config), self.max_tiles
         bases = compress_to_budget(rows(features, starts), config)
 
-        others: dict[int, Tensor] = {}  # picture → its grid's tokens
-        same: dict[Budget, list[int]] = {}  # pictures whose tiles have the same budget are compressed at once
+        others: dict[int, Tensor] = {}  # image → its grid's tokens
+        same: dict[Budget, list[int]] = {}  # images whose tiles have the same budget are compressed at once
         for index, count in enumerate(counts):
             if count > 1:
                 same.setdefault(share(whole, count - 1, most), []).append(index)
@@ -158,7 +158,7 @@ class LlavaOnevision(LlavaNext):
         return int(found.group(1))
 
     def layout(self, inputs: dict[str, Any]) -> list[tuple[int, int]]:
-        """The grid of each picture, ``(rows, columns)``; ``(0, 0)`` for one that shares its prompt with others."""
+        """The grid of each image, ``(rows, columns)``; ``(0, 0)`` for one that shares its prompt with others."""
         sizes = inputs["image_sizes"]
         alone = are_alone(inputs.get("batch_num_images"), len(sizes))
         return [grid if own else (0, 0) for grid, own in zip(self.grids(sizes), alone, strict=True)]
@@ -202,17 +202,17 @@ class LlavaOnevision(LlavaNext):
 FAMILIES.register("llava_onevision")(LlavaOnevision)
 
 
-def are_alone(batch_num_images: Any, pictures: int) -> list[bool]:
-    """For each picture whether it is its prompt's only one. Without the numbers each is taken to be.
+def are_alone(batch_num_images: Any, images: int) -> list[bool]:
+    """For each image whether it is its prompt's only one. Without the numbers each is taken to be.
 
-    A later turn brings its new pictures alone, but the numbers of its whole conversation: the first ones decide, as in
+    A later turn brings its new images alone, but the numbers of its whole conversation: the first ones decide, as in
     transformers' own code.
     """
     if batch_num_images is None:
-        return [True] * pictures
+        return [True] * images
     if isinstance(batch_num_images, Tensor):
         batch_num_images = batch_num_images.tolist()
-    return [int(number) == 1 for number in batch_num_images for _ in range(int(number))][:pictures]
+    return [int(number) == 1 for number in batch_num_images for _ in range(int(number))][:images]
 
 
 def share(whole: Budget, tiles: int, most: int) -> Budget:

@@ -7,10 +7,10 @@ tested with a small one of that structure, never with published weights. docs/mi
 **Selection stands after the mining** and before ``mm_projector``. Each of CLIP's tokens looks at its own square of the ConvNeXt's
 feature map and adds what it finds; as no token looks elsewhere, choosing dominant tokens before or after makes no difference to
 them, but contextual tokens are means, and their members' details should be in. Mining stays frozen, ``mm_projector`` alone
-trains (the paper's recipe), and a cached picture is ``(K, D)`` as for LLaVA. CLS scores but is not kept: it has no square to mine,
+trains (the paper's recipe), and a cached image is ``(K, D)`` as for LLaVA. CLS scores but is not kept: it has no square to mine,
 and the untouched model drops it. So `dominant` counts patches only.
 
-Prompts need no change: the model's own code puts each picture where its one marker (-200) stands, however long it is.
+Prompts need no change: the model's own code puts each image where its one marker (-200) stands, however long it is.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MEMBERS = ("get_vision_tower", "get_vision_tower_aux", "unified_resampler", "enc
 
 
 class MiniGemini(Family):
-    """``images`` ``(B, 3, h, w)`` and ``images_aux`` ``(B, 3, H, W)`` → ``(K, D)`` a picture."""
+    """``images`` ``(B, 3, h, w)`` and ``images_aux`` ``(B, 3, H, W)`` → ``(K, D)`` per image."""
 
     projectors: ClassVar[tuple[str, ...]] = ("model.mm_projector",)
     llm: ClassVar[str] = "model.layers"
@@ -60,7 +60,7 @@ class MiniGemini(Family):
             )
         if getattr(self.model.config, "image_grid", 1) > 1:
             raise ValueError(
-                f"image_grid={self.model.config.image_grid}: the HD models, which cut pictures into tiles, are not supported"
+                f"image_grid={self.model.config.image_grid}: the HD models, which cut images into tiles, are not supported"
             )
         self.encoder.layers_run(self.encoder_module, self.layer(config))
         self.budget(config)

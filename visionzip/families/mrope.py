@@ -1,6 +1,6 @@
 """Positions of a compressed prompt in models with M-RoPE: those of the full layout, indexed by what was kept.
 
-A kept token stays where it was in the picture, and text behind the picture stands as far off as if nothing had been
+A kept token stays where it was in the image, and text behind the image stands as far off as if nothing had been
 dropped. The positions themselves are computed by the model's own ``get_rope_index`` on a prompt that is expanded for it;
 here is only the expanding and the indexing.
 
@@ -9,7 +9,7 @@ here is only the expanding and the indexing.
 and hand the result on as ``mm_encoder_outputs``, which says what was kept. Nothing is stored between calls but the model's own
 ``rope_deltas``.
 
-Shapes: ``B`` rows, ``L`` tokens a row, ``t`` frames of a picture, ``n`` tokens a frame before and ``K`` after.
+Shapes: ``B`` rows, ``L`` tokens a row, ``t`` frames of an image, ``n`` tokens per frame before and ``K`` after.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ KINDS = {"image": (1, "pixel_values", "image_grid_thw"), "video": (2, "pixel_val
 
 @dataclass
 class GridOutput(BaseModelOutputWithPooling):
-    """What ``mm_encoder_outputs`` holds for one kind of picture.
+    """What ``mm_encoder_outputs`` holds for one kind of image.
 
     Attributes:
-        pooler_output: ``(t·K, hidden)`` a picture.
-        deepstack_features: for each layer that DeepStack feeds, ``(t·K, hidden)`` a picture.
-        kept: ``(t, K)`` int64 a picture: places among the ``n`` tokens of each frame, ascending.
-        grids: ``(pictures, 3)`` int64: frames, rows and columns of patches.
+        pooler_output: ``(t·K, hidden)`` per image.
+        deepstack_features: for each layer that DeepStack feeds, ``(t·K, hidden)`` per image.
+        kept: ``(t, K)`` int64 an image: places among the ``n`` tokens of each frame, ascending.
+        grids: ``(images, 3)`` int64: frames, rows and columns of patches.
     """
 
     deepstack_features: Any = None
@@ -46,15 +46,15 @@ class GridOutput(BaseModelOutputWithPooling):
 
 @dataclass(frozen=True)
 class Run:
-    """Placeholders in a row: one picture, or one frame where a prompt holds a video's frames apart."""
+    """Placeholders in a row: one image, or one frame where a prompt holds a video's frames apart."""
 
-    grid: int  # number of the picture they are of
+    grid: int  # number of the image they are of
     places: list[int]  # of the full layout, those that are kept
     total: int  # tokens of the full layout
 
 
 def runs_of(kept: list[Tensor], grids: Tensor, merge: int, frames_apart: bool) -> Iterator[Run]:
-    """``(t, K)`` kept places and ``(pictures, 3)`` grids of patches → the runs of placeholders, in order."""
+    """``(t, K)`` kept places and ``(images, 3)`` grids of patches → the runs of placeholders, in order."""
     for number, (places, (frames, rows, columns)) in enumerate(zip(kept, grids.tolist(), strict=True)):
         total = rows * columns // merge**2
         if frames_apart:
@@ -74,9 +74,9 @@ class Row:
 
 
 def expand(kinds: list[int], visible: list[bool], runs: dict[int, Iterator[Run]]) -> tuple[Row, list[tuple[int, int]]]:
-    """One row of ``mm_token_type_ids`` → the full layout, and the ``(kind, picture)`` it shows.
+    """One row of ``mm_token_type_ids`` → the full layout, and the ``(kind, image)`` it shows.
 
-    A picture whose placeholders are all masked (a batch without pictures gets one, so that every rank runs the projector)
+    An image whose placeholders are all masked (a batch without images gets one, so that every rank runs the projector)
     takes its turn and is left out.
     """
     row, shown = Row([], []), []
@@ -89,10 +89,10 @@ def expand(kinds: list[int], visible: list[bool], runs: dict[int, Iterator[Run]]
             continue
         run = next(runs[kind], None)
         if run is None or len(run.places) != len(here):
-            wanted = "no picture is left" if run is None else f"{len(run.places)} visual tokens were kept"
+            wanted = "no image is left" if run is None else f"{len(run.places)} visual tokens were kept"
             raise ValueError(
                 f"the prompt holds {len(here)} placeholders in a row where {wanted}; make prompts with the processor that is "
-                f"attached with the model, and keep pictures apart by the tokens its template puts around each"
+                f"attached with the model, and keep images apart by the tokens its template puts around each"
             )
         if any(seen):
             row.kept += [len(row.kinds) + place for place, on in zip(run.places, seen, strict=True) if on]
@@ -128,9 +128,9 @@ class RopeIndex:
         visible = torch.ones_like(kinds).bool() if attention_mask is None else attention_mask.bool()
         rows, shown = [], []
         for row_kinds, row_visible in zip(kinds.tolist(), visible.tolist(), strict=True):
-            row, pictures = expand(row_kinds, row_visible, runs)
+            row, images = expand(row_kinds, row_visible, runs)
             rows.append(row)
-            shown += pictures
+            shown += images
 
         full, deltas = self._stock(rows, shown, outputs, second_per_grid_ts, input_ids.device)
         positions = input_ids.new_zeros(3, *input_ids.shape)
@@ -170,11 +170,11 @@ class RopeIndex:
             )
         given: dict[str, Any] = {}
         for kind, (number, _, grid) in KINDS.items():
-            order = sorted({picture for other, picture in shown if other == number})
+            order = sorted({image for other, image in shown if other == number})
             if order:
                 given[grid] = outputs[kind].grids[order]
             if order and kind == "video" and seconds is not None:
-                given["second_per_grid_ts"] = [seconds[picture] for picture in order]
+                given["second_per_grid_ts"] = [seconds[image] for image in order]
         return type(self.inner).get_rope_index(self.inner, kinds, mm_token_type_ids=kinds, attention_mask=mask, **given)
 
 
@@ -240,7 +240,7 @@ class ForwardPositions:
 class GenerationPositions:
     """Stands in for ``_prepare_position_ids_for_generation`` in the instance of one model.
 
-    On the cache of an earlier turn it takes the pixels of the new pictures, or of all that are in the prompt (the untouched
+    On the cache of an earlier turn it takes the pixels of the new images, or of all that are in the prompt (the untouched
     model takes neither).
     """
 
@@ -268,7 +268,7 @@ class GenerationPositions:
 
 
 def forget_cached(inner: Any, input_ids: Tensor, inputs: dict[str, Any], past: int) -> None:
-    """Drop from `inputs` the pictures whose placeholders are in the cache already, if they were passed once more."""
+    """Drop from `inputs` the images whose placeholders are in the cache already, if they were passed once more."""
     kinds = inputs.get("mm_token_type_ids")
     kinds = (kinds if kinds is not None else token_kinds(inner, input_ids)).tolist()
     apart = inner.get_rope_index.frames_apart

@@ -1,7 +1,7 @@
 """PaliGemma 1 and 2 (`PaliGemmaForConditionalGeneration`): SigLIP, a single linear layer, no grouping.
 
 The simplest of all: 256, 1024 or 4096 patches (224, 448, 896 pixels), each a token, ``K`` of them kept before the projector.
-Positions count what is there, so a compressed picture takes ``K`` of them.
+Positions count what is there, so a compressed image takes ``K`` of them.
 
 The prompt (prefix) attends in both directions, the answer (suffix) causally, told by ``token_type_ids``. Batches that come without,
 as those of a template of ours, get theirs from the labels: all before the first supervised token is prefix. Later questions of a

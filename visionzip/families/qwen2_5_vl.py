@@ -1,6 +1,6 @@
 """Qwen2.5-VL: Qwen2-VL with windows in most of the encoder's blocks.
 
-The last block is one of the few that attend over the whole picture; its scores are the ones that are read. Windows order the
+The last block is one of the few that attend over the whole image; its scores are the ones that are read. Windows order the
 groups while encoding; what is read is put back into raster order first (`visionzip.encoders.qwen.Windows`). Positions of a
 video's frames follow its frame rate (``second_per_grid_ts``), which the model's own ``get_rope_index`` sees to.
 """

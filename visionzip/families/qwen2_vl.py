@@ -1,4 +1,4 @@
-"""Qwen2-VL: pictures of any size, a merger that makes one token of 2 × 2 patches, M-RoPE positions.
+"""Qwen2-VL: images of any size, a merger that makes one token of 2 × 2 patches, M-RoPE positions.
 
 **Selection stands after the merger.** The merger takes neighbours; choosing patches before it would join patches that never
 were (a known mistake of a public port). What is chosen are groups of 2 × 2, by scores and rotated keys averaged over
@@ -7,11 +7,11 @@ raster order is kept, and each token keeps the position it has in the full layou
 
 The merger is also what trains, and it stands between the frozen choice and the merging of contextual tokens. So what
 `compress` gives is the merger's *input* and who goes where, and `project` runs the merger on it: the gradient is exact, and the
-result is still a pure function of the picture that a cache can hold. The price: as long as tokens are merged (``contextual >
-0``), all groups have to be kept, 4·D values each (Qwen2.5-VL-7B: 5120 a group, 14 MB in bf16 for a picture of a megapixel,
+result is still a pure function of the image that a cache can hold. The price: as long as tokens are merged (``contextual >
+0``), all groups have to be kept, 4·D values each (Qwen2.5-VL-7B: 5120 a group, 14 MB in bf16 for an image of a megapixel,
 where LLaVA at 64 tokens has 0.13 MB). A cache then saves the encoder's time, not space; with ``contextual=0`` it holds the chosen groups alone.
 
-A video's frames are compressed each on its own, as every other family does it. A picture with fewer tokens than an ``int``
+A video's frames are compressed each on its own, as every other family does it. An image with fewer tokens than an ``int``
 budget keeps all it has; budgets are better given as shares (the authors': 0.65 + 0.05).
 """
 
@@ -74,15 +74,15 @@ class Qwen2VL(Family):
         if full is not None and depth - 1 not in full:
             raise ValueError(
                 f"the last of {depth} vision blocks has no full attention (only {sorted(full)} have), so its scores "
-                f"would compare patches within a window, not within the picture"
+                f"would compare patches within a window, not within the image"
             )
 
     def processor_facts(self, processor: Any) -> dict[str, tuple[Any, Any]]:
-        vision, pictures = self.model.config.vision_config, processor.image_processor
+        vision, images = self.model.config.vision_config, processor.image_processor
         return {
             "image token id": (processor.image_token_id, self.model.config.image_token_id),
-            "patch size": (getattr(pictures, "patch_size", None), vision.patch_size),
-            "merge size": (getattr(pictures, "merge_size", None), vision.spatial_merge_size),
+            "patch size": (getattr(images, "patch_size", None), vision.patch_size),
+            "merge size": (getattr(images, "merge_size", None), vision.spatial_merge_size),
         }
 
     def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:
@@ -101,19 +101,19 @@ class Qwen2VL(Family):
 
     def project(self, visual_tokens: list[VisualTokens]) -> list[Tensor]:
         given = cast(list[dict[str, Tensor]], visual_tokens)
-        merged = self._merge(self.projectors[0], [picture["groups"] for picture in given])
-        return [combine(picture, embeddings) for picture, embeddings in zip(given, merged, strict=True)]
+        merged = self._merge(self.projectors[0], [each["groups"] for each in given])
+        return [combine(each, embeddings) for each, embeddings in zip(given, merged, strict=True)]
 
     def outputs(self, visual_tokens: list[VisualTokens], kind: str = "image") -> GridOutput:
         given = cast(list[dict[str, Tensor]], visual_tokens)
         return GridOutput(
             pooler_output=cast(Any, self.project(visual_tokens)),
-            kept=[picture["kept"] for picture in given],
-            grids=torch.stack([picture["grid"] for picture in given]),
+            kept=[each["kept"] for each in given],
+            grids=torch.stack([each["grid"] for each in given]),
         )
 
     def _merge(self, name: str, groups: list[Tensor]) -> list[Tensor]:
-        """``(t, n, 4·D)`` a picture through the merger `name` in one call → ``(t, n, hidden)`` a picture."""
+        """``(t, n, 4·D)`` per image through the merger `name` in one call → ``(t, n, hidden)`` per image."""
         merger = self.model.get_submodule(name)
         dtype = next(p.dtype for p in merger.parameters() if p.is_floating_point())
         width = groups[0].shape[-1] // self.model.config.vision_config.spatial_merge_size**2
@@ -146,7 +146,7 @@ class Qwen2VL(Family):
 
     def budget(self, config: ZipConfig) -> tuple[int, int]:
         raise ValueError(
-            f"{type(self.model).__name__} takes pictures of any size; ask token_counts for the budget of one"
+            f"{type(self.model).__name__} takes images of any size; ask token_counts for the budget of one"
         )
 
     def token_counts(self, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
@@ -212,15 +212,15 @@ def _nothing(deep: Tensor, kept: Tensor) -> Tensor:
     return deep.new_empty(0, *kept.shape, deep.shape[-1])
 
 
-def combine(picture: dict[str, Tensor], embeddings: Tensor) -> Tensor:
+def combine(visual_tokens: dict[str, Tensor], embeddings: Tensor) -> Tensor:
     """Merged groups ``(t, n, hidden)`` → ``(t·K, hidden)``: kept ones as they are, targets with what goes into them.
 
     The sum is a product with a matrix of shares, not a scatter-add, whose order on a GPU is random.
     """
-    if embeddings.shape[1] == picture["kept"].shape[1]:
+    if embeddings.shape[1] == visual_tokens["kept"].shape[1]:
         return embeddings.flatten(0, 1)
     kept, targets, slots, weights = (
-        picture[name].to(embeddings.device) for name in ("kept", "targets", "slots", "weights")
+        visual_tokens[name].to(embeddings.device) for name in ("kept", "targets", "slots", "weights")
     )  # under a device map the merger may lie elsewhere than the blocks
     tokens = take(embeddings, kept)
     shares = (slots.unsqueeze(1) == targets.unsqueeze(2)) * weights.view(torch.float32).unsqueeze(1)  # (t, T, n)

@@ -3,7 +3,7 @@
 Three earlier blocks of the encoder have mergers of their own, whose outputs are added to the first LLM layers' hidden states
 at the visual tokens' places. They are pruned at the same places as the tokens: a dominant token gets its own, a contextual
 token its target's. They are not merged: that would take all groups of all layers through all four mergers and make a
-cached picture four times as large, for what is a correction to a token that already holds the others' mean.
+cached image four times as large, for what is a correction to a token that already holds the others' mean.
 
 All four mergers map visual tokens into the LLM, so all four train.
 """
@@ -31,7 +31,7 @@ class Qwen3VL(Qwen2VL):
         given = cast(list[dict[str, Tensor]], visual_tokens)
         features: list[Any] = []
         for layer in range(len(self.model.model.visual.deepstack_merger_list)):
-            merged = self._merge(f"{self.deep_mergers}.{layer}", [picture["deep"][layer] for picture in given])
+            merged = self._merge(f"{self.deep_mergers}.{layer}", [each["deep"][layer] for each in given])
             features.append([tokens.flatten(0, 1) for tokens in merged])
         found.deepstack_features = features
         return found

@@ -1,7 +1,7 @@
-"""Pictures cut into tiles (anyres): how many there are, and the order in which their kept tokens reach the LLM.
+"""Images cut into tiles (anyres): how many there are, and the order in which their kept tokens reach the LLM.
 
-Shapes: ``T`` tiles of one picture, the first of them the whole picture scaled down (the base), the others a grid of
-``rows × columns``; ``K`` kept tokens a tile; ``D`` hidden size.
+Shapes: ``T`` tiles of one image, the first of them the whole image scaled down (the base), the others a grid of
+``rows × columns``; ``K`` kept tokens per tile; ``D`` hidden size.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from visionzip.compress import Compressed
 
 
 def tile_grid(size: Sequence[int] | Tensor, pinpoints: Sequence[Sequence[int]], tile: int) -> tuple[int, int]:
-    """``(rows, columns)`` of the grid a picture is cut into, the base not counted.
+    """``(rows, columns)`` of the grid an image is cut into, the base not counted.
 
     Args:
-        size: ``(height, width)`` of the picture in pixels.
+        size: ``(height, width)`` of the image in pixels.
         pinpoints: resolutions the model knows, each ``(height, width)``.
         tile: side of a tile in pixels.
     """
@@ -33,7 +33,7 @@ def pack_tiles(
 ) -> Tensor:
     """The tiles of a grid as one sequence, as the authors order it for LLaVA-NeXT.
 
-    Kept patches in raster order of the *stitched* picture, then the tiles' CLS tokens, then their contextual tokens. Nothing
+    Kept patches in raster order of the *stitched* image, then the tiles' CLS tokens, then their contextual tokens. Nothing
     is cropped and no newline is set: kept tokens form no rows.
 
     Args:
@@ -62,8 +62,8 @@ def pack_tiles(
     return torch.cat((patches, tokens[:, :cls].flatten(0, 1), tokens[:, budget - contextual :].flatten(0, 1)))
 
 
-def pack_picture(tiles: Compressed, grid: tuple[int, int], side: int, has_cls: bool) -> Tensor:
-    """All tiles of one picture, base first: ``(T, K, D)`` → ``(T * K, D)``."""
+def pack_image(tiles: Compressed, grid: tuple[int, int], side: int, has_cls: bool) -> Tensor:
+    """All tiles of one image, base first: ``(T, K, D)`` → ``(T * K, D)``."""
     contextual = tiles.targets.shape[1]
     others = pack_tiles(tiles.tokens[1:], tiles.kept[1:], contextual, grid, side, has_cls)
     return torch.cat((tiles.tokens[0], others))

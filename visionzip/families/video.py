@@ -18,7 +18,7 @@ from visionzip.selectors import Features
 
 @dataclass
 class FrameCount:
-    """One budget a frame, and `extra` tokens a video."""
+    """One budget per frame, and `extra` tokens per video."""
 
     budget: int
     extra: int = 0
@@ -34,14 +34,12 @@ def frame_budget(config: ZipConfig, tokens: int, reserved: int = 0) -> tuple[int
     """``(dominant, contextual)`` of a frame of `tokens` tokens after pooling.
 
     Raises:
-        ValueError: where a picture has enough tokens for the budget and a frame has not.
+        ValueError: where an image has enough tokens for the budget and a frame has not.
     """
     try:
         return config.resolve(tokens, reserved)
     except ValueError as error:
-        raise ValueError(
-            f"of a video's frame {error} Shares, as dominant=0.1, fit pictures and frames alike."
-        ) from None
+        raise ValueError(f"of a video's frame {error} Shares, as dominant=0.1, fit images and frames alike.") from None
 
 
 def bilinear_corners(side: int, pooled: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -77,6 +75,6 @@ def pool(features: Features, places: Tensor, weights: Tensor) -> Features:
 
 
 def stacked(embeddings: list[Tensor]) -> BaseModelOutputWithPooling:
-    """One tensor ``(pictures, L, hidden)``, for models that take no list; pictures of different length in one row."""
+    """One tensor ``(images, L, hidden)``, for models that take no list; images of different length in one row."""
     same = len({len(one) for one in embeddings}) == 1
     return BaseModelOutputWithPooling(pooler_output=torch.stack(embeddings) if same else torch.cat(embeddings)[None])

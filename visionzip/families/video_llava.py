@@ -1,8 +1,8 @@
-"""Video-LLaVA (`VideoLlavaForConditionalGeneration`): 16 × 16 patches of each frame, and of pictures.
+"""Video-LLaVA (`VideoLlavaForConditionalGeneration`): 16 × 16 patches of each frame, and of images.
 
-Its two LanguageBind encoders are held by transformers as CLIP models, one for pictures and one for frames, which sees each
+Its two LanguageBind encoders are held by transformers as CLIP models, one for images and one for frames, which sees each
 frame on its own; each is compressed on its own, as in the paper (8 frames × 17 tokens = 136 instead of 2048). transformers'
-class keeps the CLS token of every frame (257 × 8 = 2056 placeholders) and drops a picture's; we keep and count both.
+class keeps the CLS token of every frame (257 × 8 = 2056 placeholders) and drops an image's; we keep and count both.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from visionzip.families.video import FrameCount, stacked
 
 
 class VideoLlava(Llava):
-    """Pictures: ``(K, D)``; videos: ``(F * K, D)``, frame after frame."""
+    """Images: ``(K, D)``; videos: ``(F * K, D)``, frame after frame."""
 
     per_image_budgets = False
     inputs: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -73,7 +73,7 @@ class VideoLlava(Llava):
         return found + [(len(frames) * whole, len(frames) * budget) for frames in videos]
 
     def stock_count(self) -> int | None:
-        return None  # a picture's and a video's differ, and prompts may hold both
+        return None  # an image's and a video's differ, and prompts may hold both
 
 
 FAMILIES.register("video_llava")(VideoLlava)

@@ -13,7 +13,7 @@ from visionzip.registry import Registry
 
 @dataclass(frozen=True)
 class Features:
-    """One layer of a vision encoder, as selection and merging need it. ``B`` pictures (or tiles, or frames), ``N`` tokens.
+    """One layer of a vision encoder, as selection and merging need it. ``B`` images (or tiles, or frames), ``N`` tokens.
 
     Attributes:
         hidden_states: ``(B, N, D)``, the layer's output: the tokens themselves, CLS first where there is one.
@@ -34,7 +34,7 @@ class Features:
 
 
 def rows(features: Features, places: list[int]) -> Features:
-    """Some pictures of a batch, in the order of `places`."""
+    """Some images of a batch, in the order of `places`."""
     index = torch.tensor(places, device=features.hidden_states.device)
     scores = None if features.scores is None else features.scores[index]
     return Features(features.hidden_states[index], features.metric[index], scores, features.has_cls)

@@ -20,10 +20,10 @@ def _scramble(values: Tensor) -> Tensor:
 
 @selector("random", needs_scores=False)
 def random(features: Features, keep: int) -> Tensor:
-    """Another random subset for every picture, and the same one whenever that picture is seen.
+    """Another random subset for every image, and the same one whenever that image is seen.
 
-    The draw is seeded by the picture's own tokens, rounded: no generator state, nothing that depends on batch or rank.
-    On other hardware a token can fall on the other side of a rounding edge, and the picture draws another subset.
+    The draw is seeded by the image's own tokens, rounded: no generator state, nothing that depends on batch or rank.
+    On other hardware a token can fall on the other side of a rounding edge, and the image draws another subset.
     """
     patches = features.hidden_states[:, features.cls :].float()
     scale = patches.abs().mean(dim=(1, 2), keepdim=True).clamp(min=1e-12)
@@ -36,7 +36,7 @@ def random(features: Features, keep: int) -> Tensor:
 
 @selector("uniform", needs_scores=False)
 def uniform(features: Features, keep: int) -> Tensor:
-    """Every so many patches in raster order: the same places in every picture."""
+    """Every so many patches in raster order: the same places in every image."""
     batch, total = features.hidden_states.shape[:2]
     patches = total - features.cls
     places = (torch.arange(keep, device=features.hidden_states.device) * patches + patches // 2) // max(keep, 1)
