@@ -107,7 +107,7 @@ def tuned() -> str:
     if not TUNED.exists():
         return f"Not measured in this checkout: `python -m {MAKE}`, then `python -m {TUNE}`, then this page again."
     found = json.loads(TUNED.read_text(encoding="utf-8"))
-    head = ["tokens of a picture", "training-free", "fine-tuned", "won back"]
+    head = ["tokens of an image", "training-free", "fine-tuned", "won back"]
     rows = [["all " + str(found["of_tokens"]), percent(found["full"]), "", ""]]
     for run in found["runs"]:
         lost, back = found["full"] - run["training_free"], run["fine_tuned"] - run["training_free"]

@@ -17,12 +17,12 @@ class Gemma3Case(Case):
     name = "Gemma 3"
     model_class = "Gemma3ForConditionalGeneration"
     checkpoints = ("google/gemma-3-4b-it", "google/gemma-3-12b-it", "google/gemma-3-27b-it")
-    special = "groups of 4 × 4 after pooling; a picture's tokens attend both ways"
+    special = "groups of 4 × 4 after pooling; an image's tokens attend both ways"
     fixture = "gemma3_4b"
     image_text = "<start_of_image>"
     nested = True
     sizes = ((320, 240), (150, 350))
-    exempt = {"video": "takes pictures only"}  # noqa: RUF012
+    exempt = {"video": "takes images only"}  # noqa: RUF012
 
     def config(self) -> Any:
         from transformers import AutoConfig

@@ -15,9 +15,9 @@ class LlavaCase(Case):
     name = "LLaVA-1.5"
     model_class = "LlavaForConditionalGeneration"
     checkpoints = ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf")
-    special = "one picture, one budget"
+    special = "one image, one budget"
     fixture = "llava_1_5_7b"
-    exempt = {"video": "takes pictures only"}  # noqa: RUF012
+    exempt = {"video": "takes images only"}  # noqa: RUF012
     media = ("<image>",)
 
     def config(self) -> Any:

@@ -38,7 +38,7 @@ class LlavaNextCase(LlavaCase):
         "llava-hf/llava-v1.6-34b-hf",
         "llava-hf/llama3-llava-next-8b-hf",
     )
-    special = "budget per tile; the number of placeholders follows the picture's size"
+    special = "budget per tile; the number of placeholders follows the image's size"
     fixture = "llava_next_7b"
 
     def processor(self) -> Any:

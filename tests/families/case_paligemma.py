@@ -20,7 +20,7 @@ class PaliGemmaCase(Gemma3Case):
     fixture = "paligemma_3b_224"
     image_text = "<image>"
     exempt = {  # noqa: RUF012
-        "video": "takes pictures only",
+        "video": "takes images only",
         "multi_turn": "a longer prompt changes what was cached, as it attends both ways; in the untouched model too",
     }
 

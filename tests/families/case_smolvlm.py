@@ -36,7 +36,7 @@ class SmolVLMCase(Idefics3Case):
     per_tile = 81
     nested = True
     needs_torchvision = True
-    exempt = {"video": "the untouched model takes frames as tiles of pictures, and so they are compressed"}  # noqa: RUF012
+    exempt = {"video": "the untouched model takes frames as tiles of images, and so they are compressed"}  # noqa: RUF012
 
     def processor(self) -> Any:
         from transformers import SmolVLMImageProcessor, SmolVLMProcessor

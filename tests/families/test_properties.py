@@ -133,7 +133,7 @@ def test_generate(case: Case) -> None:
 @every_family("mixed_batch")
 @torch.no_grad()
 def test_mixed_batch(case: Case) -> None:
-    """Picture sizes, numbers of pictures and text-only rows mixed: each row as if it were alone."""
+    """Image sizes, numbers of images and text-only rows mixed: each row as if it were alone."""
     model, processor = ready(case)
     texts = [
         case.prompt(1),
@@ -161,7 +161,7 @@ def new_logits(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 @every_family("multi_turn")
 def test_multi_turn(case: Case) -> None:
-    """Second turn text only, third turn a new picture, on the first turn's cache: as if all were computed again."""
+    """Second turn text only, third turn a new image, on the first turn's cache: as if all were computed again."""
     model, processor = ready(case)
     text, shown, cache = "", [], None
     for turn, count in enumerate(case.turns):
@@ -284,7 +284,7 @@ def test_frozen(case: Case) -> None:
 @every_family("token_cache")
 @torch.no_grad()
 def test_token_cache(case: Case, tmp_path: Any) -> None:
-    """Tokens stored per picture and used later, in another batch, give the logits of the pixels."""
+    """Tokens stored per image and used later, in another batch, give the logits of the pixels."""
     model, processor = ready(case)
     inputs = case.process(processor, [case.prompt(), case.prompt()], [pictures(case), pictures(case, 1, 1)])
     attachment = attached(model)
@@ -299,7 +299,7 @@ def test_token_cache(case: Case, tmp_path: Any) -> None:
 @every_family("video")
 @torch.no_grad()
 def test_video(case: Case) -> None:
-    """Selection, everything kept, placeholders, cached generation, and a video beside a picture in one batch."""
+    """Selection, everything kept, placeholders, cached generation, and a video beside an image in one batch."""
     model, processor = ready(case)
     clips = [video(0, case.frames)]
     inputs = case.process(processor, [case.prompt(0, 1)], None, clips)

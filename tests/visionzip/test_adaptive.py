@@ -426,7 +426,7 @@ def test_the_command_prints_a_section_that_gives_its_mean(model, processor, tmp_
     config = ZipConfig(**yaml.safe_load(out)["zip"])
     assert config.adaptive is not None
     assert (config.dominant, config.contextual, config.adaptive.measure) == (9, 3, "attention")
-    assert "# 8 pictures or tiles" in out
+    assert "# 8 images or tiles" in out
     assert "broken.png" in err
     assert main([*asked, "--contextual", "3", "--mean", "40"]) == 2
     assert "a mean of 40 tokens can't be had" in capsys.readouterr().err
