@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from train.argument_checks import STAGES, find_mistakes, read_deepspeed_config
 from train.compiled import check_backend
+from train.extensions import build_extensions
 from train.launch import without_deepspeed_output
 
 DEFAULTS: dict[str, Any] = {
@@ -154,6 +155,8 @@ def training_arguments(
         "dataloader_pin_memory": gpu,
         "ddp_timeout": int(section.hang_timeout) + 60,
     }
+    if deepspeed is not None:
+        build_extensions(deepspeed)
     with without_deepspeed_output():  # it starts the process group
         args = TrainingArguments(
             **{**defaults, **given},

@@ -1,66 +1,31 @@
 """DeepSpeed compiles its extensions when they are first used. How they are built must not depend on how a run was started, and a
-run that was killed while it built, or only looked, must not stop the next one.
+run that was killed while it built them must not stop the next one.
 
 torch guards a build with a file that exists while somebody is at it. A killed process leaves it behind, and every later one
-waits for it without end. Here the kernel's own lock on that file is what counts; it goes with the process that held it.
+waits for it without end. Here extensions are built before DeepSpeed asks for them, by one process at a time; whoever has the
+lock, which goes with its process, knows that such a file means nothing.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
+from filelock import FileLock
 
 from train.ending import Exit, RunEnded
 
 
-class Baton:
-    """`torch.utils.file_baton.FileBaton` with a lock that does not outlive its process. For folders that no other program uses."""
-
-    def __init__(self, lock_file_path: str, *_: object, **__: object) -> None:
-        self.path = lock_file_path
-        self._descriptor: int | None = None
-
-    def try_acquire(self) -> bool:
-        """Whether it is ours now."""
-        return self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def wait(self) -> None:
-        """Until whoever has it is done, or dead."""
-        self._lock(fcntl.LOCK_EX)
-        self.release()
-
-    def release(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def _lock(self, how: int) -> bool:
-        descriptor = os.open(self.path, os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(descriptor, how)
-        except BlockingIOError:
-            os.close(descriptor)
-            return False
-        except OSError as error:
-            os.close(descriptor)
-            raise RunEnded(
-                Exit.STORAGE,
-                f"{self.path} can't be locked ({error.strerror}); set TORCH_EXTENSIONS_DIR to a folder on a local disk",
-            ) from error
-        self._descriptor = descriptor
-        return True
-
-
 def prepare_extensions() -> None:
-    """Before DeepSpeed is imported: where its extensions are kept, by which ninja they are built, and what guards a build.
+    """Before DeepSpeed is imported: where its extensions are kept, and by which ninja they are built.
 
     TORCH_EXTENSIONS_DIR goes first. The default is a folder for each version of torch, DeepSpeed and Python, since another version
     builds all of them again, and for each kind of processor, since they are built with ``-march=native``: nodes that share a
@@ -68,15 +33,45 @@ def prepare_extensions() -> None:
     """
     if find_spec("deepspeed") is None:
         return
-    from torch.utils import cpp_extension
-
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "visionzip-ft" / "extensions"
     versions = (
         f"torch-{torch.__version__}-deepspeed-{version('deepspeed')}-python-{sys.version_info[0]}.{sys.version_info[1]}"
     )
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / f"{versions}-{processor()}"))
     use_own_ninja()
-    cpp_extension.FileBaton = Baton  # type: ignore[misc,assignment]
+
+
+def build_extensions(deepspeed: dict[str, Any]) -> None:
+    """Build what a run with this DeepSpeed config uses, or load it where it is built.
+
+    Raises:
+        RunEnded: when the folder can't be locked or written.
+    """
+    prepare_extensions()
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.ops import __compatible_ops__ as compatible
+
+    names = ["ShareMemCommBuilder"] if get_accelerator().device_name() == "cpu" else []
+    if (deepspeed.get("zero_optimization") or {}).get("offload_optimizer"):
+        names.append("CPUAdamBuilder")
+    builders = [get_accelerator().create_op_builder(name) for name in names]
+    build_one_at_a_time(builder for builder in builders if builder is not None and compatible.get(builder.NAME))
+
+
+def build_one_at_a_time(builders: Iterable[Any]) -> None:
+    """Load extensions by their builders (``name``, ``load``); DeepSpeed keeps what was loaded, and does not ask torch again."""
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "build.lock"):
+            for builder in builders:
+                (folder / builder.name / "lock").unlink(missing_ok=True)
+                builder.load(verbose=False)
+    except (OSError, NotImplementedError) as error:
+        raise RunEnded(
+            Exit.STORAGE,
+            f"{folder} can't be locked or written ({error}); set TORCH_EXTENSIONS_DIR to a folder on a local disk",
+        ) from error
 
 
 def processor(told: Path = Path("/proc/cpuinfo")) -> str:

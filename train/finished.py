@@ -13,9 +13,9 @@ from data.records import content_digest
 from train.checkpoint import list_checkpoints, step_of, write_through
 from train.config import RunConfig
 from train.digest import digest
+from visionzip.loading import RESULTS
 
 RECORD = "finished.json"
-RESULTS = ("projector", "adapter", "model", "report")
 
 
 def record_finish(config: RunConfig, step: int) -> None:
@@ -60,5 +60,7 @@ def key_of(config: RunConfig) -> str:
 
 def sizes(folder: Path) -> dict[str, int]:
     """File → bytes of the exports and the report."""
-    paths = sorted(path for name in RESULTS for path in (folder / name).rglob("*") if path.is_file())
+    paths = sorted(
+        path for name in (*RESULTS.values(), "report") for path in (folder / name).rglob("*") if path.is_file()
+    )
     return {str(path.relative_to(folder)): path.stat().st_size for path in paths}

@@ -24,7 +24,7 @@ from train.config import ConfigError, RunConfig
 from train.doubts import doubt_loss
 from train.ending import Exit, RunEnded, StopRequest, Watchdog
 from train.evaluation import count_tokens, evaluate, evaluate_base
-from train.finished import RESULTS, find_finish, record_finish
+from train.finished import find_finish, record_finish
 from train.held_out import questions_of
 from train.identity import compare, identify
 from train.launch import check_world, join_deepspeed, prepare_environment, quiet
@@ -39,6 +39,7 @@ from train.trainer import Hooks, ProjectorTrainer
 from train.wandb_page import Look, end_of_run
 from train.words import count_of
 from visionzip import attached
+from visionzip.loading import RESULTS
 
 Tokens = tuple[int, int]
 """Visual tokens of an image, compressed and full; 0 where they were not counted."""
@@ -236,7 +237,7 @@ def wandb_callbacks(run: Run, wandb: Wandb | None) -> list[Any]:
 def tell_finished(config: RunConfig, step: int) -> None:
     """What is printed in place of a run."""
     folder = Path(config.output_dir)
-    found = [f"{name}: {folder / name}" for name in RESULTS if (folder / name).is_dir()]
+    found = [f"{name}: {folder / name}" for name in (*RESULTS.values(), "report") if (folder / name).is_dir()]
     print(
         f"resuming from {folder / f'checkpoint-{step}'} (step {step} of {step}): this run is finished, nothing is trained or written. "
         f"trainer.resume=null trains anew\n{'; '.join(found)}",

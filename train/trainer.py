@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -91,7 +91,7 @@ class ProjectorTrainer(ResumableTrainer):
         distill: dict[str, float] | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
-        self.batches, self.samples = batches, train_dataset
+        self.batches, self.samples = batches, cast(Any, train_dataset)
         self.stop, self.hooks = stop, hooks
         self.data_timeout, self.layout, self.loss = data_timeout, layout, LOSSES[loss]
         self.distill = distill or {}

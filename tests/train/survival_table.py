@@ -47,6 +47,37 @@ EVENTS = {
         "exit code 74, the older checkpoint intact, goes on when there is room",
         1,
     ),
+    "test_a_full_disk_at_the_end_is_said_in_a_sentence_and_the_export_follows": (
+        "no room for the final export",
+        "exit code 74 and one sentence; exported when there is room, bit for bit",
+        1,
+    ),
+    "test_a_kill_between_the_last_checkpoint_and_the_export_costs_nothing": (
+        "SIGKILL between the last checkpoint and the export",
+        "no step is taken again, the export follows bit for bit, each step logged once",
+        3,
+    ),
+    "test_from_the_last_checkpoint_nothing_is_trained": (
+        "a finished run started again, with its export whole, damaged or gone",
+        "nothing is trained; nothing is written but an export that was not complete",
+        3,
+    ),
+    "test_settings_that_can_not_change_are_refused_with_both_values": (
+        "a resume with another learning rate, schedule, warm-up, weight decay, clipping, beta or LoRA alpha",
+        "exit code 2 and both values, no file changed",
+        7,
+    ),
+    "test_what_takes_effect_is_named": (
+        "a resume with other records behind the same path, another length of samples, another seed",
+        "goes on, each named",
+        1,
+    ),
+    "test_a_run_that_starts_anew_leaves_no_checkpoint_of_the_one_before": (
+        "a run started anew where an earlier one left later checkpoints",
+        "its own are kept and resumed from",
+        1,
+    ),
+    "test_a_start_that_fails_leaves_nothing_behind": ("a start that fails", "exit code 2, no file left", 1),
     "test_a_directory_that_can_not_be_made_is_said_before_anything_is_loaded": (
         "an output_dir that can't be made",
         "exit code 74 and one sentence, before the model is loaded",
@@ -55,6 +86,16 @@ EVENTS = {
     "test_every_damage_to_every_file_is_noticed": (
         "a checkpoint's file removed, emptied, cut, lengthened or one bit flipped",
         "noticed and named",
+        1,
+    ),
+    "test_a_file_that_the_manifest_does_not_list_is_refused_by_name": (
+        "a shard, a folder or another file copied into a checkpoint",
+        "noticed and named",
+        1,
+    ),
+    "test_checkpoints_of_later_steps_do_not_push_out_the_one_just_written": (
+        "damaged checkpoints newer than the one resumed from, while rotating",
+        "the one just written is kept",
         1,
     ),
     "test_a_kill_at_any_moment_leaves_the_older_one": (
