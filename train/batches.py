@@ -1,4 +1,4 @@
-"""This process's share of the epoch: which samples it takes in which step."""
+"""Samplers of a process: which samples it takes in which micro-batch. All processes plan alike; nothing is communicated."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ShareOfBatches(Sampler[list[int]]):
     def __init__(self, order: EpochSampler, rank: int, world_size: int, batch: int) -> None:
         if len(order) % (world_size * batch):
             raise ValueError(
-                f"an epoch of {len(order)} places can't be shared by {world_size} processes x {batch} samples"
+                f"an epoch of {len(order)} places is not a multiple of {world_size} processes x {batch} samples"
             )
         self.order, self.rank, self.world_size, self.batch = order, rank, world_size, batch
 
@@ -47,12 +47,12 @@ class LengthOf(Protocol):
     def __getitem__(self, index: int) -> int: ...
 
 
-class LikeLengths(Sampler[list[int]]):
-    """Every process makes the same plan from the same order and lengths, and takes its part; nothing is sent.
+class BalancedBatches(Sampler[list[int]]):
+    """Micro-batches with about as many tokens each.
 
     A step is still the next ``world × batch × accumulation`` samples of the global order, in as many micro-batches; these have
-    differing numbers of samples and about as many tokens each. Padding samples are in none; a micro-batch left empty by them
-    holds one. `packed`: they will have no padding, so only their tokens count, not their likeness.
+    different numbers of samples and about as many tokens each. Filler samples (`NO_SAMPLE_INDEX`) are left out, except from a
+    micro-batch that would be empty. `packed`: there will be no padding, so that samples of one micro-batch need not be similarly long.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class LikeLengths(Sampler[list[int]]):
     ) -> None:
         if len(order) % (world_size * batch * accumulation):
             raise ValueError(
-                f"an epoch of {len(order)} places is no multiple of {world_size} processes x {batch} samples x {accumulation} accumulated"
+                f"an epoch of {len(order)} places is not a multiple of {world_size} processes x {batch} samples x {accumulation} accumulated"
             )
         self.order, self.rank, self.world_size = order, rank, world_size
         self.batch, self.accumulation, self.lengths, self.packed = batch, accumulation, lengths, packed

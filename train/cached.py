@@ -1,4 +1,4 @@
-"""Training on visual tokens that were computed before: what the model needs for it, and what it can do without."""
+"""Training on visual tokens from a cache (`data.cache`) in place of pixels."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from data.partial import load_without
 from train.config import RunConfig
 from visionzip import Attachment, attached
 from visionzip.fingerprint import remember
+from visionzip.intercept import Interceptions
 
 
 class FromCache:
@@ -36,16 +37,18 @@ class FromCache:
         return args, kwargs
 
 
-def read_from_cache(model: Any) -> None:
-    """Let the attached `model` take batches that hold cached tokens in place of pixels."""
+def read_from_cache(model: Any) -> Interceptions:
+    """Let the attached `model` take batches with visual tokens in place of pixels; undoing what is returned ends it."""
     attachment = attached(model)
     assert attachment is not None
-    attachment.model.model.register_forward_pre_hook(FromCache(attachment), with_kwargs=True, prepend=True)
+    put = Interceptions()
+    put.before_forward(attachment.model.model, FromCache(attachment), prepend=True)
+    return put
 
 
 def short_prompts(model: Any, inputs: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """Where each picture has a budget of its own and comes as pixels: it goes through the encoder, and the text is cut to what it
-    kept. The tokens are then those of a cache (`read_from_cache`); without such budgets nothing is done."""
+    """With per-image budgets (`zip.adaptive`) and pixels: run the encoder, and shorten the text to the tokens that each image keeps.
+    What comes back is what a cache gives (`read_from_cache`). Without such budgets nothing is done."""
     attachment = attached(model)
     if attachment is None or attachment.config.adaptive is None or inputs.get("pixel_values") is None:
         return inputs, labels
@@ -55,12 +58,12 @@ def short_prompts(model: Any, inputs: dict[str, Any], labels: Tensor) -> tuple[d
 
 
 def check_cache(config: RunConfig, model: Any, processor: Any, folder: str) -> None:
-    """Refuse a cache that was made with anything else than this run has. `model` is attached; its encoder may be without weights.
+    """Refuse a cache that was made with other settings or another encoder. `model` is attached; its encoder may be without weights.
 
-    The encoder alone is then read for a moment, to be compared.
+    It is then loaded by itself, to be compared.
 
     Raises:
-        CacheError: what differs, by name.
+        CacheError: names what differs.
     """
     section = config.model
     family = attached(model).family  # type: ignore[union-attr]

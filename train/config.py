@@ -18,11 +18,11 @@ __all__ = ["ConfigError", "DistillSection", "EvalSection", "LoraSection", "Model
 
 
 class LoraSection(Section):
-    on: list[Literal["projector", "llm"]] = Field(min_length=1, description="where adapters go: projector, llm")
+    on: list[Literal["projector", "llm"]] = Field(min_length=1, description="parts that get adapters: projector, llm")
     r: int = Field(16, ge=1)
     alpha: int = Field(32, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
-    targets: list[str] | None = Field(None, description="names of linear layers inside these parts; null: all of them")
+    targets: list[str] | None = Field(None, description="names of linear layers inside these parts; null: all")
 
     @model_validator(mode="before")
     @classmethod
@@ -36,12 +36,12 @@ class LoraSection(Section):
 
 
 class DistillSection(Section):
-    """The uncompressed model's answers as the target, computed once: python -m train.teacher --config …"""
+    """Learn from the uncompressed model's answers, computed once: visionzip teacher --config …"""
 
-    cache: str | None = Field(None, description="folder of its answers; a run needs them, a sweep makes its own")
-    weight: float = Field(1.0, gt=0, le=1, description="share in the loss; cross-entropy has the rest")
-    top_k: int = Field(16, ge=1, description="words kept of each answer's distribution, the rest counted as one")
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="both distributions are softened by it")
+    cache: str | None = Field(None, description="folder of its answers; a run needs it, a sweep makes its own")
+    weight: float = Field(1.0, gt=0, le=1, description="share of the teacher in the loss; the labels have the rest")
+    top_k: int = Field(16, ge=1, description="tokens stored of each distribution; all others count as one")
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="softens both distributions")
 
 
 class TrainSection(Section):
@@ -49,15 +49,15 @@ class TrainSection(Section):
 
     parts: list[Literal["projector", "llm"]] = Field(["projector"], description="trained in full: projector, llm")
     lora: LoraSection | None = Field(None, description="low-rank adapters through PEFT, beside what is trained in full")
-    loss: str = Field(DEFAULT, description=f"of the labels: {', '.join(LOSSES)}")
+    loss: str = Field(DEFAULT, description=f"loss of the labels: {', '.join(LOSSES)}")
     distill: DistillSection | None = Field(
-        None, description="learn what the uncompressed model answers; null: only labels"
+        None, description="learn from the uncompressed model's answers; null: from the labels alone"
     )
     share_prefix: bool = Field(
         True,
-        description="compute what all samples begin with once; only where the LLM is frozen and whole, exact there",
+        description="compute the beginning that all samples share only once; where the LLM is frozen and not sharded, exact",
     )
-    expect_parameters: int | None = Field(None, ge=1, description="stop when the trainable count is another")
+    expect_parameters: int | None = Field(None, ge=1, description="stop unless this many parameters would train")
 
     @field_validator("loss")
     @classmethod
@@ -69,11 +69,11 @@ class TrainSection(Section):
     @model_validator(mode="after")
     def _something_trains_once(self) -> TrainSection:
         if not self.parts and self.lora is None:
-            raise ValueError("nothing would train; name at least one of projector, llm in parts, or give lora")
+            raise ValueError("nothing would train; name projector or llm in parts, or set lora")
         twice = set(self.parts) & set(self.lora.on if self.lora else ())
         if twice:
             raise ValueError(
-                f"{', '.join(sorted(twice))} can't be trained in full and have LoRA; name it in one of them"
+                f"{', '.join(sorted(twice))} can't be trained both in full and with LoRA; name it in one of parts and lora.on"
             )
         return self
 
@@ -81,7 +81,7 @@ class TrainSection(Section):
 class WandbSection(Section):
     enabled: bool = True
     project: str = "visionzip-ft"
-    name: str | None = Field(None, description="of the run; null: output_dir's last part")
+    name: str | None = Field(None, description="of the run; null: the last part of output_dir")
     group: str | None = None
     tags: list[str] = Field([])
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
@@ -91,9 +91,9 @@ class WandbSection(Section):
 
 class ReportSection(Section):
     enabled: bool = True
-    pictures: int = Field(4, ge=0, description="held-out pictures drawn with the kept patches marked")
+    pictures: int = Field(4, ge=0, description="held-out images drawn with the kept patches marked")
     look_every: int | None = Field(
-        None, ge=0, description="steps between looks at these pictures on the W&B page, with the answers of the moment; "
+        None, ge=0, description="steps between pages on W&B with these images and the model's current answers; "
         "null: ten times a run, 0: never. Not under ZeRO-3",
     )  # fmt: skip
 
@@ -101,8 +101,8 @@ class ReportSection(Section):
 class RunConfig(PipelineConfig):
     """One run. The YAML file has these sections; any key can be overridden as `section.key=value`."""
 
-    output_dir: str = Field(description="checkpoints, logs, projector and report go here")
-    seed: int = Field(0, ge=0, description="of the data order and every random generator")
+    output_dir: str = Field(description="the run directory: checkpoints, logs, what was trained, report")
+    seed: int = Field(0, ge=0, description="of the data order and of every random generator")
     train: TrainSection = Field(default_factory=lambda: TrainSection.model_validate({}))
     trainer: TrainerSection = Field(default_factory=lambda: TrainerSection.model_validate({}))
     wandb: WandbSection = Field(default_factory=lambda: WandbSection.model_validate({}))

@@ -1,7 +1,7 @@
-"""The uncompressed model's answer distribution as the target: what it said with all visual tokens, learned with a few.
+"""Distillation from the uncompressed model: its distribution over answer tokens is the target of the compressed one.
 
-Hinton et al. 2015 ("Distilling the knowledge in a neural network"), section 2, over the most likely `top_k` words and one more outcome
-for all the rest together, so that the target is a distribution that was really given, not one that adds up because it was cut.
+Hinton et al. 2015 ("Distilling the knowledge in a neural network"), section 2, over the `top_k` most likely tokens and one more outcome
+for all others together: cut to `top_k` and normalised again, the target would be a distribution that the teacher never gave.
 """
 
 from __future__ import annotations

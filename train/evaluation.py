@@ -15,8 +15,8 @@ from train.cached import check_cache
 from train.callbacks import replace_text
 from train.config import ConfigError
 from train.digest import digest
-from train.doubts import doubt_answers
 from train.held_out import score, tokens_a_picture
+from train.result_checks import check_answers
 from train.scores import Scores
 from train.setup import Run
 from train.words import count_of
@@ -98,8 +98,8 @@ def evaluate(run: Run, what: str) -> Scores:
         bar.close()
     if scores.unread:
         run.say(f"{count_of(scores.unread, 'held-out question')} not counted: could not be read")
-    if doubt := doubt_answers(what, scores):
-        run.say(doubt)
+    if warning := check_answers(what, scores):
+        run.say(warning)
     return scores
 
 

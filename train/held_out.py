@@ -18,21 +18,22 @@ from data.questions import Question, QuestionCollator, build_questions
 from train import random_state
 from train.config import EvalSection, RunConfig
 from train.scores import ALL, METRICS, Scores, runs_on
+from train.words import count_of
 from visionzip import Attachment, attached
 from visionzip.fingerprint import gathered
 
-PICTURES_COUNTED = 200
-"""Pictures whose tokens are counted for a mean."""
+IMAGES_COUNTED = 200
+"""Images whose visual tokens are counted for a mean."""
 
 
 def questions_of(config: RunConfig, processor: Any, cached: bool = False) -> Any:
-    """The held-out questions, laid out by the template of training. The processor's state decides the placeholders.
+    """The held-out questions in the template of training. An attached processor makes placeholders for the budget, a plain one for all tokens.
 
     Args:
-        cached: pictures are visual tokens out of `eval.cache`, where there is one.
+        cached: read visual tokens from `eval.cache`, where it is set, in place of images.
 
     Raises:
-        ValueError: without an eval section, or when it leads to no question at all.
+        ValueError: there is no eval section, or its sources have no usable question.
     """
     if config.eval is None:
         raise ValueError("there is no eval section in this config; add eval.sources")
@@ -44,18 +45,18 @@ def questions_of(config: RunConfig, processor: Any, cached: bool = False) -> Any
     questions = build_questions(data, processor, config.eval.max_questions, pictures)
     if not len(questions):
         raise ValueError(
-            f"eval.sources hold no question that can be asked ({len(questions.rejections)} records rejected)"
+            f"eval.sources have no usable question ({count_of(len(questions.rejections), 'record')} rejected)"
         )
     return questions
 
 
-def picture_inputs(question: Question) -> dict[str, Any]:
-    """What ``forward`` takes for the question's pictures: its inputs without the text."""
+def image_inputs(question: Question) -> dict[str, Any]:
+    """The image inputs of ``forward``: a question's inputs without the text."""
     return {key: value for key, value in question.inputs.items() if key not in TEXT_KEYS}
 
 
-def one_a_picture(questions: Sequence[Any], count: int) -> list[Question]:
-    """The first question of each of the first `count` records that have pictures and can be read."""
+def one_question_per_image(questions: Sequence[Any], count: int) -> list[Question]:
+    """The first question of each of the first `count` usable records with images."""
     chosen: list[Question] = []
     seen: set[str] = set()
     for number in range(len(questions)):
@@ -63,7 +64,7 @@ def one_a_picture(questions: Sequence[Any], count: int) -> list[Question]:
         if len(chosen) == count:
             break
         record = getattr(question, "id", "").rsplit("/", 1)[0]
-        if isinstance(question, Question) and record not in seen and picture_inputs(question):
+        if isinstance(question, Question) and record not in seen and image_inputs(question):
             seen.add(record)
             chosen.append(question)
     return chosen
@@ -79,9 +80,9 @@ def score(
     beat: Callable[[str], None] = lambda doing: None,
     bar: Callable[[int, int], None] = lambda done, of: None,
 ) -> Scores:
-    """Every question answered greedily by exactly one process, the result known to all of them. Collective."""
+    """Answer every question greedily, each on one process; all processes get the scores. Collective."""
     assert config.eval is not None
-    questions = Numbered(questions_of(config, processor, cached=attached(model) is not None), rank, world_size)
+    questions = NumberedQuestions(questions_of(config, processor, cached=attached(model) is not None), rank, world_size)
     loader = DataLoader(questions, batch_size=config.eval.batch_size, collate_fn=NumberedCollator(processor))
     answered: dict[int, dict[str, Any] | None] = {}
     training = model.training
@@ -101,8 +102,8 @@ def score(
     return gather(answered, world_size)
 
 
-class Numbered(Dataset):
-    """The questions one process answers, with their numbers. All shares are equally long: the last question may be asked
+class NumberedQuestions(Dataset):
+    """One process's share of the questions, with their numbers. All shares have the same length: the last question may be asked
     more than once, and counts once."""
 
     def __init__(self, questions: Any, rank: int, world_size: int) -> None:
@@ -118,7 +119,7 @@ class Numbered(Dataset):
 
 
 class NumberedCollator:
-    """`inputs` for `generate`, `asked`: (number, question) of its rows, `numbers`: of all, unreadable ones too."""
+    """`inputs` for `generate`; `asked`: (number, question) for each of its rows; `numbers`: of all questions, rejected ones included."""
 
     def __init__(self, processor: Any) -> None:
         self.collate = QuestionCollator(processor)
@@ -146,7 +147,7 @@ def generate(model: Any, processor: Any, inputs: dict[str, Any], section: EvalSe
 
 
 def on_device(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
-    """`value` with all tensors in it, in lists and dicts too, on `device`; floating-point ones in `dtype`."""
+    """`value` with its tensors, also those in lists and dicts, on `device`; floating-point ones in `dtype`."""
     if isinstance(value, dict):
         return {key: on_device(inner, device, dtype) for key, inner in value.items()}
     if isinstance(value, list):
@@ -185,28 +186,30 @@ def gather(answered: dict[int, dict[str, Any] | None], world_size: int) -> Score
 
 
 def tokens_a_picture(model: Any, processor: Any, config: RunConfig) -> tuple[int, int]:
-    """(tokens now, tokens of the untouched model) of the first picture that is asked about; 0 where there is none.
+    """Visual tokens (compressed, full) of the first held-out image; 0 where there is none.
 
-    With budgets of each picture's own their mean over the first `PICTURES_COUNTED`.
+    With per-image budgets their mean over the first `IMAGES_COUNTED` images.
     """
     attachment = attached(model)
     assert attachment is not None
     questions = questions_of(config, processor)
     if attachment.config.adaptive is not None:
-        counted = counts(attachment, [picture_inputs(each) for each in one_a_picture(questions, PICTURES_COUNTED)])
+        counted = count_each(
+            attachment, [image_inputs(each) for each in one_question_per_image(questions, IMAGES_COUNTED)]
+        )
         stock, now = (
             (sum(column) / max(len(counted), 1) for column in zip(*counted, strict=True)) if counted else (0, 0)
         )
         return round(now), round(stock)
     for number in range(min(len(questions), 20)):
         question = questions[number]
-        if isinstance(question, Question) and (pictures := picture_inputs(question)):
+        if isinstance(question, Question) and (pictures := image_inputs(question)):
             stock, now = attachment.token_counts(**pictures)[0]
             return now, stock
     return 0, 0
 
 
-def counts(attachment: Attachment, pictures: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
+def count_each(attachment: Attachment, pictures: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
     """`Attachment.token_counts` of each of `pictures`, where the encoder has to look at them, before a trainer has placed the model:
     on this process's GPU, and under ZeRO-3, where all processes must call this, with whole weights."""
     tower = attachment.model.get_submodule(attachment.family.tower)

@@ -83,7 +83,7 @@ def choose_layout(model: Any, batching: str, prefix: Prefix | None = None, recom
     attachment = attached(model)
     assert attachment is not None
     llm = model.get_submodule(attachment.family.llm)
-    if batching == "packed" and not recomputes and packing.possible(model, llm):
+    if batching == "packed" and not recomputes and packing.can_pack(model, llm):
         return PackedRow(llm, prefix)
     return PaddedRows(prefix, masked=not attachment.family.plain_positions)
 

@@ -22,10 +22,11 @@ from train.distill import Teacher, divergence_
 from train.labels import supervised
 from train.layout import Layout, PaddedRows
 from visionzip.attach import unwrap
+from visionzip.intercept import Interceptions
 
 CHUNK_BYTES = 64 << 20
-"""Of float32 logits that are held at once. Larger ones only take memory: at 32,000 words this is 500 rows, enough for a matrix
-product to be at its best."""
+"""Of float32 logits at once. More would only take memory: with a vocabulary of 32,000 this is 500 rows, enough for an efficient
+matrix product."""
 
 PADDED = PaddedRows()
 
@@ -106,18 +107,18 @@ def rows_of_head(head: nn.Module, keep: Tensor, withhold: bool = False) -> Itera
     """
     taken: list[Tensor] = []
 
-    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def select(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         rows = args[0][keep.to(args[0].device)]
         if not withhold:
-            return (rows, *args[1:])
+            return (rows, *args[1:]), kwargs
         taken.append(rows)
-        return (rows[:0], *args[1:])
+        return (rows[:0], *args[1:]), kwargs
 
-    handle = head.register_forward_pre_hook(select)
-    try:
+    with Interceptions() as put:
+        put.before_forward(head, select)
         yield taken
-    finally:
-        handle.remove()
 
 
 class FrozenHeadLoss(torch.autograd.Function):

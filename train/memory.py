@@ -24,12 +24,13 @@ CONTEXT = 1.2 * GIB
 """CUDA context, NCCL's buffers and the allocator's slack."""
 
 TEXT = 300
-"""Tokens of text in a sample of LLaVA's 665k mix, on average; `python -m data.inspect` counts those of other data."""
+"""Average tokens of text in a sample of LLaVA's 665k mix; `visionzip data` counts those of other data."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one model. Parameters; `hidden`, `inner`, `layers`, `kv` (share of key/value heads), `vocabulary` of its LLM."""
+    """Sizes of a model: parameters; `hidden`, `inner`, `layers`, `kv` (share of key/value heads), `vocabulary` of its LLM; visual tokens
+    of an image."""
 
     total: int
     trained: int
@@ -44,7 +45,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to run it. `stage`: 0 to 3; `device`: samples at once on a GPU; `bytes`: of a frozen weight."""
+    """A way to run it. `stage`: ZeRO 0 to 3; `device`: samples per GPU at once; `weight_bytes`: of a frozen weight."""
 
     name: str
     stage: int
@@ -56,7 +57,7 @@ class Plan:
 
 
 def memory(plan: Plan, sizes: Sizes, gpus: int, length: int, llm_trains: bool = False) -> dict[str, float]:
-    """Bytes on one GPU: weights, gradients, optimizer, activations, other."""
+    """Bytes on one GPU by what they are for: weights, gradients, optimizer, activations, other."""
     shards = gpus if plan.stage >= 3 else 1
     weights = sizes.total * plan.weight_bytes / shards
     if plan.stage >= 3:  # the layer being computed and the one fetched ahead are whole
@@ -82,7 +83,7 @@ def memory(plan: Plan, sizes: Sizes, gpus: int, length: int, llm_trains: bool = 
 
 
 def activation_bytes(sizes: Sizes, llm_trains: bool = False) -> float:
-    """Kept for backward by one layer for one token in bf16.
+    """Bytes that one layer keeps of one token for the backward pass, in bf16.
 
     Frozen linear layers keep nothing. The two norms keep their input and its normalised form in float32 (16 h), attention its
     queries, keys, values and output and the rotary products, the gated MLP its two branches and their product.
@@ -92,7 +93,7 @@ def activation_bytes(sizes: Sizes, llm_trains: bool = False) -> float:
     return frozen + (2 * (4 * sizes.hidden + sizes.inner) if llm_trains else 0)  # inputs of linear layers that train
 
 
-def sizes_of(model: Any, config: RunConfig) -> Sizes:
+def measure_model(model: Any, config: RunConfig) -> Sizes:
     """Counted on a model without weights (meta device)."""
     text = model.config.get_text_config()
     trained = sum(p.numel() for part in config.train.parts for name in modules_of(model, part)
@@ -115,7 +116,7 @@ def sizes_of(model: Any, config: RunConfig) -> Sizes:
 
 
 def visual_tokens(model: Any, config: RunConfig) -> int:
-    """Of one picture (or tile, or frame), compressed."""
+    """Of one image (or tile, or frame), compressed."""
     return sum(family_for(model).budget(config.zip))
 
 
@@ -138,8 +139,8 @@ def model_without_weights(config: RunConfig, beside: Path) -> Any:
         return AutoModelForImageTextToText.from_config(shape, trust_remote_code=config.model.trust_remote_code)
 
 
-def plans(config: RunConfig) -> list[Plan]:
-    """The config as it is, then ways to need less, the cheapest first, each named by the overrides that lead there."""
+def list_plans(config: RunConfig) -> list[Plan]:
+    """The config as it is, then ways to need less memory, the least change first, each named by its overrides."""
     extra = config.trainer.model_extra or {}
     stage = config.trainer.deepspeed
     bytes_ = {None: 4.0 if config.model.dtype == "float32" else 2.0, "8bit": 1.05, "4bit": 0.6}[

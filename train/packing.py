@@ -1,7 +1,7 @@
-"""A micro-batch as one row without padding: layers work on tokens as they come, only attention knows where a sample begins.
+"""A micro-batch as one row without padding. Only attention has to know where a sample begins.
 
-Every linear layer, norm and MLP treats each token alone, so what padding costs there is pure loss. Attention is taken sample by
-sample (one variable-length flash kernel on a GPU that has it), so no token sees another sample, and no mask is ever formed.
+Linear layers, norms and MLPs treat each token by itself, so that padding only costs time there. Attention is computed sample by
+sample (by one variable-length flash kernel on a GPU that has it): no token sees another sample, and no mask is ever formed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from train.labels import IGNORE
-from train.prefix import checkpoints
+from train.prefix import recomputes_activations
 from visionzip.attach import unwrap
 from visionzip.families import family_for
 
@@ -32,7 +32,7 @@ NAME = "visionzip_packed"
 
 @dataclass
 class Packed:
-    """Where the samples of a row begin. `prefix`: for each layer keys and values ``(1, H, P, d)`` that all of them see first."""
+    """Where the samples of a row begin. `prefix`: keys and values ``(1, H, P, d)`` of each layer that all samples see first."""
 
     lengths: list[int]
     prefix: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -60,7 +60,7 @@ def pack(
 ) -> tuple[dict[str, Any], Tensor]:
     """Right-padded ``(B, L)`` inputs and labels → the same samples in one row ``(1, T)``, with `packing` for the attention.
 
-    Pictures stay in the order of the rows, as the model expects them.
+    Images stay in the order of the rows, as the model expects them.
     """
     real = inputs["attention_mask"].bool()
     packed = Packed(real.sum(dim=1).tolist(), prefix or [])
@@ -80,7 +80,7 @@ def pack(
 
 
 def pack_batch(inputs: dict[str, Any], labels: Tensor, prefix: Any = None) -> tuple[dict[str, Any], Tensor]:
-    """`pack`, without the beginning that a `train.prefix.Prefix` takes off, where all rows have it."""
+    """`pack`, without the beginning that a `train.prefix.Prefix` holds, where all rows have it."""
     if prefix is None or not prefix.starts(inputs, labels):
         return pack(inputs, labels)
     length = len(prefix.beginning)
@@ -88,18 +88,18 @@ def pack_batch(inputs: dict[str, Any], labels: Tensor, prefix: Any = None) -> tu
     return pack({**inputs, **shorter}, labels[:, length:], prefix.layers)
 
 
-def possible(model: nn.Module, llm: nn.Module) -> bool:
-    """Packing replaces plain causal SDPA, for positions that count 0, 1, 2 … (no M-RoPE, no attention both ways among a picture's
-    tokens); where layers recompute what they threw away, it would have to be in force in the backward too."""
+def can_pack(model: nn.Module, llm: nn.Module) -> bool:
+    """Whether packing is exact: it replaces plain causal SDPA for positions 0, 1, 2 … (no M-RoPE, no bidirectional attention among
+    the tokens of an image). Layers that recompute their activations would see another attention in the backward pass."""
     text: Any = llm.config
     windowed = any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or [])
     plain = family_for(unwrap(model)).plain_positions and text._attn_implementation == "sdpa"
-    return plain and not windowed and not checkpoints(llm)
+    return plain and not windowed and not recomputes_activations(llm)
 
 
 @contextmanager
 def packed_attention(llm: Any) -> Iterator[None]:
-    """Inside, the attention of `llm` takes the samples of a row one by one."""
+    """Inside, the attention of `llm` treats the samples of a row separately."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend)
@@ -155,11 +155,11 @@ def flash(
     from torch.nn.attention.varlen import varlen_attn
 
     queries, keys, places = packing.tables(query.device)
-    query, key, value = (rows(tensor) for tensor in (query, key, value))
+    query, key, value = (as_rows(tensor) for tensor in (query, key, value))
     if prefix is not None:
         # index_select, not key[places]: the latter's backward sorts the places, which repeat, and waits for the GPU.
         key, value = (
-            torch.cat((rows(before), own)).index_select(0, places)
+            torch.cat((as_rows(before), own)).index_select(0, places)
             for before, own in zip(prefix, (key, value), strict=True)
         )
     longest = max(packing.lengths)
@@ -170,7 +170,7 @@ def flash(
     return out[None]
 
 
-def rows(states: Tensor) -> Tensor:
+def as_rows(states: Tensor) -> Tensor:
     """``(1, H, T, d)`` → ``(T, H, d)``, what the kernel takes."""
     return states[0].transpose(0, 1)
 

@@ -1,5 +1,5 @@
-"""What is the same for every sample of a template: its text before the first picture, whose keys and values never change while
-the LLM is frozen. Computed once, and given to the model as a filled cache."""
+"""The beginning that all samples of a template share: the text before the first image, whose keys and values do not change while
+the LLM is frozen. They are computed once, and given to the model as a filled KV cache."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from visionzip.attach import unwrap
 from visionzip.families import family_for
 
 SHORTEST = 8
-"""Tokens. Below it the copy of keys and values costs more than it saves."""
+"""Tokens. For fewer, copying keys and values costs more than it saves."""
 
 
 class Prefix:
     """Keys and values of `beginning` ``(P,)``, token ids that (nearly) all samples start with; see `common_beginning`.
 
-    Gradients are exact: nothing before the first picture depends on what trains, and what comes after sees the same keys and
+    Gradients are exact: nothing before the first image depends on what trains, and what comes after sees the same keys and
     values. What is done to a batch depends on that batch alone, so that a resumed run computes what the first one did.
     Off where the LLM trains, is sharded (ZeRO-3), checkpoints its activations, or has windowed attention.
     """
@@ -41,8 +41,8 @@ class Prefix:
         self.layers: list[tuple[Tensor, Tensor]] = []
 
     def take_off(self, inputs: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:
-        """`inputs` and `labels` without the beginning, which is in `inputs["past_key_values"]`; as they were where a row starts
-        otherwise."""
+        """`inputs` and `labels` without the beginning, which is in `inputs["past_key_values"]`; unchanged if a row starts with
+        something else."""
         if not self.starts(inputs, labels):
             return inputs, labels
         length = len(self.beginning)
@@ -50,13 +50,13 @@ class Prefix:
         return shorter, labels[:, length:]  # a mask stays as long: it is over keys, the prefix among them
 
     def starts(self, inputs: dict[str, Any], labels: Tensor) -> bool:
-        """Whether all rows start with it; its keys and values are there then, in `layers`."""
+        """Whether all rows start with the beginning; if so, `layers` has its keys and values."""
         ids = inputs.get("input_ids")
-        if not self.possible or ids is None or checkpoints(self.llm):
+        if not self.possible or ids is None or recomputes_activations(self.llm):
             return False
         self.beginning = self.beginning.to(ids.device)
         length = len(self.beginning)
-        if min(shared(ids, self.beginning), unsupervised(ids, labels, self.image_token)) < length:
+        if min(count_shared(ids, self.beginning), count_unsupervised(ids, labels, self.image_token)) < length:
             return False
         if not self.layers:
             self.layers = self._compute(ids[:1, :length])
@@ -81,28 +81,28 @@ class Prefix:
 
 
 def common_beginning(rows: Iterable[tuple[Tensor, Tensor]], image_token: int) -> Tensor:
-    """The longest beginning of all rows' `input_ids` ``(L,)`` that holds no picture and predicts nothing that `labels` supervise."""
+    """The longest common beginning of the rows' `input_ids` ``(L,)`` without an image and without a supervised token."""
     found: Tensor | None = None
     for ids, labels in rows:
-        free = ids[: unsupervised(ids[None], labels[None], image_token)]
-        found = free if found is None else found[: shared(free[None], found)]
+        free = ids[: count_unsupervised(ids[None], labels[None], image_token)]
+        found = free if found is None else found[: count_shared(free[None], found)]
     return found if found is not None else torch.empty(0, dtype=torch.long)
 
 
-def checkpoints(llm: nn.Module) -> bool:
-    """Whether layers throw their activations away; transformers then ignores a cache it is given."""
+def recomputes_activations(llm: nn.Module) -> bool:
+    """Whether layers recompute their activations in the backward pass; transformers then ignores a KV cache."""
     return any(getattr(module, "gradient_checkpointing", False) for module in llm.modules())
 
 
-def shared(ids: Tensor, beginning: Tensor) -> int:
+def count_shared(ids: Tensor, beginning: Tensor) -> int:
     """How many tokens of `beginning` ``(P,)`` all rows of ``(B, L)`` start with."""
     length = min(ids.shape[1], len(beginning))
     same = (ids[:, :length] == beginning[:length]).all(dim=0)
     return length if bool(same.all()) else int((~same).to(torch.uint8).argmax())
 
 
-def unsupervised(ids: Tensor, labels: Tensor, image_token: int) -> int:
-    """Tokens at the start of all rows that hold no picture and predict nothing supervised."""
+def count_unsupervised(ids: Tensor, labels: Tensor, image_token: int) -> int:
+    """How many tokens at the start of all rows are no image and predict nothing supervised."""
     stop = (ids == image_token) | (torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE) != IGNORE)
     stop = stop.any(dim=0)
     return int(stop.to(torch.uint8).argmax()) if bool(stop.any()) else ids.shape[1] - 1

@@ -8,7 +8,7 @@ from typing import Any
 
 from train import report_plots
 from train.config import RunConfig
-from train.held_out import one_a_picture, picture_inputs, questions_of
+from train.held_out import image_inputs, one_question_per_image, questions_of
 from train.scores import LABELS, Scores, describe_scores
 from visionzip import attached
 
@@ -65,8 +65,8 @@ def kept_patches(
         return []
     given = {name: {row["id"]: str(row["answer"]) for row in found.answers} for name, found in scores.items()}
     paths: list[Path] = []
-    for question in one_a_picture(questions_of(config, processor), config.report.pictures):
-        tile = trace_inputs(attachment, processor, picture_inputs(question)).tiles[-1]
+    for question in one_question_per_image(questions_of(config, processor), config.report.pictures):
+        tile = trace_inputs(attachment, processor, image_inputs(question)).tiles[-1]
         answers = {name: rows[question.id] for name, rows in given.items() if question.id in rows}
         paths.append(report_plots.draw_kept(Path(folder) / f"kept_{len(paths)}.png", tile, question, answers))
     return paths

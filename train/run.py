@@ -21,7 +21,6 @@ from train.callbacks import Bar, Metrics, RecordConfig, Speed, Wandb
 from train.checkpoint import list_checkpoints, step_of
 from train.compiled import compile_parts
 from train.config import ConfigError, RunConfig
-from train.doubts import doubt_loss
 from train.ending import Exit, RunEnded, StopRequest, Watchdog
 from train.evaluation import count_tokens, evaluate, evaluate_base
 from train.finished import find_finish, record_finish
@@ -31,6 +30,7 @@ from train.launch import check_world, join_deepspeed, prepare_environment, quiet
 from train.layout import PackedRow, choose_layout, find_prefix
 from train.outcome import export, write_report
 from train.output_dir import claim_output_dir
+from train.result_checks import check_loss
 from train.resume import Resume, find_resume
 from train.scores import Scores, describe_scores
 from train.setup import Run, build_batches, build_data
@@ -98,8 +98,8 @@ def train_and_leave_behind(run: Run) -> int:
         raise
     if trainer.stopping and trainer.state.global_step < trainer.state.max_steps:
         end_early(run, trainer, wandb)
-    if doubt := doubt_loss(trainer.state.log_history):
-        run.say(doubt)
+    if warning := check_loss(trainer.state.log_history):
+        run.say(warning)
     if rejects is not None and rejects.rejected:
         run.say(f"{count_of(rejects.rejected, 'record')} not used ({rejects.summary()}); see {rejects.path}")
     if run.config.eval is not None:

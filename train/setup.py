@@ -11,7 +11,7 @@ from data.cache.reader import CachedTokens
 from data.dataset import build_dataset
 from data.lengths import Lengths
 from data.stream import build_stream, is_streamed
-from train.batches import LikeLengths, ShareOfBatches
+from train.batches import BalancedBatches, ShareOfBatches
 from train.cached import check_cache, read_from_cache
 from train.config import ConfigError, RunConfig
 from train.ending import StopRequest, Watchdog
@@ -72,7 +72,7 @@ def build_data(run: Run) -> Any:
         if is_streamed(data):
             if distill is not None:
                 raise ValueError(
-                    "a streamed source has no records that a teacher could be asked beforehand; drop train.distill"
+                    "a streamed source is not supported with train.distill, its records can't be asked beforehand; set train.distill=null"
                 )
             if run.args.max_steps <= 0:
                 raise ValueError("a streamed source has no end; set trainer.max_steps")
@@ -102,4 +102,6 @@ def build_batches(run: Run, dataset: Any, tokens: int, packed: bool) -> Any:
     attachment = attached(run.model)
     assert attachment is not None
     budget = sum(attachment.family.budget(attachment.config))
-    return LikeLengths(order, run.rank, run.world_size, batch, accumulation, Lengths(dataset, tokens or budget), packed)
+    return BalancedBatches(
+        order, run.rank, run.world_size, batch, accumulation, Lengths(dataset, tokens or budget), packed
+    )

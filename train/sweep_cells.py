@@ -1,4 +1,4 @@
-"""The cells of a sweep: every combination of its axes, each a config of its own, its folder named by all its result depends on."""
+"""The cells of a sweep: a config for every combination of its axes. A cell's folder is named by a hash of all its result depends on."""
 
 from __future__ import annotations
 
@@ -22,8 +22,12 @@ BUDGET = "budget"
 
 @dataclass
 class Cell:
-    """One run. `axes`: the values that make it this one, as they were given. `free`: cells of equal `free` share the
-    training-free result; the one among them that `config.eval.compare` says so measures it."""
+    """One run.
+
+    Attributes:
+        axes: its values on the axes, as they were given.
+        free: cells of equal `free` share the training-free result; one of them measures it (`config.eval.compare`).
+    """
 
     axes: dict[str, str]
     config: RunConfig
@@ -39,7 +43,7 @@ class Cell:
 
     @property
     def results(self) -> dict[str, Any] | None:
-        """What the finished run wrote; None while there is none."""
+        """`results.json` of the finished run; None before."""
         try:
             return json.loads((self.folder / "report" / "results.json").read_text())
         except (OSError, ValueError):
@@ -51,7 +55,7 @@ def slug(name: str, value: str) -> str:
     return short + re.sub(r"[^\w.+=]+", "_", value).strip("_")[-40:]
 
 
-def axes_of(items: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+def parse_axes(items: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
     """`key=value` arguments → axes with their values, and the overrides that hold for all cells.
 
     Raises:
@@ -61,7 +65,7 @@ def axes_of(items: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
     overrides = []
     for item in items:
         key, equals, value = item.partition("=")
-        values = split(value)
+        values = split_values(value)
         if not equals or not key:
             raise ConfigError(f"{item!r}: expected key=value, for example selector=visionzip,divprune")
         if key not in (*SHORT, BUDGET) and len(values) == 1:
@@ -73,13 +77,13 @@ def axes_of(items: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
     return axes, overrides
 
 
-def split(text: str) -> list[str]:
-    """At commas that are inside no brackets, braces or quotes."""
+def split_values(text: str) -> list[str]:
+    """Split at commas outside of brackets, braces and quotes."""
     parts = re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|'[^']*'|\"[^\"]*\"|[^,])+", text)
     return [part.strip() for part in parts] or [""]
 
 
-def budget_of(value: str, config: ZipConfig) -> tuple[int | float, int | float]:
+def split_budget(value: str, config: ZipConfig) -> tuple[int | float, int | float]:
     """A budget of the sweep (`visionzip.budgets`) → dominant and contextual tokens, or shares.
 
     Raises:
@@ -98,9 +102,9 @@ def make_cells(path: str, out: Path, items: Sequence[str], cached: bool = True) 
     """Every combination of the axes, the last one changing fastest.
 
     Raises:
-        ConfigError: an axis or a value that the config does not take; no evaluation, which is all a sweep is for.
+        ConfigError: no axes, a value that the config refuses, or no evaluation, without which there is nothing to compare.
     """
-    axes, overrides = axes_of(items)
+    axes, overrides = parse_axes(items)
     if not axes:
         raise ConfigError(
             "nothing to compare: give selector=…, budget=…, seed=… or a key with several values, for example budget=8,16"
@@ -118,11 +122,11 @@ def make_cells(path: str, out: Path, items: Sequence[str], cached: bool = True) 
     cells, measured = [], set()
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        cell = Cell(chosen, configure(path, base, [*overrides, *settings(chosen, base)]))
-        place(cell, out, cached and not any(source.streaming for source in base.data.sources))
+        cell = Cell(chosen, configure(path, base, [*overrides, *axis_overrides(chosen, base)]))
+        place_cell(cell, out, cached and not any(source.streaming for source in base.data.sources))
         assert cell.config.eval is not None
-        full = digest([seen(cell.config), "full"])
-        cell.free = digest([seen(cell.config), cell.config.zip.model_dump()])
+        full = digest([untrained_inputs(cell.config), "full"])
+        cell.free = digest([untrained_inputs(cell.config), cell.config.zip.model_dump()])
         wanted = [("full", full), ("training_free", cell.free)]
         compare = [name for name, key in wanted if key not in measured and name in cell.config.eval.compare]
         measured |= {key for _, key in wanted}
@@ -131,12 +135,12 @@ def make_cells(path: str, out: Path, items: Sequence[str], cached: bool = True) 
     return cells
 
 
-def settings(chosen: dict[str, str], base: RunConfig) -> list[str]:
-    """Overrides of the config that put a cell at its place on the axes."""
+def axis_overrides(chosen: dict[str, str], base: RunConfig) -> list[str]:
+    """The config overrides of a cell."""
     made = []
     for name, value in chosen.items():
         if name == BUDGET:
-            dominant, contextual = budget_of(value, base.zip)
+            dominant, contextual = split_budget(value, base.zip)
             made += [f"zip.dominant={dominant}", f"zip.contextual={contextual}"]
         else:
             made.append(f"{SHORT.get(name, name)}={value}")
@@ -147,35 +151,44 @@ def configure(path: str, base: RunConfig, overrides: list[str]) -> RunConfig:
     return load_config(path, overrides) if overrides else base
 
 
-def place(cell: Cell, out: Path, cached: bool) -> None:
-    """Give the cell its folder, its group on W&B and the caches it reads. The folder's name has what the result depends on."""
+def place_cell(cell: Cell, out: Path, cached: bool) -> None:
+    """Set the cell's folder, its W&B group and the caches it reads."""
     config = cell.config
     update: dict[str, Any] = {
         "wandb": config.wandb.model_copy(update={"group": config.wandb.group or out.name, "name": cell.name})
     }
-    key = digest([config.model_dump(exclude={"output_dir", "wandb", "report"}), files(config)])
+    key = digest([config.model_dump(exclude={"output_dir", "wandb", "report"}), file_stamps(config)])
     update["output_dir"] = str(out / "cells" / f"{cell.name}-{key[:8]}")
     assert config.eval is not None
     if cached:
-        tokens = str(out / "tokens" / digest([seen(config), config.data.model_dump(), config.zip.model_dump()]))
+        tokens = str(
+            out / "tokens" / digest([untrained_inputs(config), config.data.model_dump(), config.zip.model_dump()])
+        )
         update["data"] = config.data.model_copy(update={"cache": config.data.cache or tokens})
         update["eval"] = config.eval.model_copy(update={"cache": config.eval.cache or tokens})
     if config.train.distill is not None and config.train.distill.cache is None:
         distill = config.train.distill.model_dump(exclude={"weight", "cache"})
-        answers = str(out / "teacher" / digest([seen(config), config.data.model_dump(exclude={"cache"}), distill]))
+        answers = str(
+            out / "teacher" / digest([untrained_inputs(config), config.data.model_dump(exclude={"cache"}), distill])
+        )
         distilled = config.train.distill.model_copy(update={"cache": answers})
         update["train"] = config.train.model_copy(update={"distill": distilled})
     cell.config = config.model_copy(update=update)
 
 
-def seen(config: RunConfig) -> list[Any]:
-    """What an answer of the untrained model depends on, but for what is kept of a picture."""
+def untrained_inputs(config: RunConfig) -> list[Any]:
+    """What an answer of the untrained model depends on, besides the visual tokens that are kept."""
     assert config.eval is not None
     layout = config.data.model_dump(include={"template", "max_length", "pad_images", "frames"})
-    return [config.model.model_dump(), config.eval.model_dump(exclude={"compare", "cache"}), layout, files(config)]
+    return [
+        config.model.model_dump(),
+        config.eval.model_dump(exclude={"compare", "cache"}),
+        layout,
+        file_stamps(config),
+    ]
 
 
-def files(config: RunConfig) -> list[Any]:
+def file_stamps(config: RunConfig) -> list[Any]:
     """Sizes and times of the model's and the data's files: a retrained model is another one under the same name."""
     assert config.eval is not None
     sources = [source.path for source in [*config.data.sources, *config.eval.sources]]

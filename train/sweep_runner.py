@@ -1,4 +1,4 @@
-"""Runs the cells of a sweep, each as a process, after what they read has been made once: visual tokens, a teacher's answers."""
+"""Runs the cells of a sweep as processes, after computing once what they share: visual tokens, a teacher's answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMPLETE = "complete"
 
 
 def make_tokens(config: RunConfig) -> int:
-    """Fill the cache of a cell: its training pictures and its held-out ones."""
+    """Fill the token cache of a cell with its training and held-out images."""
     assert config.data.cache is not None
     assert config.eval is not None
     sources = [
@@ -45,7 +45,7 @@ def make_answers(config: RunConfig) -> int:
 
 
 class Sweep:
-    """The cells of one command and what is known of them."""
+    """Runs the cells that have no results yet, and reports."""
 
     def __init__(self, out: Path, cells: list[Cell], jobs: int) -> None:
         self.out, self.cells, self.jobs = out, cells, jobs

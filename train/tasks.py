@@ -1,4 +1,4 @@
-"""Runs as processes: each forked from one that has imported everything, so that it starts at once and dies alone."""
+"""Runs as processes of their own, forked from one that has imported everything: they start at once and fail alone."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def perform(task: Task, gpu: int | None) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = only(gpu, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpu(gpu, os.environ.get("CUDA_VISIBLE_DEVICES"))
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore between processes, which nobody would give back
@@ -102,7 +102,7 @@ def perform(task: Task, gpu: int | None) -> None:
     leave(code)
 
 
-def only(gpu: int, visible: str | None) -> str:
+def visible_gpu(gpu: int, visible: str | None) -> str:
     """``CUDA_VISIBLE_DEVICES`` that leaves the `gpu`-th of those that are visible now."""
     return visible.split(",")[gpu].strip() if visible else str(gpu)
 

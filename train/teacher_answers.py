@@ -1,8 +1,8 @@
-"""What the uncompressed model answers to the training questions: written once, learned from by any number of compressed runs.
+"""The uncompressed model's answers to the training questions: computed once, learned from by any number of compressed runs.
 
-Every record goes through the untouched model once, with all its visual tokens and its whole conversation; of each supervised token
-the `train.distill.top_k` likeliest words are kept. A run that learns from them asks for the same model, data layout and settings,
-and leaves out a record whose picture or answer has changed since. Interrupted, the same command goes on.
+Every record goes through the unchanged model once, with all its visual tokens and its whole conversation; for each supervised token
+the `train.distill.top_k` likeliest tokens are stored. A run that learns from them must have the same model, data layout and settings,
+and rejects a record whose image or answer has changed since. After an interruption the same command continues.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ANY_LENGTH = 1 << 30
 
 
 def describe_teacher(model: Any, processor: Any, config: RunConfig) -> dict[str, Any]:
-    """What the answers depend on but the records themselves. Of an attached `model` or of a plain one."""
+    """What the answers depend on besides the records. `model` may be attached or plain."""
     assert config.train.distill is not None
     family = family_for(model)
     parts = dict(family.frozen)
@@ -67,20 +67,18 @@ def describe_teacher(model: Any, processor: Any, config: RunConfig) -> dict[str,
 
 
 def check_teacher(folder: str | None, wanted: dict[str, Any]) -> Path:
-    """The folder, if it holds answers made with what is `wanted`.
+    """The folder, if its answers were made with what is `wanted`.
 
     Raises:
-        ConfigError: no answers there, or what they were made with, by name.
+        ConfigError: there are no answers, or they were made with something else (named).
     """
     if folder is None:
-        raise ConfigError(
-            "train.distill.cache: is not set; name a folder, and fill it: python -m train.teacher --config …"
-        )
+        raise ConfigError("train.distill.cache: not set; name a folder, and fill it: visionzip teacher --config …")
     try:
         stored = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"train.distill.cache: {folder} holds no answers ({error}); python -m train.teacher makes them"
+            f"train.distill.cache: {folder} has no answers ({error}); make them: visionzip teacher --config …"
         ) from None
     found = (
         []
@@ -103,8 +101,8 @@ def check_teacher(folder: str | None, wanted: dict[str, Any]) -> Path:
     return Path(folder)
 
 
-def claim(folder: Path, wanted: dict[str, Any]) -> None:
-    """Say what the folder is for, or compare where that was said before. Any number of processes may do so at once."""
+def claim_folder(folder: Path, wanted: dict[str, Any]) -> None:
+    """Write the manifest, or compare with it where it exists. Any number of processes may do so at once."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / MANIFEST).exists():
         aside = folder / f".{MANIFEST}.{os.uname().nodename}.{os.getpid()}"
@@ -115,7 +113,7 @@ def claim(folder: Path, wanted: dict[str, Any]) -> None:
 
 
 def key_of_sample(sample: Sample) -> Key:
-    """Of what is said and of where its pictures are."""
+    """A key made of the conversation and the places of its images."""
     messages = [
         [message.role, [part if isinstance(part, str) else asdict(part) for part in message.parts]]
         for message in sample.messages
@@ -132,8 +130,8 @@ def stats(sample: Sample) -> Tensor:
 
 
 class WithAnswers:
-    """A sample → an item as the encoder makes it, with the teacher's answers: of each predicted token `teacher_words` (S, k) and
-    their `teacher_log_probs` (S, k). A conversation that the run cuts has those of what is left."""
+    """A sample → an item as the encoder makes it, with the teacher's answers: for each predicted token `teacher_words` (S, k) and
+    their `teacher_log_probs` (S, k). Where the run cuts a conversation, they are those of what is left."""
 
     def __init__(self, encoder: Any, folder: str | os.PathLike[str]) -> None:
         self.encoder, self.store = encoder, Store(folder, made_for(Path(folder) / MANIFEST))
@@ -143,29 +141,29 @@ class WithAnswers:
         try:
             entry = self.store.get(key_of_sample(sample))
         except Damaged as error:
-            raise Reject("damaged answers", f"{error}; run python -m train.teacher again") from error
+            raise Reject("damaged answers", f"{error}; run `visionzip teacher` again") from error
         if entry is None:
-            raise Reject("no teacher's answer", "run python -m train.teacher with this config")
+            raise Reject("no teacher's answer", "run `visionzip teacher` with this config")
         _, kept = entry
         now = stats(sample)
         if not bool(((now == kept["stats"]) | (now < 0)).all()):
             raise Reject(
-                "stale answer", "the picture has changed since the teacher saw it; run python -m train.teacher again"
+                "stale answer", "the image has changed since the teacher saw it; run `visionzip teacher` again"
             )
         answers = predicted_tokens(item["labels"])
         if not torch.equal(answers, kept["answers"][: len(answers)].long()):
-            raise Reject("stale answer", "the teacher was asked for other words; delete its folder and make it again")
+            raise Reject("stale answer", "the teacher saw another answer; delete its folder and make it again")
         return {**item, **{name: kept[name][: len(answers)] for name in ANSWER_KEYS}}
 
 
 class Recorded:
-    """An item that remembers its sample; what the teacher's data set gives."""
+    """A sample → (sample, item) for the teacher."""
 
     def __init__(self, encoder: Any, store: Store) -> None:
         self.encoder, self.store = encoder, store
 
     def __call__(self, sample: Sample) -> tuple[Sample, dict[str, Any]] | None:
-        """None where the answer is there already and still right."""
+        """None where the answer is stored already and still valid."""
         with suppress(Damaged):
             entry = self.store.get(key_of_sample(sample))
             if entry is not None and torch.equal(entry[1]["stats"], stats(sample)):
@@ -173,7 +171,7 @@ class Recorded:
         return sample, self.encoder(sample)
 
 
-def uncompressed(config: DataConfig) -> DataConfig:
+def uncompressed_data(config: DataConfig) -> DataConfig:
     """The same data for a model that sees all visual tokens."""
     return config.model_copy(update={"cache": None, "max_length": ANY_LENGTH})
 
@@ -188,13 +186,13 @@ def answer_rows(model: Any, batch: dict[str, Any]) -> list[Tensor]:
     return list(logits.split(keep.sum(dim=1).tolist()))
 
 
-def asked(
+def batches_to_ask(
     dataset: InstructionDataset, places: Sequence[int], batch: int, make: Any
 ) -> Iterator[tuple[list[Sample], dict[str, Any]]]:
-    """Batches of the records at `places`: their samples and what the collator makes of them. Bad records are left out.
+    """Batches of the records at `places`: samples and collated items. Rejected records are left out.
 
     Args:
-        make: sample → (sample, item), or None to pass it over.
+        make: sample → (sample, item), or None to skip it.
     """
     collate = dataset.collator()
     for items in DataLoader(Subset(dataset.making(make), places), batch_size=batch, collate_fn=list):
@@ -203,7 +201,7 @@ def asked(
             yield [sample for sample, _ in good], collate([item for _, item in good])
 
 
-def fill(
+def fill_store(
     folder: Path,
     model: Any,
     processor: Any,
@@ -215,12 +213,14 @@ def fill(
 ) -> int:
     """This process's share of the answers; `model` is not attached. Returns how many records were asked."""
     assert config.train.distill is not None
-    dataset = build_dataset(uncompressed(config.data), processor, 0)
+    dataset = build_dataset(uncompressed_data(config.data), processor, 0)
     answers = made_for(folder / MANIFEST)
     writer, done = Writer(folder, answers), 0
     try:
         places = range(process, len(dataset), processes)
-        for samples, together in asked(dataset, places, batch, Recorded(dataset.encoder, Store(folder, answers))):
+        for samples, together in batches_to_ask(
+            dataset, places, batch, Recorded(dataset.encoder, Store(folder, answers))
+        ):
             for sample, labels, logits in zip(samples, together["labels"], answer_rows(model, together), strict=False):
                 words, log_probs = most_likely(logits, config.train.distill.top_k, config.train.distill.temperature)
                 entry = {
@@ -244,22 +244,22 @@ def ask_teacher(config: RunConfig) -> int:
         ConfigError: no folder named, a streamed source, or a folder with other answers.
     """
     if config.train.distill is None or config.train.distill.cache is None:
-        raise ConfigError("train.distill.cache: is not set; name the folder that is to hold the answers")
+        raise ConfigError("train.distill.cache: not set; name a folder for the answers")
     if any(source.streaming for source in config.data.sources):
-        raise ConfigError("train.distill: a streamed source has no records that could be asked beforehand")
+        raise ConfigError("train.distill: a streamed source is not supported, its records can't be asked beforehand")
     process, processes = rank_and_world()
     device = own_device()
-    base = {"model": config.model.model_copy(update={"projector": None}), "data": uncompressed(config.data)}
+    base = {"model": config.model.model_copy(update={"projector": None}), "data": uncompressed_data(config.data)}
     config = config.model_copy(update=base)
     model, processor = build_model(config)
     detach(model)
     model.to(device)
     assert attached(model) is None
     folder = Path(config.train.distill.cache)  # type: ignore[union-attr, arg-type]
-    claim(folder, describe_teacher(model, processor, config))
-    done = fill(folder, model.eval(), processor, config, process=process, processes=processes)
+    claim_folder(folder, describe_teacher(model, processor, config))
+    done = fill_store(folder, model.eval(), processor, config, process=process, processes=processes)
     print(
-        f"process {process} of {processes}: {count_of(done, 'record')} asked; {folder} holds {len(Store(folder, made_for(folder / MANIFEST)))}",
+        f"process {process} of {processes}: {count_of(done, 'record')} asked; {folder} has {len(Store(folder, made_for(folder / MANIFEST)))}",
         file=sys.stderr,
     )
     return 0

@@ -1,4 +1,4 @@
-"""What trains: an allow-list of parameter names, everything else frozen, and the count checked before the first step."""
+"""What trains: an allow-list of parameter names. Everything else is frozen, and the count is checked before the first step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from visionzip.families import family_for
 
 
 def choose(model: nn.Module, section: TrainSection) -> list[str]:
-    """Freeze everything, then free what the config names; returns the names that train, in the model's order.
+    """Freeze everything, then unfreeze what the config names; returns the names that train, in the model's order.
 
     Adapters are put into the model in place, so that the model stays the one that was attached (a PEFT wrapper around it
     would hide its class from the trainer and its parameters' names from a checkpoint).
 
     Raises:
-        RuntimeError: when something else than the allow-list would train.
-        ValueError: when the trainable count is not the one that was expected, or LoRA finds nothing to adapt.
+        RuntimeError: something else than the allow-list would train.
+        ValueError: the trainable count is not the expected one, or LoRA finds no layer to adapt.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -54,7 +54,7 @@ def modules_of(model: Any, part: str) -> list[str]:
 
 
 def linear_layers(model: nn.Module, section: LoraSection) -> list[str]:
-    """Dotted names of what gets an adapter. Of the LLM that is its trunk: the head works on the supervised rows only.
+    """Dotted names of the layers that get an adapter. In the LLM without its head, which sees the supervised rows only.
 
     Raises:
         ValueError: when there is none.
@@ -99,7 +99,7 @@ def check(model: nn.Module, allowed: set[str]) -> None:
 
 
 def count(model: nn.Module, trainable: bool = True) -> int:
-    """Number of parameters, whole ones also where ZeRO-3 leaves each rank a shard."""
+    """Number of parameters, counted whole also where ZeRO-3 shards them."""
     return sum(size(p) for p in model.parameters() if p.requires_grad or not trainable)
 
 

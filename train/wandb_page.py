@@ -1,8 +1,8 @@
-"""What makes a run's W&B page worth looking at, besides curves: pictures with what is kept of them and what the model says of
-them as it learns, a table of every prediction, accuracy bars.
+"""What a run puts on its W&B page besides curves: images with the kept patches and the model's answers while it learns, a table of
+every prediction, accuracy bars.
 
-A saved layout can't be made from here: W&B keeps layouts on its server and writes them through an API of its own that needs one.
-Names do the work instead: what belongs together has one prefix, and so one section of the page.
+A saved layout can't be written from here: W&B keeps layouts on its server. Names group the page instead: keys with one prefix are one
+section.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from transformers import TrainerCallback
 from data.questions import Question, QuestionCollator
 from train import random_state
 from train.config import EvalSection
-from train.held_out import generate, one_a_picture, picture_inputs
+from train.held_out import generate, image_inputs, one_question_per_image
 from train.scores import ALL, LABELS, METRICS, Scores
 from visionzip import attached
 
 logger = logging.getLogger(__name__)
 
 TIMES = 10
-"""How often a run shows its fixed questions, where the config does not say."""
+"""How often a run shows its fixed questions, unless the config says otherwise."""
 
 
 def predictions(wandb: Any, scores: dict[str, Scores]) -> Any:
@@ -72,10 +72,10 @@ def end_of_run(wandb: Any, scores: dict[str, Scores], tokens: int, of_tokens: in
 
 
 class Look(TrainerCallback):
-    """A few fixed held-out questions, every so often: their pictures with what is kept, and the answer of the moment.
+    """A few fixed held-out questions, every so often: their images with the kept patches, and the model's current answers.
 
-    Rank 0 alone, so not under ZeRO-3, where no rank has the weights. The training's random state is left as it was, and a
-    failure here ends the looking, never the run.
+    On rank 0 alone, so not under ZeRO-3, where no rank has whole weights. The random state of training is left as it was; a failure
+    here ends these pages, never the run.
     """
 
     def __init__(
@@ -100,16 +100,16 @@ class Look(TrainerCallback):
         try:
             with torch.no_grad(), random_state.untouched():
                 if self.chosen is None:
-                    self.chosen = one_a_picture(self.questions(), self.count)
+                    self.chosen = one_question_per_image(self.questions(), self.count)
                 shown = [(question, *self.answer(model, question)) for question in self.chosen]
         except Exception as error:
-            logger.warning("no more pictures for W&B (%s: %s); the run goes on", type(error).__name__, error)
+            logger.warning("no more images for W&B (%s: %s); the run goes on", type(error).__name__, error)
             self.count = 0
             return
         self.log(lambda wandb: page_of(wandb, shown, step, self.section.metric))
 
     def answer(self, model: Any, question: Question) -> tuple[str, Any]:
-        """What the model says now, and a drawing of what is kept of the (last) picture; None where there are no pixels."""
+        """The model's answer now, and a drawing of what is kept of the (last) image; None without pixels."""
         from visionzip.analysis import draw
         from visionzip.analysis.trace import trace_inputs
         from visionzip.analysis.visualize import note, views
@@ -121,7 +121,7 @@ class Look(TrainerCallback):
             (text,) = generate(
                 model, self.processor, QuestionCollator(self.processor)([question])["inputs"], self.section
             )
-            images = picture_inputs(question)
+            images = image_inputs(question)
             drawn = None
             if attachment is not None and attachment.family.count_images(images):
                 tile = trace_inputs(attachment, self.processor, images).tiles[-1]
@@ -132,7 +132,7 @@ class Look(TrainerCallback):
 
 
 def page_of(wandb: Any, shown: list[tuple[Question, str, Any]], step: int, metric: str) -> dict[str, Any]:
-    """Pictures with question, expected and given answer below, and how many are right."""
+    """Images with question, expected and given answer below, and how many answers are right."""
     table = wandb.Table(columns=["step", "question", "expected", "answered", "right"])
     values: dict[str, Any] = {"train/global_step": step}
     right = 0.0

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from tests.families.case import Case, cases
 from tests.train.test_loss import batch, beginning, check, model  # noqa: F401
 from train.arguments import TrainerSection, check_compile, training_arguments
-from train.compiled import compile_parts, parts, uncompile_parts
+from train.compiled import compile_parts, compiled_parts, uncompile_parts
 from train.layout import PackedRow, PaddedRows
 from visionzip import attach, attached
 
@@ -69,7 +69,7 @@ def test_loss_and_gradient_are_those_of_the_model_as_it_was(model, fresh_compile
 def test_of_every_family_all_but_attention(case: Case) -> None:
     model = attach(case.model("sdpa"), case.processor(), case.budget)  # noqa: F811
     llm: Any = model.get_submodule(attached(model).family.llm)  # type: ignore[union-attr]
-    inside = {id(module) for part in parts(llm) for module in part.modules()}
+    inside = {id(module) for part in compiled_parts(llm) for module in part.modules()}
     attention = {id(module) for layer in llm.layers for module in layer.self_attn.modules()}
     rest = {id(module) for layer in llm.layers for module in layer.modules()} - attention - {id(x) for x in llm.layers}
     assert inside == rest

@@ -67,7 +67,7 @@ def test_every_mistake_is_named_at_once() -> None:
     ("changes", "says"),
     [
         ({"train": {"parts": []}}, "nothing would train"),
-        ({"train": {"parts": ["llm"], "lora": {"on": ["llm"]}}}, "llm can't be trained in full and have LoRA"),
+        ({"train": {"parts": ["llm"], "lora": {"on": ["llm"]}}}, "llm can't be trained both in full and with LoRA"),
         ({"train": {"parts": ["vision"]}}, "train.parts.0"),
         ({"model": {"path": "m", "quantization": "4bit"}, "train": {"parts": ["llm"]}}, "use train.lora"),
         ({"model": {"path": "m", "quantization": "4bit"}, "trainer": {"deepspeed": "zero3"}}, "ZeRO-3"),

@@ -98,14 +98,14 @@ def test_answers_are_those_of_the_untouched_model(workspace: Path, tmp_path: Pat
     from data.dataset import build_dataset
     from train.build import build_model
     from train.labels import predicted_tokens
-    from train.teacher_answers import key_of_sample, uncompressed
+    from train.teacher_answers import key_of_sample, uncompressed_data
     from visionzip import detach
 
     config = load_config(write_config(learning(workspace, tmp_path / "run", answers)))
     model, processor = build_model(config)
     detach(model).eval()
     dataset, store = (
-        build_dataset(uncompressed(config.data), processor, 0),
+        build_dataset(uncompressed_data(config.data), processor, 0),
         Store(answers, made_for(answers / "teacher.json")),
     )
     assert len(store) == 21  # three records without a picture say what another one says

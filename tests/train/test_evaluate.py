@@ -18,7 +18,7 @@ from train import report
 from train.build import build_model
 from train.commands import start
 from train.config import EvalSection, parse_config
-from train.held_out import Numbered, gather, generate, score, tokens_a_picture
+from train.held_out import NumberedQuestions, gather, generate, score, tokens_a_picture
 from train.scores import Scores, normalise, render_scores, won_back
 from visionzip import Attachment
 
@@ -44,7 +44,7 @@ def test_case_spaces_and_a_final_full_stop_do_not_count(a: str, b: str, same: bo
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 @pytest.mark.parametrize("questions", [1, 5, 6])
 def test_every_question_is_answered_and_counted_once(world: int, questions: int) -> None:
-    shares = [Numbered(list(range(questions)), rank, world) for rank in range(world)]
+    shares = [NumberedQuestions(list(range(questions)), rank, world) for rank in range(world)]
     assert len({len(share) for share in shares}) == 1, "ZeRO-3 needs as many turns on every process"
     answered: dict[int, Any] = {}
     for share in shares:

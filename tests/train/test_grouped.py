@@ -7,7 +7,7 @@ import random
 import pytest
 
 from data.mixture import EpochSampler
-from train.batches import LikeLengths, ShareOfBatches
+from train.batches import BalancedBatches, ShareOfBatches
 
 SAMPLES, BATCH = 203, 4
 LENGTHS = [60 + int(random.Random(number).lognormvariate(4, 1)) for number in range(SAMPLES)]
@@ -21,7 +21,7 @@ def order(world: int, accumulation: int) -> EpochSampler:
 def test_the_same_samples_in_every_step(world, accumulation):
     plain = [list(ShareOfBatches(order(world, accumulation), rank, world, BATCH)) for rank in range(world)]
     sorted_ = [
-        list(LikeLengths(order(world, accumulation), rank, world, BATCH, accumulation, LENGTHS))
+        list(BalancedBatches(order(world, accumulation), rank, world, BATCH, accumulation, LENGTHS))
         for rank in range(world)
     ]
     assert {len(batches) for batches in plain} == {len(batches) for batches in sorted_} == {len(plain[0])}
@@ -41,14 +41,14 @@ def test_hardly_any_padding():
         real = sum(LENGTHS[index] for batch in batches for index in batch if index >= 0)
         return sum(len(batch) * max(LENGTHS[index] for index in batch) for batch in batches if max(batch) >= 0) / real
 
-    assert padding(LikeLengths(order(1, 32), 0, 1, BATCH, 32, LENGTHS)) < 1.06
+    assert padding(BalancedBatches(order(1, 32), 0, 1, BATCH, 32, LENGTHS)) < 1.06
     assert padding(ShareOfBatches(order(1, 32), 0, 1, BATCH)) > 1.25
 
 
 def test_epochs_differ_and_odd_shares_are_refused():
-    batches = LikeLengths(order(1, 8), 0, 1, BATCH, 8, LENGTHS)
+    batches = BalancedBatches(order(1, 8), 0, 1, BATCH, 8, LENGTHS)
     first = list(batches)
     batches.set_epoch(1)
     assert list(batches) != first
-    with pytest.raises(ValueError, match="no multiple"):
-        LikeLengths(order(1, 1), 0, 1, BATCH, 7, LENGTHS)
+    with pytest.raises(ValueError, match="not a multiple"):
+        BalancedBatches(order(1, 1), 0, 1, BATCH, 7, LENGTHS)

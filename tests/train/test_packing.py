@@ -13,7 +13,7 @@ import torch
 from tests.tiny import tiny_llava
 from tests.train.test_loss import IMAGE, batch, beginning, check, model  # noqa: F401
 from train.layout import PackedRow
-from train.packing import Packed, flash, one_by_one, pack, packed_attention, possible, variable_length
+from train.packing import Packed, can_pack, flash, one_by_one, pack, packed_attention, variable_length
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -82,14 +82,14 @@ def test_attention_stays_inside_a_sample():
 def test_where_packing_is_not_possible():
     whole = tiny_llava()
     llm = whole.model.language_model
-    assert possible(whole, llm)
+    assert can_pack(whole, llm)
     with packed_attention(llm):
-        assert not possible(whole, llm)  # already another implementation
+        assert not can_pack(whole, llm)  # already another implementation
     llm.activation_checkpointing_enable()
-    assert not possible(whole, llm)
+    assert not can_pack(whole, llm)
     other = tiny_llava()
     other.config.model_type = "paligemma"  # its pictures' tokens see each other both ways
-    assert not possible(other, other.model.language_model)
+    assert not can_pack(other, other.model.language_model)
 
 
 def slow_kernel(

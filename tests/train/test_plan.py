@@ -11,7 +11,7 @@ import torch
 from tests.train.workspace import ROOT, config_of
 from train.commands import start
 from train.config import load_config, parse_config
-from train.memory import GIB, activation_bytes, memory, model_without_weights, plans, render_plans, sizes_of
+from train.memory import GIB, activation_bytes, list_plans, measure_model, memory, model_without_weights, render_plans
 from train.trainable import choose, count
 
 SEVEN = ROOT / "configs" / "llava-1.5-7b"
@@ -19,11 +19,11 @@ SEVEN = ROOT / "configs" / "llava-1.5-7b"
 
 def test_llava_7b_is_counted_from_its_config() -> None:
     config = load_config(SEVEN / "ft-64.yaml")
-    sizes = sizes_of(model_without_weights(config, SEVEN), config)
+    sizes = measure_model(model_without_weights(config, SEVEN), config)
     assert sizes.trained == 20_979_712 == config.train.expect_parameters
     assert round(sizes.total / 1e9, 2) == 7.06
     assert sizes.visual == 64
-    here = memory(plans(config)[0], sizes, 8, 364)
+    here = memory(list_plans(config)[0], sizes, 8, 364)
     assert here["weights"] == pytest.approx(2 * sizes.total)
     assert here["optimizer"] == pytest.approx(12 * sizes.trained / 8)
     assert 3 * 4 * sizes.trained < 300e6, "a checkpoint is under 300 MB"
@@ -31,8 +31,8 @@ def test_llava_7b_is_counted_from_its_config() -> None:
 
 def test_every_way_needs_no_more_than_the_one_before() -> None:
     config = load_config(SEVEN / "ft-64.yaml")
-    sizes = sizes_of(model_without_weights(config, SEVEN), config)
-    ways = plans(config)
+    sizes = measure_model(model_without_weights(config, SEVEN), config)
+    ways = list_plans(config)
     totals = {way.name: sum(memory(way, sizes, 8, 364).values()) / GIB for way in ways}
     by_device = [totals[w.name] for w in ways if w.stage == 2 and not w.checkpointing and w.weight_bytes == 2]
     assert by_device == sorted(by_device, reverse=True)
@@ -46,7 +46,7 @@ def test_trained_parameters_are_those_that_would_train(workspace: Path, tmp_path
 
     for train in ({}, {"parts": ["projector", "llm"]}, {"parts": [], "lora": {"on": ["projector", "llm"], "r": 3}}):
         config = parse_config(config_of(workspace, tmp_path, train=train))
-        planned = sizes_of(model_without_weights(config, tmp_path), config)
+        planned = measure_model(model_without_weights(config, tmp_path), config)
         model = AutoModelForImageTextToText.from_pretrained(workspace / "model")
         total = sum(p.numel() for p in model.parameters())
         choose(model, config.train)
@@ -57,7 +57,7 @@ def test_activations_against_what_autograd_keeps(workspace: Path, tmp_path: Path
     """One frozen layer of LLaVA-7B's shape on tensors without memory: the bytes autograd saves for a token."""
     config = load_config(SEVEN / "ft-64.yaml")
     model = model_without_weights(config, SEVEN).to(torch.bfloat16)
-    sizes = sizes_of(model, config)
+    sizes = measure_model(model, config)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     llm = model.model.language_model
@@ -83,9 +83,9 @@ def test_what_it_advises_is_a_config_that_is_accepted() -> None:
     """Every row can be pasted behind the command as it stands; a quantised LLM is not advised where the LLM trains."""
     for overrides in ([], ["train.parts=[projector,llm]", "train.expect_parameters=null"], ["model.quantization=4bit"],
                       ["trainer.deepspeed=zero3_offload"], ["trainer.deepspeed=zero2_offload"]):  # fmt: skip
-        for way in plans(load_config(SEVEN / "ft-64.yaml", overrides))[1:]:
+        for way in list_plans(load_config(SEVEN / "ft-64.yaml", overrides))[1:]:
             changed = load_config(SEVEN / "ft-64.yaml", [*overrides, *way.name.split()])
-            assert replace(plans(changed)[0], name=way.name) == way
+            assert replace(list_plans(changed)[0], name=way.name) == way
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -115,8 +115,8 @@ def test_what_is_no_number_of_gpus_or_gib_is_said_in_a_line(
 
 def test_a_way_fits_where_a_tenth_of_the_memory_is_left_free() -> None:
     config = load_config(SEVEN / "ft-64.yaml")
-    sizes = sizes_of(model_without_weights(config, SEVEN), config)
-    (way, *_) = plans(config)
+    sizes = measure_model(model_without_weights(config, SEVEN), config)
+    (way, *_) = list_plans(config)
     total = sum(memory(way, sizes, 8, 364).values()) / GIB
     assert "It fits as it is." in render_plans([way], sizes, 8, total / 0.899, 364, False)
     assert "Nothing here fits" in render_plans([way], sizes, 8, total / 0.901, 364, False)

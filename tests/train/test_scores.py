@@ -11,9 +11,9 @@ import pytest
 
 from tests.train.workspace import Ranks, config_of
 from train.config import ConfigError, parse_config
-from train.doubts import doubt_answers, doubt_loss
 from train.held_out import gather, judge
 from train.report import results as facts_of
+from train.result_checks import check_answers, check_loss
 from train.scores import METRICS, Scores, describe_ran_on, describe_scores, register_metric, runs_on
 from train.words import count_of
 
@@ -73,13 +73,13 @@ def test_a_metric_is_a_function_and_a_registration(workspace: Path, tmp_path: Pa
 
 
 def test_answers_that_are_all_wrong_are_shown() -> None:
-    said = doubt_answers("fine-tuned", scored("red", "red red", "blue", "green"))
+    said = check_answers("fine-tuned", scored("red", "red red", "blue", "green"))
     assert said.splitlines()[0] == "warning: every answer is wrong (fine-tuned). The first ones:"
     assert said.splitlines()[1:] == [
         f"  'where is it': expected 'top left', answered {answer!r}" for answer in ("red", "red red", "blue")
     ]
-    assert doubt_answers("fine-tuned", scored("red", "top left")) == ""
-    assert doubt_answers("fine-tuned", Scores()) == ""
+    assert check_answers("fine-tuned", scored("red", "top left")) == ""
+    assert check_answers("fine-tuned", Scores()) == ""
 
 
 def log(losses: Any) -> list[dict[str, Any]]:
@@ -91,11 +91,11 @@ def log(losses: Any) -> list[dict[str, Any]]:
 
 def test_a_loss_that_does_not_fall() -> None:
     noise = np.random.default_rng(0).normal(0, 0.05, 40)
-    assert doubt_loss(log(2 + noise)).startswith("warning: the loss did not fall: 2.0")
-    assert doubt_loss(log(2 + noise + np.linspace(0, 5, 40)))
-    assert doubt_loss(log([2.0] * 40))
-    assert doubt_loss(log(2 + noise - np.linspace(0, 0.5, 40))) == ""
-    assert doubt_loss(log([2.0] * 11)) == "", "too few to say"
+    assert check_loss(log(2 + noise)).startswith("warning: the loss did not fall: 2.0")
+    assert check_loss(log(2 + noise + np.linspace(0, 5, 40)))
+    assert check_loss(log([2.0] * 40))
+    assert check_loss(log(2 + noise - np.linspace(0, 0.5, 40))) == ""
+    assert check_loss(log([2.0] * 11)) == "", "too few to say"
 
 
 @pytest.mark.launch

@@ -16,9 +16,9 @@ import pytest
 from tests.train.workspace import ROOT, Ranks, config_of, environment, write_config
 from train.commands import start
 from train.config import ConfigError
-from train.sweep_cells import axes_of, budget_of, make_cells
+from train.sweep_cells import make_cells, parse_axes, split_budget
 from train.sweep_results import Group, agreement, difference, table
-from train.tasks import only
+from train.tasks import visible_gpu
 from visionzip import ZipConfig
 
 
@@ -38,26 +38,26 @@ def config(workspace: Path, tmp_path: Path) -> Path:
 
 
 def test_axes_and_overrides_are_told_apart() -> None:
-    axes, overrides = axes_of(
+    axes, overrides = parse_axes(
         ["selector=a", "budget=8,13+3", "trainer.learning_rate=1e-3,3e-3", "eval.compare=[full,x]"]
     )
     assert axes == {"selector": ["a"], "budget": ["8", "13+3"], "trainer.learning_rate": ["1e-3", "3e-3"]}
     assert overrides == ["eval.compare=[full,x]"]
     for wrong in (["selector"], ["seed=0", "seed=1"]):
         with pytest.raises(ConfigError):
-            axes_of(wrong)
+            parse_axes(wrong)
 
 
 def test_a_budget_is_split_as_the_config_does_where_it_is_its_total_else_as_in_the_paper() -> None:
     config = ZipConfig(dominant=12, contextual=4)
-    assert budget_of("16", config) == (12, 4)
-    assert budget_of("64", config) == (54, 10)
-    assert budget_of("128", config) == (108, 20)
-    assert budget_of("13+3", config) == (13, 3)
-    assert budget_of("1", config) == (1, 0)
+    assert split_budget("16", config) == (12, 4)
+    assert split_budget("64", config) == (54, 10)
+    assert split_budget("128", config) == (108, 20)
+    assert split_budget("13+3", config) == (13, 3)
+    assert split_budget("1", config) == (1, 0)
     for wrong in ("0", "8.5", "x", "13+", "all"):
         with pytest.raises(ConfigError):
-            budget_of(wrong, config)
+            split_budget(wrong, config)
 
 
 def test_full_tokens_are_measured_once_and_training_free_ones_once_a_selector_and_budget(
@@ -159,7 +159,7 @@ def test_the_error_of_a_difference_is_over_pictures_and_seeds() -> None:
     [(0, None, "0"), (2, None, "2"), (1, "4,6", "6"), (0, "GPU-ab, GPU-cd", "GPU-ab")],
 )
 def test_a_cell_sees_one_gpu_of_those_that_the_sweep_sees(gpu: int, visible: str | None, expected: str) -> None:
-    assert only(gpu, visible) == expected
+    assert visible_gpu(gpu, visible) == expected
 
 
 def test_rank_agreement() -> None:

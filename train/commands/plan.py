@@ -13,7 +13,7 @@ from pathlib import Path
 
 from train.commands import _config
 from train.guard import run_guarded
-from train.memory import TEXT, model_without_weights, plans, render_plans, sizes_of
+from train.memory import TEXT, list_plans, measure_model, model_without_weights, render_plans
 from train.words import count_of
 
 
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def plan(arguments: argparse.Namespace) -> int:
     config = _config.read(arguments)
-    sizes = sizes_of(model_without_weights(config, Path(arguments.config).parent), config)
+    sizes = measure_model(model_without_weights(config, Path(arguments.config).parent), config)
     length = arguments.length or sizes.visual + TEXT
     print(
         f"{sizes.total / 1e9:.2f} billion parameters, {sizes.trained / 1e6:.1f} million train; {count_of(arguments.gpus, 'GPU')}; "
@@ -51,5 +51,9 @@ def plan(arguments: argparse.Namespace) -> int:
         f"a checkpoint: {3 * 4 * sizes.trained / 1e6:.0f} MB (three float32 tensors a trained parameter; all weights in bf16 alone: "
         f"{2 * sizes.total / 1e9:.1f} GB)\n"
     )
-    print(render_plans(plans(config), sizes, arguments.gpus, arguments.gpu_memory, length, "llm" in config.train.parts))
+    print(
+        render_plans(
+            list_plans(config), sizes, arguments.gpus, arguments.gpu_memory, length, "llm" in config.train.parts
+        )
+    )
     return 0

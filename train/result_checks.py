@@ -1,4 +1,4 @@
-"""What a run looks wrong by, in words: a loss that does not fall, answers that are all wrong."""
+"""Signs that a run went wrong, as warnings: a loss that does not fall, answers that are all wrong."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 from train.scores import Scores
 
 FEWEST = 12
-"""Log lines. With fewer a loss says nothing about whether it falls."""
+"""Log lines without which nothing is said about the loss."""
 
 SHOWN = 3
-"""Wrong answers."""
+"""Wrong answers in a warning."""
 
 
-def doubt_loss(log: list[dict[str, Any]]) -> str:
+def check_loss(log: list[dict[str, Any]]) -> str:
     """A warning where the last quarter of the logged losses is not below the first by two standard errors; else empty."""
     losses = np.array([line["loss"] for line in log if "loss" in line])
     if len(losses) < FEWEST:
@@ -30,7 +30,7 @@ def doubt_loss(log: list[dict[str, Any]]) -> str:
     )
 
 
-def doubt_answers(what: str, scores: Scores) -> str:
+def check_answers(what: str, scores: Scores) -> str:
     """A warning where not one answer is right, with a few of them; else empty."""
     if not scores.answers or any(row["right"] for row in scores.answers):
         return ""
