@@ -362,6 +362,14 @@ class TestLlava:
             "model.mm_projector.2.bias": ([48], torch.float16),
         }
 
+    @pytest.mark.parametrize(("pad_images", "expected"), [("auto", "pad"), (True, "pad"), (False, "square")])
+    def test_llava_prepares_images_as_in_training(self, trained, tmp_path, pad_images, expected):
+        attachment = attached(trained)
+        config = attachment.config.model_copy(update={"pad_images": pad_images})
+        attach(trained, attachment.processor, config)
+        out = save(trained, tmp_path / "llava-x", "llava", vision_tower="x")
+        assert json.loads((out / "config.json").read_text())["image_aspect_ratio"] == expected
+
     def test_as_llavas_own_loader_reads_it(self, trained, tmp_path):
         """LLaVA's ``build_vision_projector`` for ``mlp2x_gelu`` and its loading of ``mm_projector.bin``, strictly."""
         out = save(trained, tmp_path / "llava-x", "llava", vision_tower="x")

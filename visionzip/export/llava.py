@@ -95,6 +95,8 @@ With Hugging Face's version of the base model: `visionzip.load("{here}")` (`pip 
         check_shapes(stored, "the projector")
         config = base_config(trained.header.base_model, options.get("base"))
         written = llava_config(config, stored, options.get("vision_tower"))
+        if config.model_type == "llava" and trained.header.zip is not None and trained.header.zip.pad_images is False:
+            written["image_aspect_ratio"] = "square"  # LLaVA's word for: cropped by the image processor
         content = io.BytesIO()  # torch.save says of a full disk that a file is "corrupted"
         torch.save(stored, content)
         write_file(out / WEIGHTS, content.getvalue())
