@@ -17,9 +17,10 @@ from train import held_out as held_out_module
 from train import report
 from train.build import build_model
 from train.commands import start
-from train.config import EvalSection, parse_config
+from train.compare import compare_models
+from train.config import EvalSection, load_config, parse_config
 from train.held_out import NumberedQuestions, gather, generate, score, tokens_a_picture
-from train.scores import Scores, normalise, render_scores, won_back
+from train.scores import LABELS, Scores, normalise, render_scores, won_back
 from visionzip import Attachment
 
 
@@ -209,6 +210,21 @@ def test_evaluation_alone(workspace: Path, ranks: Ranks, tmp_path: Path, process
         "training-free",
         "fine-tuned",
     ]
+
+
+@pytest.mark.launch
+def test_a_lora_run_is_evaluated_with_its_adapters(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """From its directory: the answers of what it trained, and afterwards those of the base model, as the run itself had them."""
+    config = config_of(
+        workspace, tmp_path / "run", eval=held_out(workspace), train={"lora": {"on": ["llm"], "r": 4}},
+        trainer__learning_rate=3e-2, report__enabled=True, report__pictures=0, trainer__deepspeed="off",
+    )  # fmt: skip
+    assert f"adapter: {tmp_path / 'run' / 'adapter'}" in ranks.run(config, world=1)
+    said = [json.loads(line) for line in (tmp_path / "run/report/answers.jsonl").read_text().splitlines()]
+    expected = {name: [row["answer"] for row in said if row["model"] == name] for name in LABELS}
+    assert expected["training_free"] != expected["fine_tuned"]
+    results, _ = compare_models(load_config(tmp_path / "run.yaml", [f"model.projector={tmp_path / 'run'}"]))
+    assert {name: [row["answer"] for row in results[name].answers] for name in LABELS} == expected
 
 
 @pytest.mark.parametrize(
