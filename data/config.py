@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, field_validator, model_validator
 
 from data import formats
@@ -32,17 +33,38 @@ class ModelSection(Section):
     trust_remote_code: bool = Field(
         False, description="run Python code that lies in the model's directory; without it such code is never run"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="of the frozen weights")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16",
+        description="of the frozen weights; auto: bfloat16 where the GPU or the processor computes in it, else float32",
+    )
     attn_implementation: str | None = Field(None, description="sdpa, flash_attention_2 …; null: transformers' choice")
     quantization: Literal["8bit", "4bit"] | None = Field(None, description="of the frozen LLM, bitsandbytes, GPU only")
     projector: str | None = Field(None, description="start from this fine-tuned projector in place of the model's own")
     force_projector: bool = Field(False, description="… although it was trained with something else")
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _auto_is_resolved(cls, value: Any) -> Any:
+        """Here and not later: what a cache or a run was made with is compared by its name."""
+        if value != "auto":
+            return value
+        return "bfloat16" if torch.cuda.is_available() or multiplies_bfloat16() else "float32"
 
     @property
     def source_options(self) -> dict[str, Any]:
         """Arguments that every `from_pretrained` of this model gets. `trust_remote_code` is among them even where it is False:
         left out, transformers asks on the terminal."""
         return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+
+
+def multiplies_bfloat16(cpuinfo: str | Path = "/proc/cpuinfo") -> bool:
+    """The processor has instructions for products of bfloat16; without them it is many times slower than float32."""
+    try:
+        lines = Path(cpuinfo).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return False
+    flags = next((line for line in lines if line.startswith("flags")), "").split()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def _one_of(value: str, names: list[str], what: str) -> str:

@@ -1,9 +1,9 @@
 """A data set of real photographs: scenes of one to four cut-out stamps, and questions about them in plain English.
 
-Each record is one conversation about one scene, in LLaVA's form, with one round of each type that the scene allows, in an order of
-its own; the extra key `types` names the type of each round. Three splits, whose scenes never coincide:
+Each record is one conversation about one scene, in LLaVA's form, with one round of each type that the scene allows (fewer in
+``train``), in an order of its own; the extra key `types` names the type of each round. Three splits, whose scenes never coincide:
 
-- ``train``: things that are `Thing.seen`, with a description and more rounds for the same image;
+- ``train``: things that are `Thing.seen`; several conversations about each scene, of a few rounds, some with a description;
 - ``eval``: the same things in other scenes;
 - ``unseen``: things that never occur in ``train``, and only questions that can be answered without knowing their names.
 """
@@ -27,8 +27,11 @@ UNSEEN_TYPES = ("where", "count", "exists", "kind")  # answered by place, number
 SPLITS = ("train", "eval", "unseen")
 SIDE = 224
 
+#: Rounds of a conversation in ``train``. The more there are, the more is answered by an earlier answer rather than by the image.
+ROUNDS = 4
+
 _MANIFEST = "stamps.json"
-_VERSION = 1  # raise it when scenes or questions change, so that folders written before are made anew
+_VERSION = 2  # raise it when scenes or questions change, so that folders written before are made anew
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Size:
     eval: int = 150
     unseen: int = 75
     side: int = SIDE
+    conversations: int = 3  # about each scene of ``train``
 
 
 def _article(name: str) -> str:
@@ -171,18 +175,22 @@ _ASK: dict[str, Callable[[StampScene, random.Random, bool], Round | None]] = {
 }
 
 
-def conversation(scene: StampScene, split: str) -> list[Round]:
-    """The rounds about a scene, shuffled. In ``train`` there are also a description and second rounds of some types."""
-    rng = random.Random(f"questions {scene.seed}")
-    types: Sequence[str] = UNSEEN_TYPES if split == "unseen" else TYPES
+def conversation(scene: StampScene, split: str, variant: int = 0) -> list[Round]:
+    """The rounds about a scene, shuffled. In ``train`` another `variant` asks other things, at most `ROUNDS` of them."""
+    rng = random.Random(f"questions {scene.seed} {variant}" if variant else f"questions {scene.seed}")
+    types = list(UNSEEN_TYPES if split == "unseen" else TYPES)
     if split == "train":
-        types = (*types, "what", "where", "kind")
-    asked = [made for name in types if (made := _ASK[name](scene, rng, split != "unseen")) is not None]
+        types += ["what", "where", "caption"]
+        rng.shuffle(types)
+    asked = [made for name in types if (made := _ask(name, scene, rng, split != "unseen")) is not None]
     rounds = list({made.question: made for made in asked}.values())  # a question twice teaches to copy the answer
-    if split == "train":
-        rounds.append(_caption(scene, rng))
+    rounds = rounds[:ROUNDS] if split == "train" else rounds
     rng.shuffle(rounds)
-    return rounds
+    return sorted(rounds, key=lambda made: made.type == "caption")  # it answers whatever would come after it
+
+
+def _ask(name: str, scene: StampScene, rng: random.Random, named: bool) -> Round | None:
+    return _caption(scene, rng) if name == "caption" else _ASK[name](scene, rng, named)
 
 
 def things_of(split: str) -> list[Thing]:
@@ -201,15 +209,15 @@ def scene_of(split: str, seed: int, index: int) -> StampScene:
     return compose(f"{split} {seed} {index}", things_of(split))
 
 
-def record(split: str, seed: int, index: int) -> dict:
-    """The `index`-th record of a split in LLaVA's form; `image` is relative to the `images` folder."""
-    rounds = conversation(scene_of(split, seed, index), split)
+def record(split: str, seed: int, index: int, variant: int = 0) -> dict:
+    """A record about the `index`-th scene of a split in LLaVA's form; `image` is relative to the `images` folder."""
+    rounds = conversation(scene_of(split, seed, index), split, variant)
     turns = []
     for number, asked in enumerate(rounds):
         turns.append({"from": "human", "value": ("<image>\n" if number == 0 else "") + asked.question})
         turns.append({"from": "gpt", "value": asked.answer})
     return {
-        "id": f"stamps-{split}-{seed}-{index}",
+        "id": f"stamps-{split}-{seed}-{index}-{variant}",
         "image": f"{split}/{index:06d}.jpg",
         "conversations": turns,
         "types": [asked.type for asked in rounds],
@@ -239,7 +247,14 @@ def write(
     size = size or Size()
     counts = {"train": size.train, "eval": size.eval, "unseen": size.unseen}
     photographs = [path.name for path in backgrounds]
-    wanted = {"version": _VERSION, **counts, "side": size.side, "seed": seed, "backgrounds": photographs}
+    wanted = {
+        "version": _VERSION,
+        **counts,
+        "conversations": size.conversations,
+        "side": size.side,
+        "seed": seed,
+        "backgrounds": photographs,
+    }
 
     def fill(folder: Path) -> None:
         done = 0
@@ -249,7 +264,8 @@ def write(
             for _ in _spread(draw, count, workers):
                 done += 1
                 progress(done)
-            records = [record(split, seed, index) for index in range(count)]
+            variants = range(size.conversations if split == "train" else 1)
+            records = [record(split, seed, index, variant) for variant in variants for index in range(count)]
             (folder / f"{split}.json").write_text(json.dumps(records, indent=0) + "\n", encoding="utf-8")
 
     return write_once(out, _MANIFEST, wanted, fill)

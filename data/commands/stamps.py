@@ -25,7 +25,7 @@ CACHE = "~/.cache/visionzip-ft/stamps"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    size = Size(options.train, options.eval, options.unseen, options.side)
+    size = Size(options.train, options.eval, options.unseen, options.side, options.conversations)
     total = size.train + size.eval + size.unseen
     try:
         if options.stamps is None or options.backgrounds is None:
@@ -66,6 +66,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(
             f"--{split}", type=at_least(0), default=value, help=f"scenes of the split {split} (default: %(default)s)"
         )
+    parser.add_argument(
+        "--conversations", type=at_least(1), default=default.conversations,
+        help="about each training scene (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--side", type=at_least(32), default=SIDE, help="pixels (default: %(default)s)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="which scenes (default: %(default)s)")
     parser.add_argument("--stamps", help="folder of Tux Paint's stamps (default: fetched)")

@@ -142,7 +142,7 @@ def test_written_data_is_read_by_the_ordinary_reader(files, tmp_path, processor)
     assert stamps.write(out, root, backgrounds, SMALL, workers=1, progress=written.append)
     assert written == list(range(1, 21))
     assert not stamps.write(out, root, backgrounds, SMALL, workers=1)  # there already
-    for split, count in (("train", 12), ("eval", 4), ("unseen", 4)):
+    for split, count in (("train", 36), ("eval", 4), ("unseen", 4)):
         records = json.loads((out / f"{split}.json").read_text())
         assert [len(record["types"]) * 2 for record in records] == [len(r["conversations"]) for r in records]
         config = DataConfig(
