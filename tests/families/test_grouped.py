@@ -214,7 +214,7 @@ class TestRefusals:
     def test_another_models_processor(self, case: Case, name: str) -> None:
         processor = case.processor()
         setattr(processor, name, 7)
-        with pytest.raises(ValueError, match=r"placeholders a tile 7 .the model: \d+"):
+        with pytest.raises(ValueError, match=r"placeholders per tile 7 .the model: \d+"):
             attach(case.model(), processor, case.budget)
 
     def test_something_that_is_no_processor(self) -> None:

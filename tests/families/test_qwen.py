@@ -15,6 +15,7 @@ from tests.families.case import Case, picture, video
 from tests.families.case_qwen2_5_vl import CASE as QWEN25
 from tests.families.case_qwen2_vl import CASE as QWEN2
 from tests.families.case_qwen3_vl import CASE as QWEN3
+from train.trainer import images_in
 from visionzip import ZipConfig, attach, attached, detach
 from visionzip.encoders.qwen import QwenEncoder
 from visionzip.families.mrope import expand, runs_of
@@ -202,6 +203,17 @@ def test_other_ways_to_merge(merge: Any) -> None:
         group = [target, *others] if merge == "mean" else [target]
         tokens[target] = torch.stack([every_group[member] for member in group]).mean(0)
     close(found, torch.stack([tokens[place] for place in sorted(tokens)]))
+
+
+@every
+def test_images_are_counted_not_their_patches(case: Case) -> None:
+    """Pixels are flat patches here; a run's log said thousands of images a second."""
+    model, processor = ready(case)
+    inputs = case.process(processor, [case.prompt()] * 2, [[picture(0, SIZES[0])], [picture(1, SIZES[0])]])
+    assert len(inputs["pixel_values"]) > 100
+    assert images_in(attached(model).family, dict(inputs)) == 2
+    tokens = attached(model).compress(**case.image_inputs(inputs))
+    assert images_in(attached(model).family, {"visual_tokens": tokens, "image_grid_thw": inputs["image_grid_thw"]}) == 2
 
 
 @every
