@@ -1,4 +1,4 @@
-"""A conversation with a compressed model that keeps its KV cache: a picture is encoded and prefilled once, however long it goes on.
+"""A conversation with a compressed model that keeps its KV cache: an image is encoded and prefilled once, however long it goes on.
 
 Every turn the whole conversation is rendered as in training (`visionzip.prompts`) and compared with what the cache holds; what they have in
 common is not computed again. So the prompt is always what the template makes of it, whatever a tokenizer does at the seams.
@@ -28,10 +28,10 @@ class Turn:
     """One answer and what it took.
 
     Attributes:
-        pictures: (tokens now, tokens of the untouched model) of each picture this turn brought.
+        pictures: (tokens now, tokens of the untouched model) of each image this turn brought.
         prompt: tokens of the conversation before the answer.
         prefilled: how many of them were computed in this turn; the others came from the cache.
-        encoded: pictures that went through the encoder in this turn.
+        encoded: images that went through the encoder in this turn.
         first: seconds from the question to the first token of the answer.
         seconds: … to the last.
         tokens: generated.
@@ -72,16 +72,16 @@ class Chat:
         self._template = usual_template(self.processor)
 
     def show(self, picture: Any) -> None:
-        """Put a picture (PIL) before the next question; nothing of it is cut off."""
+        """Put an image (PIL) before the next question; nothing of it is cut off."""
         self.waiting.append(prepare_image(picture, self.processor, self.config.pad_images))
 
     def reset(self) -> None:
-        """Forget the conversation and its pictures."""
+        """Forget the conversation and its images."""
         self.messages, self.pictures, self.waiting, self._counted, self._encoded, self._inputs = [], [], [], {}, {}, {}
         self._forget()
 
     def budget(self, config: ZipConfig | None) -> None:
-        """Go on with another budget, or with all tokens (None). The conversation stays; its pictures are read anew.
+        """Go on with another budget, or with all tokens (None). The conversation stays; its images are encoded again.
 
         Raises:
             ValueError: when the model can't have that budget; the old one stays.
@@ -105,7 +105,7 @@ class Chat:
         start = time.perf_counter()
         if self.processor.image_token in question:
             raise ValueError(
-                f"{self.processor.image_token} stands for a picture and can't be part of a question; show one first"
+                f"{self.processor.image_token} stands for an image and can't be part of a question; show one first"
             )
         pictures = [*self.pictures, *self.waiting]
         shown: list[str | Slot] = [Slot("image", index) for index in range(len(self.pictures), len(pictures))]
@@ -129,7 +129,7 @@ class Chat:
                     max_new_tokens=self.max_new_tokens,
                     do_sample=self.temperature > 0,
                     **({"temperature": self.temperature} if self.temperature > 0 else {}),
-                    suppress_tokens=self.family.placeholder_ids,  # an answer that held a placeholder would ask for a picture
+                    suppress_tokens=self.family.placeholder_ids,  # an answer that held a placeholder would ask for an image
                     streamer=streamer,
                     return_dict_in_generate=True,
                     **given,
@@ -171,12 +171,12 @@ class Chat:
         return self._inputs[id(picture)]
 
     def _pixels(self, pictures: list[Any]) -> dict[str, Any]:
-        """The model's inputs of some pictures alone."""
+        """The model's inputs of some images alone."""
         merged = merge_image_inputs([self._processed(picture).inputs for picture in pictures])
         return to_model(unwrap(self.model), self.family.image_inputs(merged))
 
     def _visual(self, pictures: list[Any]) -> dict[str, Any]:
-        """What ``generate`` takes for some pictures: pixels, or their tokens where these were needed before."""
+        """What ``generate`` takes for some images: pixels, or their tokens where these were needed before."""
         attachment = self._adaptive()
         if attachment is None:
             return self._pixels(pictures)
@@ -184,12 +184,12 @@ class Chat:
         return {"mm_encoder_outputs": attachment.encoder_outputs(tokens)}
 
     def _adaptive(self) -> Attachment | None:
-        """What is attached, if it gives each picture a budget of its own."""
+        """What is attached, if it has per-image budgets."""
         attachment = attached(self.model)
         return attachment if attachment is not None and attachment.config.adaptive is not None else None
 
     def _kept(self, picture: Any) -> tuple[int, list[Any]]:
-        """(placeholders the processor writes, compressed tokens) of a picture with a budget of its own. Encoded once."""
+        """(placeholders the processor writes, compressed tokens) of an image with a per-image budget. Encoded once."""
         if id(picture) not in self._encoded:
             attachment = self._adaptive()
             assert attachment is not None
@@ -199,7 +199,7 @@ class Chat:
         return self._encoded[id(picture)]
 
     def _fitted(self, ids: Tensor, pictures: list[Any]) -> Tensor:
-        """``(L,)`` ids with as many placeholders as the pictures have tokens."""
+        """``(L,)`` ids with as many placeholders as the images have tokens."""
         attachment = self._adaptive()
         if attachment is None or not pictures:
             return ids
@@ -208,7 +208,7 @@ class Chat:
         return ids[keep_of_each(ids[None], self.family.image_token_id, [written for written, _ in kept], counts)[0]]
 
     def _count(self, picture: Any) -> tuple[int, int]:
-        """(tokens now, tokens of the untouched model) of one picture, all its tiles together."""
+        """(tokens now, tokens of the untouched model) of one image, all its tiles together."""
         if id(picture) not in self._counted:
             counted = self.family.token_counts(self.config, **self._pixels([picture]))
             stock, now = (sum(each) for each in zip(*counted, strict=True))
@@ -218,7 +218,7 @@ class Chat:
         return self._counted[id(picture)]
 
     def _common(self, ids: Tensor, counts: list[int]) -> tuple[int, int]:
-        """(how many ids the cache already holds, how many pictures stand among them). At least one id is left to compute."""
+        """(how many ids the cache already holds, how many images stand among them). At least one id is left to compute."""
         if self._held is None:
             return 0, 0
         shorter = min(len(ids) - 1, len(self._held))
@@ -226,14 +226,14 @@ class Chat:
         known = int(differs[0]) if len(differs) else shorter
         places = (ids == self.family.image_token_id).nonzero().flatten().tolist()
         if len(places) != sum(counts):
-            return 0, 0  # a family that writes more than its pictures' tokens: begin anew
+            return 0, 0  # a family that writes more than its images' tokens: begin anew
         old, done = 0, 0
         while old < len(counts) and places[done + counts[old] - 1] < known:
             done, old = done + counts[old], old + 1
         if old < len(counts):
-            known = min(known, places[done])  # never from the middle of a picture
+            known = min(known, places[done])  # never from the middle of an image
             if old and not self.family.images_on_cache:
-                return 0, 0  # positions of a new picture on an old cache: transformers' M-RoPE models can't
+                return 0, 0  # positions of a new image on an old cache: transformers' M-RoPE models can't
         return known, old
 
     def _crop(self, length: int) -> None:

@@ -144,7 +144,7 @@ def test_a_conversation_that_gets_too_long(chat):
 
 
 def test_placeholders_in_a_question(chat):
-    with pytest.raises(ValueError, match="<image> stands for a picture and can't be part of a question"):
+    with pytest.raises(ValueError, match="<image> stands for an image and can't be part of a question"):
         chat.ask("what is <image>")
     assert chat.messages == []
 

@@ -301,3 +301,24 @@ def test_lora_can_be_written_as_yaml_reads_it(tmp_path: Path) -> None:
     ):
         assert config.train.lora is not None
         assert (config.train.lora.on, config.train.lora.r) == (["llm"], 4)
+
+
+@pytest.mark.parametrize("section", ["zip", "data"])
+@pytest.mark.parametrize("value", [True, False, "auto"])
+def test_pad_images_is_one_switch(section: str, value: Any) -> None:
+    """What prepares the images of a run and what its projector remembers are the same, whichever section says it."""
+    given = {**GOOD, section: {**GOOD.get(section, {}), "pad_images": value}}
+    config = parse_config(given)
+    assert config.zip.pad_images == config.data.pad_images == value
+    again = parse_config(config.model_dump())
+    assert again.zip.pad_images == again.data.pad_images == value
+
+
+def test_pad_images_said_twice_in_two_ways_is_refused() -> None:
+    data = {**GOOD["data"], "pad_images": True}
+    assert "zip.pad_images is False and data.pad_images True: they are the same" in mistakes(
+        zip={"pad_images": False}, data=data
+    )
+    assert "image_aspect_ratio is called pad_images now: true for pad" in mistakes(
+        data={**GOOD["data"], "image_aspect_ratio": "pad"}
+    )
