@@ -11,11 +11,11 @@ import heapq
 from collections.abc import Sequence
 
 
-def cut(lengths: Sequence[int], groups: int, overhead: int = 0) -> list[list[int]]:
+def cut(lengths: Sequence[int], groups: int) -> list[list[int]]:
     """Places in `lengths` in exactly `groups` groups, such that the costliest one is as cheap as can be.
 
-    A group costs its rows times its longest row, plus `overhead` tokens. Groups are runs of the sorted order, ascending; with
-    fewer samples than groups the first ones are empty. O(n log n + n log total).
+    A group costs its rows times its longest row. Groups are runs of the sorted order, ascending; with fewer samples than groups
+    the first ones are empty. O(n log n + n log total).
     """
     order = sorted(range(len(lengths)), key=lambda place: (lengths[place], place))
     if len(order) <= groups:

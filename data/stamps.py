@@ -19,6 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from data.folder import write_once
+from data.rounds import Round, render_record
 from data.scenes import jpeg
 from data.stamp_scenes import CATALOGUE, KINDS, QUADRANTS, Placed, StampScene, Thing, compose, paint
 
@@ -32,15 +33,6 @@ ROUNDS = 4
 
 _MANIFEST = "stamps.json"
 _VERSION = 2  # raise it when scenes or questions change, so that folders written before are made anew
-
-
-@dataclass(frozen=True)
-class Round:
-    """One question and its answer; `type` is one of `TYPES`, or "caption"."""
-
-    type: str
-    question: str
-    answer: str
 
 
 @dataclass(frozen=True)
@@ -212,16 +204,7 @@ def scene_of(split: str, seed: int, index: int) -> StampScene:
 def record(split: str, seed: int, index: int, variant: int = 0) -> dict:
     """A record about the `index`-th scene of a split in LLaVA's form; `image` is relative to the `images` folder."""
     rounds = conversation(scene_of(split, seed, index), split, variant)
-    turns = []
-    for number, asked in enumerate(rounds):
-        turns.append({"from": "human", "value": ("<image>\n" if number == 0 else "") + asked.question})
-        turns.append({"from": "gpt", "value": asked.answer})
-    return {
-        "id": f"stamps-{split}-{seed}-{index}-{variant}",
-        "image": f"{split}/{index:06d}.jpg",
-        "conversations": turns,
-        "types": [asked.type for asked in rounds],
-    }
+    return render_record(f"stamps-{split}-{seed}-{index}-{variant}", f"{split}/{index:06d}.jpg", rounds)
 
 
 def write(

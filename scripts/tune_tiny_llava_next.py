@@ -23,7 +23,7 @@ BUDGETS = ((13, 3), (7, 1))  # dominant, contextual of a tile
 SEEDS = (0, 1, 2)
 ABOUT = (
     "`data/tiny-llava-next` is a LLaVA-NeXT of the embedded model's size: a picture becomes the whole one and two tiles, 180 tokens with "
-    "the newlines. Its projector was fine-tuned with everything else frozen, from the pictures of `data/shapes.py` through the reader "
+    "the newlines. Its projector was fine-tuned with everything else frozen, from the pictures of `data/shapes/` through the reader "
     "that a user's own data goes through; {questions} held-out questions, exact match."
 )
 

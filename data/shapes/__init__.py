@@ -15,12 +15,12 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from data.folder import write_once
+from data.rounds import Round, render_record
 from data.scenes import COLOURS, PAIRS, SHAPES, SIZE, Scene, Shape, draw, jpeg, once, scene
 
 __all__ = [
@@ -38,15 +38,6 @@ SPLITS = ("train", "eval")
 
 _MANIFEST = "shapes.json"
 _VERSION = 1  # raise it when pictures or questions change, so that folders written before are made anew
-
-
-@dataclass(frozen=True)
-class Round:
-    """One question and its answer; `type` is one of `TYPES`."""
-
-    type: str
-    question: str
-    answer: str
 
 
 def picture_seed(split: str, seed: int, index: int) -> int:
@@ -139,16 +130,7 @@ def conversation(made: Scene, variant: int = 0, types: Sequence[str] = TYPES) ->
 def record(split: str, seed: int, index: int) -> dict:
     """The `index`-th record of a split in LLaVA's form; `image` is relative to the `images` folder."""
     rounds = conversation(scene(picture_seed(split, seed, index)))
-    turns = []
-    for number, asked in enumerate(rounds):
-        turns.append({"from": "human", "value": ("<image>\n" if number == 0 else "") + asked.question})
-        turns.append({"from": "gpt", "value": asked.answer})
-    return {
-        "id": f"shapes-{split}-{seed}-{index}",
-        "image": f"{split}/{index:06d}.jpg",
-        "conversations": turns,
-        "types": [asked.type for asked in rounds],
-    }
+    return render_record(f"shapes-{split}-{seed}-{index}", f"{split}/{index:06d}.jpg", rounds)
 
 
 def records(split: str, count: int, seed: int = 0) -> Iterator[tuple[dict, Image.Image]]:

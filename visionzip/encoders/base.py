@@ -123,9 +123,24 @@ def in_own_precision(module: nn.Module, device: torch.device) -> AbstractContext
     return without_autocast(device) if kind in (torch.bfloat16, torch.float16) else nullcontext()
 
 
-def side_by_side(hidden_states: list[Tensor], device: torch.device) -> Tensor:
-    """``(B, N, D)`` of each layer that is read → ``(B, N, layers · D)``; under a device map layers may lie on several devices."""
-    return hidden_states[0] if len(hidden_states) == 1 else torch.cat([x.to(device) for x in hidden_states], dim=-1)
+def run_blocks(blocks: Any, hidden_states: Tensor, reads: Sequence[int], *arguments: Any) -> tuple[Tensor, Any, Tensor]:
+    """The first ``max(reads)`` transformer layers on ``(B, N, D)``, which is what the first one takes.
+
+    Args:
+        reads: numbers of layers run before each hidden state that is read, see `Encoder.layers_run`.
+        arguments: what a layer takes beside its input.
+
+    Returns:
+        The hidden states that are read, ``(B, N, layers · D)``; the last layer that ran; its input ``(B, N, D)``.
+    """
+    seen = {0: hidden_states} if 0 in reads else {}
+    for number, block in enumerate(blocks[: max(reads)], start=1):
+        block_input = hidden_states
+        hidden_states = block(hidden_states, *arguments)
+        if number in reads:
+            seen[number] = hidden_states
+    layers = [seen[number].to(hidden_states.device) for number in reads]  # under a device map they may lie on several devices
+    return layers[0] if len(layers) == 1 else torch.cat(layers, dim=-1), block, block_input
 
 
 def split_heads(states: Tensor, heads: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionzip.encoders.base import ENCODERS, Encoder, Layer, attention_from_cls, side_by_side, split_heads
+from visionzip.encoders.base import ENCODERS, Encoder, Layer, attention_from_cls, run_blocks, split_heads
 from visionzip.selectors import Features
 
 
@@ -30,19 +30,11 @@ class ClipEncoder(Encoder):
     @torch.no_grad()
     def read(self, tower: Any, pixel_values: Tensor, layer: Layer, scores: bool) -> Features:
         reads = self.layers_run(tower, layer)
-        hidden_states = self.embed(tower, pixel_values)
-        seen = {0: hidden_states} if 0 in reads else {}
-        for number, block in enumerate(tower.encoder.layers[: max(reads)], start=1):
-            block_input = hidden_states
-            hidden_states = block(hidden_states, None)
-            if number in reads:
-                seen[number] = hidden_states
-
+        tokens, block, block_input = run_blocks(tower.encoder.layers, self.embed(tower, pixel_values), reads, None)
         attention = block.self_attn
         normed = block.layer_norm1(block_input)
         keys = split_heads(attention.k_proj(normed), attention.num_heads)  # (B, H, N, d)
         found = self.score(attention, normed, keys) if scores else None
-        tokens = side_by_side([seen[number] for number in reads], hidden_states.device)
         return Features(tokens, keys.mean(dim=1), found, has_cls=self.has_cls)
 
     def embed(self, tower: Any, pixel_values: Tensor) -> Tensor:

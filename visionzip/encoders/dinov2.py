@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionzip.encoders.base import ENCODERS, Encoder, Layer, attention_from_cls, side_by_side, split_heads
+from visionzip.encoders.base import ENCODERS, Encoder, Layer, attention_from_cls, run_blocks, split_heads
 from visionzip.selectors import Features
 
 
@@ -35,14 +35,7 @@ class Dinov2Encoder(Encoder):
     @torch.no_grad()
     def read(self, tower: Any, pixel_values: Tensor, layer: Layer, scores: bool) -> Features:
         reads = self.layers_run(tower, layer)
-        hidden_states = tower.embeddings(pixel_values)
-        seen = {0: hidden_states} if 0 in reads else {}
-        for number, block in enumerate(tower.encoder.layer[: max(reads)], start=1):
-            block_input = hidden_states
-            hidden_states = block(hidden_states)
-            if number in reads:
-                seen[number] = hidden_states
-
+        tokens, block, block_input = run_blocks(tower.encoder.layer, tower.embeddings(pixel_values), reads)
         attention = block.attention
         normed = block.norm1(block_input)
         keys = split_heads(attention.k_proj(normed), attention.num_attention_heads)  # (B, H, N, d)
@@ -50,7 +43,6 @@ class Dinov2Encoder(Encoder):
         if scores:
             query = split_heads(attention.q_proj(normed[:, :1]), attention.num_attention_heads)
             found = self.without_registers(tower, attention_from_cls(query, keys, attention.scaling))
-        tokens = side_by_side([seen[number] for number in reads], hidden_states.device)
         return Features(
             self.without_registers(tower, tokens), self.without_registers(tower, keys.mean(dim=1)), found, has_cls=True
         )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionzip.encoders.base import ENCODERS, Encoder, Layer, attention_received, side_by_side, split_heads
+from visionzip.encoders.base import ENCODERS, Encoder, Layer, attention_received, run_blocks, split_heads
 from visionzip.selectors import Features
 
 
@@ -30,14 +30,7 @@ class InternVitEncoder(Encoder):
     @torch.no_grad()
     def read(self, tower: Any, pixel_values: Tensor, layer: Layer, scores: bool) -> Features:
         reads = self.layers_run(tower, layer)
-        hidden_states = tower.embeddings(pixel_values)
-        seen = {0: hidden_states} if 0 in reads else {}
-        for number, block in enumerate(tower.encoder.layer[: max(reads)], start=1):
-            block_input = hidden_states
-            hidden_states = block(hidden_states)
-            if number in reads:
-                seen[number] = hidden_states
-
+        tokens, block, block_input = run_blocks(tower.encoder.layer, tower.embeddings(pixel_values), reads)
         attention = block.attention
         normed = block.layernorm_before(block_input)
         keys = split_heads(attention.k_norm(attention.k_proj(normed)), attention.num_heads)  # (B, H, N, d)
@@ -45,7 +38,6 @@ class InternVitEncoder(Encoder):
         if scores:
             queries = split_heads(attention.q_norm(attention.q_proj(normed)), attention.num_heads)
             found = attention_received(queries, keys, attention.scale)
-        tokens = side_by_side([seen[number] for number in reads], hidden_states.device)
         return Features(tokens, keys.mean(dim=1), found, has_cls=True)
 
 
