@@ -177,7 +177,7 @@ class EvalSection(Section):
     max_questions: int | None = Field(None, ge=1, description="at most this many, the first ones")
     batch_size: int = Field(8, ge=1, description="questions answered at once by a process")
     max_new_tokens: int = Field(32, ge=1)
-    metric: str = Field("exact_match", description="what an answer is worth; see train/scores.py")
+    metric: str = Field("exact_match", description="what an answer is worth; see train/metrics/")
     compare: list[Literal["full", "training_free"]] = Field(
         ["full", "training_free"], description="what is measured beside the fine-tuned model"
     )

@@ -10,8 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from data.config import EvalSection, ModelSection, PipelineConfig, Section
 from data.config_file import ConfigError, parse, read_config_file
 from train.arguments import TrainerSection, trainer_mistakes
-from train.loss import DEFAULT, LOSSES
-from train.scores import METRICS
+from train.losses import DEFAULT, LOSSES
+from train.metrics import METRICS
 
 __all__ = ["ConfigError", "DistillSection", "EvalSection", "LoraSection", "ModelSection", "ReportSection", "RunConfig",
            "TrainSection", "WandbSection", "load_config", "parse_config", "to_yaml"]  # fmt: skip
@@ -49,7 +49,7 @@ class TrainSection(Section):
 
     parts: list[Literal["projector", "llm"]] = Field(["projector"], description="trained in full: projector, llm")
     lora: LoraSection | None = Field(None, description="low-rank adapters through PEFT, beside what is trained in full")
-    loss: str = Field(DEFAULT, description=f"loss of the labels: {', '.join(LOSSES)}")
+    loss: str = Field(DEFAULT, description=f"loss of the labels: {', '.join(LOSSES.names())}")
     distill: DistillSection | None = Field(
         None, description="learn from the uncompressed model's answers; null: from the labels alone"
     )
@@ -62,8 +62,8 @@ class TrainSection(Section):
     @field_validator("loss")
     @classmethod
     def _loss_exists(cls, value: str) -> str:
-        if value not in LOSSES:
-            raise ValueError(f"there is no loss {value!r}; there are {', '.join(LOSSES)}")
+        if LOSSES.get(value) is None:
+            raise ValueError(f"there is no loss {value!r}; there are {', '.join(LOSSES.names())}")
         return value
 
     @model_validator(mode="after")
@@ -110,8 +110,10 @@ class RunConfig(PipelineConfig):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> RunConfig:
-        if self.eval is not None and self.eval.metric not in METRICS:
-            raise ValueError(f"eval.metric: there is no metric {self.eval.metric!r}; there are {', '.join(METRICS)}")
+        if self.eval is not None and METRICS.get(self.eval.metric) is None:
+            raise ValueError(
+                f"eval.metric: there is no metric {self.eval.metric!r}; there are {', '.join(METRICS.names())}"
+            )
         if self.model.quantization and "llm" in self.train.parts:
             raise ValueError(
                 "model.quantization and train.parts: a quantised LLM can't be trained in full; use train.lora"

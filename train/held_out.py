@@ -17,7 +17,8 @@ from data.processes import own_device
 from data.questions import Question, QuestionCollator, build_questions
 from train import random_state
 from train.config import EvalSection, RunConfig
-from train.scores import ALL, METRICS, Scores, runs_on
+from train.metrics import METRICS
+from train.scores import ALL, Scores, runs_on
 from train.words import count_of
 from visionzip import Attachment, attached
 from visionzip.fingerprint import gathered

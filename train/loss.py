@@ -1,17 +1,8 @@
-"""The loss where there is a label, and nowhere else: one of `LOSSES`, a teacher's answers in its place or beside it.
-
-A new loss is a function with one registration, and `train.loss` in the config names it::
-
-    @register_loss("focal")
-    @with_autograd
-    def focal(logits, targets):  # (T, V) float32, (T,) → the sum over T
-        log_probs = -cross_entropy(logits, targets, reduction="none")
-        return -((1 - log_probs.exp()) ** 2 * log_probs).sum()
-"""
+"""The loss where there is a label, and nowhere else: one of `train.losses`, a teacher's answers in its place or beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +12,7 @@ from torch import Tensor, nn
 from train.distill import Teacher, divergence_
 from train.labels import supervised
 from train.layout import Layout, PaddedRows
+from train.losses import DEFAULT, LOSSES, Loss
 from visionzip.attach import unwrap
 from visionzip.intercept import Interceptions
 
@@ -29,12 +21,6 @@ CHUNK_BYTES = 64 << 20
 matrix product."""
 
 PADDED = PaddedRows()
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""Logits ``(T, V)`` and targets ``(T,)`` → the loss summed over ``T`` in float32; the logits are overwritten with its gradient."""
-
-LOSSES: dict[str, Loss] = {}
-DEFAULT = "cross_entropy"
 
 # What a text config calls an operation between head and loss; with one, logits are taken from the model itself.
 _AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -190,47 +176,3 @@ def weighted_loss_(logits: Tensor, targets: Tensor, teacher: Teacher | None, los
     total = teacher.weight * divergence_(logits, teacher) + (1.0 - teacher.weight) * loss(hard, targets)
     logits.mul_(teacher.weight).add_(hard, alpha=1.0 - teacher.weight)
     return total
-
-
-def register_loss(name: str) -> Callable[[Loss], Loss]:
-    """Make a function one of `LOSSES`.
-
-    Raises:
-        ValueError: when the name is taken.
-    """
-
-    def add(loss: Loss) -> Loss:
-        if name in LOSSES:
-            raise ValueError(f"two losses are called {name!r}")
-        LOSSES[name] = loss
-        return loss
-
-    return add
-
-
-def with_autograd(function: Callable[[Tensor, Tensor], Tensor]) -> Loss:
-    """A differentiable function of float32 logits and targets, in the form of `LOSSES`: the gradient is autograd's."""
-
-    def loss_(logits: Tensor, targets: Tensor) -> Tensor:
-        exact = logits.detach().float().requires_grad_()
-        with torch.enable_grad():
-            total = function(exact, targets)
-            (gradient,) = torch.autograd.grad(total, exact)
-        logits.copy_(gradient)
-        return total.detach()
-
-    return loss_
-
-
-@register_loss(DEFAULT)
-def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
-    """The summed loss of ``(T, V)`` logits, which are overwritten with its gradient. Float32 inside whatever their type."""
-    exact = logits.float()  # the same tensor where it is float32 already
-    right = exact.gather(1, targets[:, None])
-    total = exact.logsumexp(dim=1, keepdim=True)
-    loss = (total - right).sum()
-    exact.sub_(total).exp_()
-    exact.scatter_add_(1, targets[:, None], exact.new_full((len(targets), 1), -1.0))
-    if exact is not logits:
-        logits.copy_(exact)
-    return loss

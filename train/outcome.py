@@ -1,14 +1,43 @@
-"""What a finished run leaves on disk."""
+"""What a finished run leaves behind: export, report, tables."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from train import random_state, report
+from train.callbacks import Wandb
 from train.config import RunConfig
-from train.scores import Scores
+from train.finished import record_finish
+from train.scores import Scores, describe_scores
+from train.setup import Run, Tokens
+from train.trainable import count, describe_trained
+from train.trainer import ProjectorTrainer
+from train.wandb_page import end_of_run
 from visionzip.loading import save_result
+
+
+def leave_behind(
+    run: Run, trainer: ProjectorTrainer, scores: dict[str, Scores], tokens: Tokens, wandb: Wandb | None
+) -> None:
+    """Export, report, tables. Collective."""
+    facts = report.results(scores, *tokens, run.config.seed, count(run.model))
+    metadata = {
+        "results": {key: value for key, value in facts.items() if key not in ("by_type", "ran_on")},
+        "data": [source.label for source in run.config.data.sources],
+        "steps": trainer.state.global_step,
+        "trained": describe_trained(run.config.train),
+    }
+    run.watchdog.beat("writing the results")
+    result = export(run.model, run.processor, run.config, metadata, write=run.rank == 0)
+    if run.rank == 0:
+        pictures = write_report(run.model, run.processor, run.config, scores, facts, trainer.state.log_history)
+        show(run, result, scores, tokens, pictures, wandb)
+        record_finish(run.config, trainer.state.global_step)
+    if run.world_size > 1:
+        dist.barrier()
 
 
 def export(model: Any, processor: Any, config: RunConfig, metadata: dict[str, Any], write: bool) -> Path:
@@ -42,3 +71,17 @@ def write_report(
         with random_state.untouched():
             pictures += report.kept_patches(folder, model, processor, config, scores)
     return pictures
+
+
+def show(
+    run: Run, result: Path, scores: dict[str, Scores], tokens: Tokens, pictures: list[Path], wandb: Wandb | None
+) -> None:
+    if scores:
+        print(f"\n{describe_scores(scores, *tokens)}", flush=True)
+    where = f"; report: {run.folder / 'report'}" if pictures else ""
+    run.say(f"{result.name}: {result}{where}")
+    if wandb:
+        wandb.log({f"eval/{name}": found.accuracy for name, found in scores.items()})
+        wandb.log_made(lambda library: end_of_run(library, scores, *tokens))
+        wandb.log_pictures({f"report/{path.stem}": path for path in pictures})
+        wandb.finish()

@@ -8,13 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from data.dataset import InstructionDataset
-from data.precheck import check_records
-from data.rejects import RejectLog, TooManyRejected
 from data.stream import is_streamed
-from train import report
 from train.arguments import training_arguments
 from train.build import build_model, master_precision
 from train.callbacks import Bar, Metrics, RecordConfig, Speed, Wandb
@@ -23,26 +17,23 @@ from train.compiled import compile_parts
 from train.config import ConfigError, RunConfig
 from train.ending import Exit, RunEnded, StopRequest, Watchdog
 from train.evaluation import count_tokens, evaluate, evaluate_base
-from train.finished import find_finish, record_finish
+from train.finished import find_finish
 from train.held_out import questions_of
 from train.identity import compare, identify
 from train.launch import check_world, join_deepspeed, prepare_environment, quiet
 from train.layout import PackedRow, choose_layout, find_prefix
-from train.outcome import export, write_report
+from train.outcome import leave_behind
 from train.output_dir import claim_output_dir
 from train.result_checks import check_loss
 from train.resume import Resume, find_resume
-from train.scores import Scores, describe_scores
-from train.setup import Run, build_batches, build_data
-from train.trainable import choose, count
+from train.scores import Scores
+from train.setup import Run, Tokens, build_batches, build_data, note_rejected, open_rejects, size_of
+from train.trainable import choose, count, describe_trained
 from train.trainer import Hooks, ProjectorTrainer
-from train.wandb_page import Look, end_of_run
+from train.wandb_page import Look
 from train.words import count_of
 from visionzip import attached
 from visionzip.loading import RESULTS
-
-Tokens = tuple[int, int]
-"""Visual tokens of an image, compressed and full; 0 where they were not counted."""
 
 
 def run(config: RunConfig) -> int:
@@ -254,7 +245,7 @@ def announce(run: Run, trainer: ProjectorTrainer, dataset: Any, tokens: Tokens) 
     size = size_of(dataset)
     samples = "streamed samples" if size is None else count_of(size, "sample")
     run.say(
-        f"training {trainable:,} of {total:,} parameters ({', '.join(trained_parts(run.config))})\n"
+        f"training {trainable:,} of {total:,} parameters ({', '.join(describe_trained(run.config.train))})\n"
         f"{count_of(run.world_size, 'process')} x {count_of(args.per_device_train_batch_size, 'sample')} "
         f"x {args.gradient_accumulation_steps} accumulated = {batch} per step; {samples}; "
         f"{run.config.trainer.deepspeed}; {run.config.model.dtype} on {args.device.type}"
@@ -263,47 +254,6 @@ def announce(run: Run, trainer: ProjectorTrainer, dataset: Any, tokens: Tokens) 
         run.say(f"{tokens[0]} of {tokens[1]} visual tokens per image")
     compiled = ["norms and MLPs compiled"] if run.config.trainer.torch_compile else []
     run.say("; ".join([*trainer.layout.describe(), *compiled]))
-
-
-def trained_parts(config: RunConfig) -> list[str]:
-    section = config.train
-    return [*section.parts, *(f"LoRA on {part}" for part in (section.lora.on if section.lora else []))]
-
-
-def open_rejects(run: Run, dataset: Any, resume: Resume | None, global_batch: int) -> RejectLog:
-    """The list of rejected records, with what the interrupted run has read counted."""
-    log = RejectLog(
-        run.folder / "rejected.jsonl", run.config.data.max_rejected, size_of(dataset), resume=resume is not None
-    )
-    if resume is not None:
-        log.read(resume.progress["step"] * global_batch)
-    elif isinstance(dataset, InstructionDataset):  # too many are known before anything is computed
-        looked_at, rejected = check_records(dataset)
-        note_rejected(run, log, [rejection.as_dict() for rejection in rejected], read=0, looked_at=looked_at)
-    return log
-
-
-def note_rejected(
-    run: Run, log: RejectLog | None, rejected: list[dict[str, Any]], read: int, looked_at: int = 0
-) -> None:
-    """Rank 0 counts what was read and lists what was not used.
-
-    Raises:
-        RunEnded: when too much of the data is bad.
-    """
-    assert log is not None
-    log.read(read)
-    try:
-        new = log.add(rejected, looked_at)
-    except TooManyRejected as error:
-        raise RunEnded(Exit.DATA, str(error)) from error
-    for row in new[:3]:
-        run.say(f"not used: {row['source']} {row['id']}: {row['reason']} ({row['detail']})")
-
-
-def size_of(dataset: Any) -> int | None:
-    """Records; None for a stream."""
-    return len(dataset) if hasattr(dataset, "__len__") else None
 
 
 # End
@@ -322,38 +272,3 @@ def end_early(run: Run, trainer: ProjectorTrainer, wandb: Wandb | None) -> None:
         f"stopped by {run.stop.signal or 'a signal to another rank'} at step {trainer.state.global_step} of "
         f"{trainer.state.max_steps}, which is saved. Start the same command again to go on",
     )
-
-
-def leave_behind(
-    run: Run, trainer: ProjectorTrainer, scores: dict[str, Scores], tokens: Tokens, wandb: Wandb | None
-) -> None:
-    """Export, report, tables. Collective."""
-    facts = report.results(scores, *tokens, run.config.seed, count(run.model))
-    metadata = {
-        "results": {key: value for key, value in facts.items() if key not in ("by_type", "ran_on")},
-        "data": [source.label for source in run.config.data.sources],
-        "steps": trainer.state.global_step,
-        "trained": trained_parts(run.config),
-    }
-    run.watchdog.beat("writing the results")
-    result = export(run.model, run.processor, run.config, metadata, write=run.rank == 0)
-    if run.rank == 0:
-        pictures = write_report(run.model, run.processor, run.config, scores, facts, trainer.state.log_history)
-        show(run, result, scores, tokens, pictures, wandb)
-        record_finish(run.config, trainer.state.global_step)
-    if run.world_size > 1:
-        dist.barrier()
-
-
-def show(
-    run: Run, result: Path, scores: dict[str, Scores], tokens: Tokens, pictures: list[Path], wandb: Wandb | None
-) -> None:
-    if scores:
-        print(f"\n{describe_scores(scores, *tokens)}", flush=True)
-    where = f"; report: {run.folder / 'report'}" if pictures else ""
-    run.say(f"{result.name}: {result}{where}")
-    if wandb:
-        wandb.log({f"eval/{name}": found.accuracy for name, found in scores.items()})
-        wandb.log_made(lambda library: end_of_run(library, scores, *tokens))
-        wandb.log_pictures({f"report/{path.stem}": path for path in pictures})
-        wandb.finish()

@@ -1,52 +1,14 @@
-"""What answers are worth: a metric, by question type, and the tables that compare models.
-
-A new metric is a function with one registration, and `eval.metric` in the config names it::
-
-    @register_metric("starts_right")
-    def starts_right(answer, expected):
-        return normalise(answer).startswith(normalise(expected))
-"""
+"""What the answers to all questions are worth: scores by question type, and the tables that compare models."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from train.metrics import normalise
+
 LABELS = {"full": "full tokens", "training_free": "training-free", "fine_tuned": "fine-tuned"}
 ALL = "all"
-
-Metric = Callable[[str, str], float]
-"""A model's answer and the expected one → what it is worth, from 0 to 1."""
-
-METRICS: dict[str, Metric] = {}
-
-
-def register_metric(name: str) -> Callable[[Metric], Metric]:
-    """Make a function one of `METRICS`.
-
-    Raises:
-        ValueError: when the name is taken.
-    """
-
-    def add(metric: Metric) -> Metric:
-        if name in METRICS:
-            raise ValueError(f"two metrics are called {name!r}")
-        METRICS[name] = metric
-        return metric
-
-    return add
-
-
-def normalise(text: str) -> str:
-    """Case, spaces and a final full stop do not count."""
-    return re.sub(r"\s+", " ", text).strip().removesuffix(".").rstrip().casefold()
-
-
-@register_metric("exact_match")
-def exact_match(answer: str, expected: str) -> bool:
-    return normalise(answer) == normalise(expected)
 
 
 def runs_on(answer: str, expected: str) -> bool:

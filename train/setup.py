@@ -1,4 +1,4 @@
-"""What a run consists of beside its model: the data, and which process takes which samples of it."""
+"""What a run consists of beside its model: the data, which process takes which samples of it, and what of it can't be used."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from data.cache.reader import CachedTokens
-from data.dataset import build_dataset
+from data.dataset import InstructionDataset, build_dataset
 from data.lengths import Lengths
+from data.precheck import check_records
+from data.rejects import RejectLog, TooManyRejected
 from data.stream import build_stream, is_streamed
 from train.batches import BalancedBatches, ShareOfBatches
 from train.cached import check_cache, read_from_cache
 from train.config import ConfigError, RunConfig
-from train.ending import StopRequest, Watchdog
+from train.ending import Exit, RunEnded, StopRequest, Watchdog
+from train.resume import Resume
 from train.teacher_answers import WithAnswers, check_teacher, describe_teacher
 from visionzip import attached
+
+Tokens = tuple[int, int]
+"""Visual tokens of an image, compressed and full; 0 where they were not counted."""
 
 
 @dataclass(frozen=True)
@@ -105,3 +111,39 @@ def build_batches(run: Run, dataset: Any, tokens: int, packed: bool) -> Any:
     return BalancedBatches(
         order, run.rank, run.world_size, batch, accumulation, Lengths(dataset, tokens or budget), packed
     )
+
+
+def size_of(dataset: Any) -> int | None:
+    """Records; None for a stream."""
+    return len(dataset) if hasattr(dataset, "__len__") else None
+
+
+def open_rejects(run: Run, dataset: Any, resume: Resume | None, global_batch: int) -> RejectLog:
+    """The list of rejected records, with what the interrupted run has read counted."""
+    log = RejectLog(
+        run.folder / "rejected.jsonl", run.config.data.max_rejected, size_of(dataset), resume=resume is not None
+    )
+    if resume is not None:
+        log.read(resume.progress["step"] * global_batch)
+    elif isinstance(dataset, InstructionDataset):  # too many are known before anything is computed
+        looked_at, rejected = check_records(dataset)
+        note_rejected(run, log, [rejection.as_dict() for rejection in rejected], read=0, looked_at=looked_at)
+    return log
+
+
+def note_rejected(
+    run: Run, log: RejectLog | None, rejected: list[dict[str, Any]], read: int, looked_at: int = 0
+) -> None:
+    """Rank 0 counts what was read and lists what was not used.
+
+    Raises:
+        RunEnded: when too much of the data is bad.
+    """
+    assert log is not None
+    log.read(read)
+    try:
+        new = log.add(rejected, looked_at)
+    except TooManyRejected as error:
+        raise RunEnded(Exit.DATA, str(error)) from error
+    for row in new[:3]:
+        run.say(f"not used: {row['source']} {row['id']}: {row['reason']} ({row['detail']})")

@@ -88,6 +88,11 @@ def add_lora(model: Any, section: LoraSection) -> set[int]:
     return {id(parameter) for parameter in model.parameters()} - before
 
 
+def describe_trained(section: TrainSection) -> list[str]:
+    """What the config lets train, in words."""
+    return [*section.parts, *(f"LoRA on {part}" for part in (section.lora.on if section.lora else []))]
+
+
 def check(model: nn.Module, allowed: set[str]) -> None:
     """Raises RuntimeError unless exactly `allowed` has requires_grad."""
     training = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

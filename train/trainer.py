@@ -20,7 +20,8 @@ from train.distill import Teacher
 from train.ending import Exit, RunEnded, StopRequest, Watchdog
 from train.labels import supervised
 from train.layout import Layout
-from train.loss import DEFAULT, LOSSES, PADDED, summed_loss
+from train.loss import PADDED, summed_loss
+from train.losses import DEFAULT, LOSSES
 from train.resumable import ResumableTrainer
 from train.resume import Resume
 from visionzip.attach import unwrap
@@ -69,7 +70,7 @@ class ProjectorTrainer(ResumableTrainer):
         batches: the sampler of this process: yields lists of indices, has `set_epoch`, and gives every process the same
             number of batches. None for a data set that is a stream.
         layout: how the samples of a micro-batch are laid out for the model.
-        loss: name of one of `train.loss.LOSSES`.
+        loss: name of one of `train.losses.LOSSES`.
         distill: `temperature` and `weight` of a `train.distill.Teacher`, for data that brings its answers.
     """
 

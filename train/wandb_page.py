@@ -18,7 +18,8 @@ from data.questions import Question, QuestionCollator
 from train import random_state
 from train.config import EvalSection
 from train.held_out import generate, image_inputs, one_question_per_image
-from train.scores import ALL, LABELS, METRICS, Scores
+from train.metrics import METRICS
+from train.scores import ALL, LABELS, Scores
 from visionzip import attached
 
 logger = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ class Registry(Generic[T]):
         def add(entry: T) -> T:
             for name in names:
                 if name in self._entries:
-                    raise ValueError(f"two {self.what}s are called {name!r}")
+                    raise ValueError(f"the {self.what} {name!r} is registered twice")
                 self._entries[name] = entry
             return entry
 

@@ -14,6 +14,7 @@ from tests.train.test_loss import batch, beginning
 from train.labels import count_supervised
 from train.layout import PackedRow
 from train.loss import FrozenHeadLoss, summed_loss
+from train.losses import LOSSES
 from visionzip import attach, attached
 from visionzip.encoders.base import CHUNK, attention_received
 
@@ -49,9 +50,9 @@ def test_tokens_through_the_llm_are_the_real_ones_behind_the_prefix(zipped):
 def test_logits_are_computed_where_there_is_a_label_and_once(zipped, monkeypatch):
     inputs, labels = batch()
     counted: list[int] = []
-    inner = train.loss.LOSSES["cross_entropy"]
+    inner = LOSSES["cross_entropy"]
     monkeypatch.setitem(
-        train.loss.LOSSES,
+        LOSSES._entries,
         "cross_entropy",
         lambda logits, targets: (counted.append(len(logits)), inner(logits, targets))[1],
     )

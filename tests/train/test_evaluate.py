@@ -20,7 +20,8 @@ from train.commands import start
 from train.compare import compare_models
 from train.config import EvalSection, load_config, parse_config
 from train.held_out import NumberedQuestions, gather, generate, score, tokens_a_picture
-from train.scores import LABELS, Scores, normalise, render_scores, won_back
+from train.metrics import normalise
+from train.scores import LABELS, Scores, render_scores, won_back
 from visionzip import Attachment
 
 

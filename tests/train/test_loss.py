@@ -10,7 +10,8 @@ from torch.nn import functional
 from tests.tiny import tiny_llava
 from train.config import TrainSection
 from train.layout import PaddedRows
-from train.loss import LOSSES, FrozenHeadLoss, LogitsLoss, fusible, register_loss, summed_loss, with_autograd
+from train.loss import FrozenHeadLoss, LogitsLoss, fusible, summed_loss
+from train.losses import LOSSES, with_autograd
 from train.prefix import Prefix, common_beginning
 from visionzip import attach, attached
 
@@ -178,14 +179,14 @@ def test_half_precision_logits_are_summed_in_float32():
 def focal():
     """Lin et al. 2017, gamma 2, as somebody would write a loss of their own."""
 
-    @register_loss("focal")
+    @LOSSES.register("focal")
     @with_autograd
     def focal(logits, targets):
         log_probs = -functional.cross_entropy(logits, targets, reduction="none")
         return -((1 - log_probs.exp()) ** 2 * log_probs).sum()
 
     yield focal
-    del LOSSES["focal"]
+    del LOSSES._entries["focal"]
 
 
 def test_a_loss_is_a_function_and_a_registration(model, focal, monkeypatch):
@@ -206,7 +207,7 @@ def test_a_loss_is_a_function_and_a_registration(model, focal, monkeypatch):
 
 
 def test_a_loss_that_does_not_exist_or_exists_twice(focal):
-    with pytest.raises(ValueError, match="two losses are called 'focal'"):
-        register_loss("focal")(focal)
+    with pytest.raises(ValueError, match="the loss 'focal' is registered twice"):
+        LOSSES.register("focal")(focal)
     with pytest.raises(ValueError, match="there is no loss 'nope'; there are cross_entropy, focal"):
         TrainSection.model_validate({"loss": "nope"})

@@ -12,9 +12,10 @@ import pytest
 from tests.train.workspace import Ranks, config_of
 from train.config import ConfigError, parse_config
 from train.held_out import gather, judge
+from train.metrics import METRICS
 from train.report import results as facts_of
 from train.result_checks import check_answers, check_loss
-from train.scores import METRICS, Scores, describe_ran_on, describe_scores, register_metric, runs_on
+from train.scores import Scores, describe_ran_on, describe_scores, runs_on
 from train.words import count_of
 
 
@@ -53,12 +54,12 @@ def test_it_counts_as_wrong_and_is_reported_beside_the_accuracy() -> None:
 
 @pytest.fixture
 def half_right() -> Any:
-    @register_metric("half right")
+    @METRICS.register("half right")
     def half_right(answer: str, expected: str) -> float:
         return 0.5
 
     yield half_right
-    del METRICS["half right"]
+    del METRICS._entries["half right"]
 
 
 def test_a_metric_is_a_function_and_a_registration(workspace: Path, tmp_path: Path, half_right: Any) -> None:
@@ -66,8 +67,8 @@ def test_a_metric_is_a_function_and_a_registration(workspace: Path, tmp_path: Pa
     config = parse_config(config_of(workspace, tmp_path, eval={"sources": sources, "metric": "half right"}))
     assert config.eval is not None
     assert scored("red", "top left", "top left left", metric=config.eval.metric).accuracy == 0.5
-    with pytest.raises(ValueError, match="two metrics are called 'half right'"):
-        register_metric("half right")(half_right)
+    with pytest.raises(ValueError, match="the metric 'half right' is registered twice"):
+        METRICS.register("half right")(half_right)
     with pytest.raises(ConfigError, match=r"eval\.metric: there is no metric 'nope'; there are exact_match"):
         parse_config(config_of(workspace, tmp_path, eval={"sources": sources, "metric": "nope"}))
 

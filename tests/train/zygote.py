@@ -70,9 +70,9 @@ def rank(request: dict[str, Any], number: int, port: int) -> None:
 
         trainer.summed_loss = bad
     if request.get("killed_before_export"):
-        from train import run as program
+        from train import outcome
 
-        program.export = lambda *given, **named: os.kill(os.getpid(), signal.SIGKILL)
+        outcome.export = lambda *given, **named: os.kill(os.getpid(), signal.SIGKILL)
     from train import callbacks
     from train.config import load_config
     from train.guard import run_guarded

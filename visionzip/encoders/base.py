@@ -139,7 +139,8 @@ def run_blocks(blocks: Any, hidden_states: Tensor, reads: Sequence[int], *argume
         hidden_states = block(hidden_states, *arguments)
         if number in reads:
             seen[number] = hidden_states
-    layers = [seen[number].to(hidden_states.device) for number in reads]  # under a device map they may lie on several devices
+    # under a device map layers may lie on several devices
+    layers = [seen[number].to(hidden_states.device) for number in reads]
     return layers[0] if len(layers) == 1 else torch.cat(layers, dim=-1), block, block_input
 
 

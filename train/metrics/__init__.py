@@ -1,0 +1,5 @@
+"""Metrics: what an answer is worth. One file each; a new one is a new file with one registration."""
+
+from train.metrics.base import METRICS, Metric, normalise
+
+__all__ = ["METRICS", "Metric", "normalise"]
