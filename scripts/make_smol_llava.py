@@ -184,7 +184,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--untrained", action="store_true", help="a fresh projector and the plain language model")
     parser.add_argument("--base", type=Path, default=BASE, help="trained weights to put in (default: %(default)s)")
-    parser.add_argument("--pack", type=Path, metavar="CHECKPOINT", help="write a checkpoint's weights to --base first")
+    parser.add_argument(
+        "--pack",
+        type=Path,
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="write what these trained, one after the other, to --base first",
+    )
     arguments = parser.parse_args(argv)
     base = None if arguments.untrained else arguments.base
     try:

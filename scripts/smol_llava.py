@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -290,21 +291,27 @@ def start_projector(model: LlavaForConditionalGeneration) -> None:
 SCALE = 2.0  # alpha / r of configs/smol-llava/base.yaml
 
 
-def pack_base(checkpoint: str | Path, file: str | Path) -> int:
+def pack_base(checkpoints: Sequence[str | Path], file: str | Path) -> int:
     """The projector and the low-rank adapter of a checkpoint, in bfloat16, as one safetensors file; returns its bytes.
+
+    Of several, each trained on top of the one before it, the adapters become one whose rank is their sum; the projector is the last's.
 
     Raises:
         MissingPart: no such checkpoint.
     """
     weights: dict[str, Tensor] = {}
-    for part in sorted(Path(checkpoint).glob("tensors-*.safetensors")):
-        weights |= {
-            name.removeprefix("weight/").replace(".default.weight", ""): value.to(torch.bfloat16)
-            for name, value in load_file(part).items()
-            if name.startswith("weight/")
-        }
-    if not weights:
-        raise MissingPart(f"{checkpoint} is no checkpoint of train.py: it has no tensors-*.safetensors")
+    for checkpoint in checkpoints:
+        parts = sorted(Path(checkpoint).glob("tensors-*.safetensors"))
+        if not parts:
+            raise MissingPart(f"{checkpoint} is no checkpoint of train.py: it has no tensors-*.safetensors")
+        for name, value in ((name, value) for part in parts for name, value in load_file(part).items()):
+            if not name.startswith("weight/"):
+                continue  # of the optimizer
+            name = name.removeprefix("weight/").replace(".default.weight", "")
+            value = value.to(torch.bfloat16)
+            if name in weights and ".lora_" in name:
+                value = torch.cat((weights[name], value), dim=0 if name.endswith("A") else 1)
+            weights[name] = value.contiguous()
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     save_file(weights, str(file), metadata={"format": "pt"})
     return Path(file).stat().st_size

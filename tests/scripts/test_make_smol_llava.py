@@ -106,14 +106,18 @@ def test_trained_weights_are_put_in(made, tmp_path):
     trained |= {f"weight/{bias}": torch.ones(64), f"exp_avg/{bias}": torch.zeros(64)}
     save_file(trained, tmp_path / "checkpoint-7" / "tensors-00000.safetensors")
     file = tmp_path / "base.safetensors"
-    assert pack_base(tmp_path / "checkpoint-7", file) == file.stat().st_size
+    assert pack_base([tmp_path / "checkpoint-7"], file) == file.stat().st_size
     assert set(load_file(file)) == {f"{layer}.lora_A", f"{layer}.lora_B", bias}
     before = model.get_parameter(f"{layer}.weight").clone()
     add_base(model, file)
     torch.testing.assert_close(model.get_parameter(f"{layer}.weight"), before + 2 * b @ a)
     assert torch.equal(model.get_parameter(bias), torch.ones(64))
+    twice = LlavaForConditionalGeneration.from_pretrained(out)
+    pack_base([tmp_path / "checkpoint-7"] * 2, file)
+    add_base(twice, file)
+    torch.testing.assert_close(twice.get_parameter(f"{layer}.weight"), before + 4 * b @ a)
     with pytest.raises(MissingPart, match="is no checkpoint"):
-        pack_base(tmp_path, file)
+        pack_base([tmp_path], file)
     with pytest.raises(MissingPart, match="can't be read"):
         add_base(model, tmp_path / "nothing.safetensors")
     save_file({"model.something": torch.ones(1)}, file)
