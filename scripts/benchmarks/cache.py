@@ -132,7 +132,7 @@ def show(result: dict[str, Any]) -> str:
         ["written", f"{result['write_entries_per_second']:.0f} entries/s ({result['disk_bytes'] / result['write_seconds'] / GB:.2f} GB/s)"],
         ["index", f"made in {result['index_seconds']:.2f} s, opened in {1000 * result['open_seconds']:.1f} ms, {result['index_bytes'] / 2**20:.1f} MB"],
         ["instead of", f"{result['pixels_per_core_second']:.0f} JPEGs of 640x480 decoded and preprocessed a second of one core"],
-        ["66,500 pictures", f"{result['bytes_of_66500'] / GB:.1f} GB"],
+        ["66,500 images", f"{result['bytes_of_66500'] / GB:.1f} GB"],
     ]  # fmt: skip
     reads = [
         [entry["workers"], f"{entry['entries_per_second']:.0f}", f"{entry['entries_per_second'] * result['entry_bytes'] / GB:.2f}",
@@ -141,6 +141,6 @@ def show(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     tables = [
         measure.table(["cache", result["preset"]], facts),
-        measure.table(["reading processes", "entries/s", "GB/s", "own MB each"], reads),
+        measure.table(["reading processes", "entries/s", "GB/s", "private MB"], reads),
     ]
     return "\n\n".join(tables)

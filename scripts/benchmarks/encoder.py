@@ -154,7 +154,7 @@ def show(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     texts = [
         title,
-        table(["way", "ms", "of plain", "of plain, CPU time", "pictures/s", "peak MB"], rows),
+        table(["variant", "ms", "of plain", "of plain, CPU time", "images/s", "peak MB"], rows),
         table(["part", "of the encoder's time", "CPU time", "peak MB"], parts),
         f"A map of one layer, all heads: {result['map_bytes'] / 2**20:.0f} MB. Matrix products up to the layer that is read, at this "
         f"machine's {result['peak_flops'] / 1e12:.3g} TFLOP/s ({result['peak_source']}): {1000 * result['product_seconds']:.1f} ms.",

@@ -276,7 +276,7 @@ def show(result: dict[str, Any]) -> str:
             f"{way.get('gradient_difference', float('nan')):.1e}",
         ])  # fmt: skip
     headers = [
-        "way",
+        "variant",
         "s a step",
         "samples/s",
         "tokens/s",
