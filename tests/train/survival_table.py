@@ -149,7 +149,7 @@ def main() -> int:
                     happened[name] += EVENTS[name][2]
                     good = case.find("failure") is None and case.find("error") is None
                     survived[name] += EVENTS[name][2] if good else 0
-    print("\n| what happens | what is true afterwards | times | well |\n|---|---|---|---|")
+    print("\n| event | expected outcome | times | passed |\n|---|---|---|---|")
     for name, (what, then, _) in EVENTS.items():
         print(f"| {what} | {then} | {happened[name]} | {survived[name]} |")
     return int(happened != survived)
