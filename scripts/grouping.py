@@ -87,7 +87,7 @@ def main() -> None:
     pixels = pictures(size if isinstance(size, int) else size[0], options.pictures)
     scores = torch.cat([scores_of(tower, part) for part in pixels.split(8)])
     print(
-        "| tokens asked for | before: groups touched | before: groups whole | before: attention held | after: attention held |"
+        "| budget | before: groups touched | before: groups complete | before: attention covered | after: attention covered |"
     )
     print("| --- | --- | --- | --- | --- |")
     for row in measure(whole_squares(scores, options.side), options.side):

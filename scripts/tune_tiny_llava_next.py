@@ -22,9 +22,9 @@ RESULTS = ROOT / "data" / "tiny-llava-next" / "results.json"
 BUDGETS = ((13, 3), (7, 1))  # dominant, contextual of a tile
 SEEDS = (0, 1, 2)
 ABOUT = (
-    "`data/tiny-llava-next` is a LLaVA-NeXT of the embedded model's size: a picture becomes the whole one and two tiles, 180 tokens with "
-    "the newlines. Its projector was fine-tuned with everything else frozen, from the pictures of `data/shapes/` through the reader "
-    "that a user's own data goes through; {questions} held-out questions, exact match."
+    "`data/tiny-llava-next` is a LLaVA-NeXT of the embedded model's size: an image becomes the downscaled image and two tiles, 180 tokens "
+    "with the newlines. Its projector was fine-tuned with everything else frozen, on the images of `data/shapes`, which are read like any "
+    "user's data; {questions} held-out questions, exact match."
 )
 
 

@@ -112,7 +112,7 @@ def pictures() -> list[Case]:
         Case("one that climbs with backslashes", shown("..\\secret.png"), "path outside the image root"),
         Case("backslashes between folders", shown("frames\\1.jpg"), None),
         Case("a name in the other Unicode form", shown("cafe\u0301.png"), None),
-        Case("an image with a preview behind it (MPO)", shown("phone.jpg"), None),
+        Case("an image followed by a preview (MPO)", shown("phone.jpg"), None),
         Case("broken base64", shown("data:image/png;base64,é"), "unreadable image"),
         Case("a URL", shown("https://example.org/a.png"), "remote image"),
     ]

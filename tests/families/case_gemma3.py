@@ -22,7 +22,7 @@ class Gemma3Case(Case):
     image_text = "<start_of_image>"
     nested = True
     sizes = ((320, 240), (150, 350))
-    exempt = {"video": "takes images only"}  # noqa: RUF012
+    exempt = {"video": "does not support videos"}  # noqa: RUF012
 
     def config(self) -> Any:
         from transformers import AutoConfig

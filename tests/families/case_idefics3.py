@@ -22,7 +22,7 @@ class Idefics3Case(Case):
     fixture = "idefics3_8b"
     per_tile = 169
     sizes = ((640, 480), (300, 700))
-    exempt = {"video": "takes images only"}  # noqa: RUF012
+    exempt = {"video": "does not support videos"}  # noqa: RUF012
 
     def config(self) -> Any:
         from transformers import AutoConfig

@@ -61,7 +61,7 @@ class InternVLCase(Case):
     image_text = "<IMG_CONTEXT>"
     sizes = ((500, 460), (300, 900))
     needs_torchvision = True
-    exempt = {"video": "the untouched model takes frames as tiles of images, and so they are compressed"}  # noqa: RUF012
+    exempt = {"video": "the untouched model treats frames as tiles of images, and they are compressed as such"}  # noqa: RUF012
 
     def config(self) -> Any:
         from transformers import AutoConfig

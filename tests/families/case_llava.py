@@ -17,7 +17,7 @@ class LlavaCase(Case):
     checkpoints = ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf")
     special = "one image, one budget"
     fixture = "llava_1_5_7b"
-    exempt = {"video": "takes images only"}  # noqa: RUF012
+    exempt = {"video": "does not support videos"}  # noqa: RUF012
     media = ("<image>",)
 
     def config(self) -> Any:

@@ -18,7 +18,7 @@ TOKENS = (SIDE // PATCH) ** 2 + 1
 class LlavaDinov2Case(LlavaCase):
     name = "LLaVA with DINOv2"
     checkpoints = ("scripts.make_smol_llava",)
-    special = "with and without registers, which are no visual tokens"
+    special = "with and without registers, which are not visual tokens"
 
     def config(self) -> Any:
         from transformers import AutoConfig

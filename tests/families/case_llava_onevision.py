@@ -33,7 +33,7 @@ class LlavaOnevisionCase(LlavaCase):
         "llava-hf/llava-onevision-qwen2-7b-si-hf",
         "llava-hf/llava-onevision-qwen2-7b-ov-chat-hf",
     )
-    special = "no CLS: attention received; tiles, several images, video chosen among pooled positions"
+    special = "no CLS: attention received; tiles, several images, video selected among pooled positions"
     fixture = "llava_onevision_0_5b"
     media = ("<image>", "<video>")
     frames = 3

@@ -20,8 +20,8 @@ class PaliGemmaCase(Gemma3Case):
     fixture = "paligemma_3b_224"
     image_text = "<image>"
     exempt = {  # noqa: RUF012
-        "video": "takes images only",
-        "multi_turn": "a longer prompt changes what was cached, as it attends both ways; in the untouched model too",
+        "video": "does not support videos",
+        "multi_turn": "attention is bidirectional, so a longer prompt changes cached states; also in the untouched model",
     }
 
     def config(self) -> Any:

@@ -70,7 +70,7 @@ class Qwen2VLCase(Case):
     name = "Qwen2-VL"
     model_class = "Qwen2VLForConditionalGeneration"
     checkpoints = ("Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen2-VL-2B-Instruct")
-    special = "selection after the merger, which is what trains; positions of the full layout; budget as a share"
+    special = "selection after the merger, which is the trained part; positions of the full layout; budget as a share"
     fixture = "qwen2_vl_7b"
     budget = ZipConfig(dominant=0.65, contextual=0.05)
     sizes = ((280, 196), (140, 308))

@@ -11,7 +11,7 @@ class Qwen3VLCase(Qwen2VLCase):
     name = "Qwen3-VL"
     model_class = "Qwen3VLForConditionalGeneration"
     checkpoints = ("Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen3-VL-4B-Instruct", "Qwen/Qwen3-VL-2B-Instruct")
-    special = "as Qwen2-VL; DeepStack features pruned at the same places, their mergers train too"
+    special = "as Qwen2-VL; DeepStack features pruned at the same places, their mergers are trained too"
     fixture = "qwen3_vl_8b"
     frames_apart = True
     video_text = "<|video_pad|>"  # the processor puts start and end around each frame

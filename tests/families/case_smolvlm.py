@@ -31,12 +31,12 @@ class SmolVLMCase(Idefics3Case):
     name = "SmolVLM"
     model_class = "SmolVLMForConditionalGeneration"
     checkpoints = ("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "HuggingFaceTB/SmolVLM2-500M-Video-Instruct")
-    special = "as Idefics3; 81 or 64 tokens a tile before anything is chosen; a video is tiles"
+    special = "as Idefics3; 81 or 64 tokens per tile before selection; a video is tiles"
     fixture = "smolvlm2_2_2b"
     per_tile = 81
     nested = True
     needs_torchvision = True
-    exempt = {"video": "the untouched model takes frames as tiles of images, and so they are compressed"}  # noqa: RUF012
+    exempt = {"video": "the untouched model treats frames as tiles of images, and they are compressed as such"}  # noqa: RUF012
 
     def processor(self) -> Any:
         from transformers import SmolVLMImageProcessor, SmolVLMProcessor
