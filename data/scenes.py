@@ -1,6 +1,6 @@
-"""What the pictures of the embedded data set show, and the pictures: a few coloured shapes before a greyish background.
+"""What the images of the embedded data set show, and the pictures: a few coloured shapes before a greyish background.
 
-Everything is a function of one integer, the picture's seed. Questions about a scene are in `data/shapes/`.
+Everything is a function of one integer, the image's seed. Questions about a scene are in `data/shapes/`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in the picture of this seed."""
+    """What is in the image of this seed."""
 
     seed: int
     shapes: tuple[Shape, ...]
@@ -56,9 +56,9 @@ class Scene:
 
 
 def scene(seed: int) -> Scene:
-    """What the picture of this seed shows: 1 to 5 shapes; at least one has a colour and one a form that no other has.
+    """What the image of this seed shows: 1 to 5 shapes; at least one has a colour and one a form that no other has.
 
-    Without those, "what colour is the circle?" and "which shape is red?" could not be asked about every picture.
+    Without those, "what colour is the circle?" and "which shape is red?" could not be asked about every image.
     """
     rng = random.Random(f"scene {seed}")
     while True:
@@ -92,7 +92,7 @@ def _shape(rng: random.Random, place: int) -> Shape:
 
 
 def draw(made: Scene) -> Image.Image:
-    """The scene as an RGB picture of `SIZE` x `SIZE` pixels."""
+    """The scene as an RGB image of `SIZE` x `SIZE` pixels."""
     background = Image.fromarray(_background(np.random.default_rng(made.seed)))
     large = SIZE * _OVERSAMPLE
     for shape in made.shapes:

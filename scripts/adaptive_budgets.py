@@ -1,9 +1,9 @@
-"""Do budgets of each picture's own buy accuracy at the same mean? On the embedded model, training-free and fine-tuned.
+"""Do per-image budgets buy accuracy at the same mean? On the embedded model, training-free and fine-tuned.
 
     python -m scripts.adaptive_budgets --out runs/adaptive
 
 One fixed budget against budgets that stop early, by attention held and by coverage, calibrated to the same mean on training
-pictures. Each is a run of `train.py` with `configs/tiny-llava/sweep.yaml` on a token cache, for each seed; a run that is there
+images. Each is a run of `train.py` with `configs/tiny-llava/sweep.yaml` on a token cache, for each seed; a run that is there
 already is not run again. Prints the table of docs/budgets.md and writes OUT/adaptive.json.
 """
 
@@ -25,7 +25,7 @@ CONFIG = "configs/tiny-llava/sweep.yaml"
 MODEL = "data/tiny-llava"
 FIXED = {"dominant": 13, "contextual": 3}
 MOST = {"dominant": 27, "contextual": 3}
-CALIBRATION = 400  # training pictures
+CALIBRATION = 400  # training images
 MEASURES = ("attention", "coverage")
 
 
@@ -36,7 +36,7 @@ def pictures(folder: Path, limit: int | None = None) -> Iterator[Any]:
 
 
 def variants(data: Path, selector: str, mean: float) -> dict[str, dict[str, Any]]:
-    """Name → `zip` section and how many tokens held-out pictures keep."""
+    """Name → `zip` section and how many tokens held-out images keep."""
     from visionzip import ZipConfig, attached, load
     from visionzip.analysis.calibrate import calibrated
     from visionzip.analysis.trace import image_inputs, to_model

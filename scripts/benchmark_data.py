@@ -3,7 +3,7 @@
     python -m scripts.benchmark_data                       # 10,000, 100,000 and 1,000,000 records
     python -m scripts.benchmark_data --records 5000000     # another size
 
-Writes LLaVA records without pictures into a temporary folder, indexes them, and reads samples at random through workers, each
+Writes LLaVA records without images into a temporary folder, indexes them, and reads samples at random through workers, each
 to token ids and labels with the `llava_v1` template. `private` is what a worker has for itself alone; `resident` also counts
 what all processes share (libraries, the parent's pages). `again s`: opening a file whose index is there already. `per CPU s`:
 samples one busy core makes, whatever else runs there.

@@ -1,6 +1,6 @@
 """What choosing patches before they are grouped would do, in numbers: why `visionzip/families/grouped.py` chooses groups.
 
-    python -m scripts.grouping                              the embedded model's encoder, on the embedded data's pictures
+    python -m scripts.grouping                              the embedded model's encoder, on the embedded data's images
     python -m scripts.grouping --random                     an encoder of InternVL's shape with random weights
     python -m scripts.grouping --model PATH --side 2        any model with a CLIP, SigLIP or InternViT encoder
 

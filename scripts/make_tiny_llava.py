@@ -4,10 +4,10 @@
 
 About half an hour on two cores. Three steps, as for a LLaVA of full size:
 
-1. The vision tower learns *through its CLS token* which colour-shape pairs a picture holds. That is what makes it a small CLIP: the
-   CLS token has to gather the picture, so what it attends to says what matters, and this is what VisionZip reads.
+1. The vision tower learns *through its CLS token* which colour-shape pairs an image holds. That is what makes it a small CLIP: the
+   CLS token has to gather the image, so what it attends to says what matters, and this is what VisionZip reads.
 2. The tower is frozen; projector and language model learn to answer questions from all patch tokens of the penultimate layer.
-3. Single questions about held-out pictures are answered, and everything is saved as Hugging Face files.
+3. Single questions about held-out images are answered, and everything is saved as Hugging Face files.
 
 The same `--seed` and `--threads` on the same machine give the same weights; other machines differ in the last bits, and so, in the end,
 in the weights, but not in how good the model is.
@@ -42,7 +42,7 @@ __all__ = ["BOS", "EOS", "IMAGE", "PAD", "PATCH", "SYSTEM", "make_model", "make_
 
 TRAINED = (*shapes.TYPES * 2, "count", "count")  # rounds of a conversation of step 2; counting is learnt last
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Pictures:
 
 
 def render(split: str, seed: int, count: int, workers: int) -> Pictures:
-    """Draw pictures ahead, in `workers` processes, so that training never waits for one."""
+    """Draw images ahead, in `workers` processes, so that training never waits for one."""
     seeds = [shapes.picture_seed(split, seed, index) for index in range(count)]
     with ProcessPoolExecutor(workers) as pool:
         drawn = list(pool.map(_pixels, seeds, chunksize=256))
@@ -78,7 +78,7 @@ def normalise(pixels: Tensor) -> Tensor:
 class Optimizer:
     """Muon for the matrices inside the layers, AdamW for the rest; linear warm-up, then cosine to zero.
 
-    With AdamW alone the language model needs about twice the steps before it begins to look at the picture.
+    With AdamW alone the language model needs about twice the steps before it begins to look at the image.
     """
 
     def __init__(self, parts: Sequence[nn.Module], steps: int, lr: float, muon_lr: float, warmup: int = 100):
@@ -169,7 +169,7 @@ def train_vision(
 
 @torch.no_grad()
 def patch_features(model: LlavaForConditionalGeneration, pixels: Tensor, batch: int = 256) -> Tensor:
-    """(B, N - 1, D) float16: what the projector reads, of every picture, computed once since the tower is frozen."""
+    """(B, N - 1, D) float16: what the projector reads, of every image, computed once since the tower is frozen."""
     layer = model.config.vision_feature_layer
     return torch.cat(
         [

@@ -2,7 +2,7 @@
 
     python -m scripts.make_tiny_llava_next --base data/tiny-llava --out data/tiny-llava-next --threads 2
 
-Vision tower, projector and language model are those of `data/tiny-llava`, which knows one picture of 81 tokens; the last two go on
+Vision tower, projector and language model are those of `data/tiny-llava`, which knows one image of 81 tokens; the last two go on
 learning, with the newline, on what transformers' LLaVA-NeXT makes of the same pictures: the whole one and two tiles, 180 tokens.
 About a quarter of an hour on two cores.
 """
@@ -74,7 +74,7 @@ def make_model(base: Path) -> LlavaNextForConditionalGeneration:
 
 
 class WithNewlines(nn.Module):
-    """The projector, and the newline in the places where `layout` has none of the picture's patches.
+    """The projector, and the newline in the places where `layout` has none of the image's patches.
 
     So that the sibling's training loop, which knows a projector alone, serves a LLaVA-NeXT as it is.
     """
@@ -89,7 +89,7 @@ class WithNewlines(nn.Module):
 
 
 def layout() -> Tensor:
-    """(L,): which patch, of base and tiles one after the other, stands where in a picture's sequence; −1 is a newline."""
+    """(L,): which patch, of base and tiles one after the other, stands where in an image's sequence; −1 is a newline."""
     rows, columns = 1, 2
     patches = torch.arange((rows * columns + 1) * SIDE**2)
     grid = patches[SIDE**2 :].view(rows, columns, SIDE, SIDE).transpose(1, 2).reshape(1, rows * SIDE, columns * SIDE)
@@ -101,7 +101,7 @@ def layout() -> Tensor:
 def features_of(
     model: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor, pixels: Tensor, batch: int = 64
 ) -> Tensor:
-    """(B, L, D) float16: what the projector reads of every picture, zeros where a newline stands."""
+    """(B, L, D) float16: what the projector reads of every image, zeros where a newline stands."""
     places, found = layout(), []
     for some in pixels.split(batch):
         tiles = processor.image_processor(list(some.numpy()), return_tensors="pt")["pixel_values"]  # (B, 3, 3, h, w)

@@ -28,7 +28,7 @@ def build_model(config: RunConfig) -> tuple[Any, Any]:
     section = config.model
     try:
         load = AutoModelForImageTextToText.from_pretrained
-        if config.data.cache is not None and config.eval is None:  # an evaluation sees pictures that are in no cache
+        if config.data.cache is not None and config.eval is None:  # an evaluation sees images that are in no cache
             load = partial(load_without, without=["encoder"])
         model = load(
             section.path,

@@ -202,7 +202,7 @@ class Wandb(WandbCallback):
         """Checkpoints are not uploaded."""
 
     def log(self, values: dict[str, Any]) -> None:
-        """Pictures, tables and scores of the end of a run."""
+        """Figures, tables and scores at the end of a run."""
         if self._wandb is not None and self._wandb.run is not None:
             self._safely(lambda: self._wandb.log(values), "failed to log")
 

@@ -62,7 +62,7 @@ def write_report(
     facts: dict[str, Any],
     log: list[dict[str, Any]],
 ) -> list[Path]:
-    """`report/`; returns its pictures. Kept patches need a whole model, so ZeRO-3 goes without them."""
+    """`report/`; returns its figures. Kept patches need a whole model, so ZeRO-3 goes without them."""
     if not config.report.enabled:
         return []
     folder = Path(config.output_dir) / "report"

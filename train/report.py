@@ -33,7 +33,7 @@ def results(scores: dict[str, Scores], tokens: int, of_tokens: int, seed: int, t
 def write(
     folder: str | Path, config: RunConfig, scores: dict[str, Scores], facts: dict[str, Any], log: list[dict[str, Any]]
 ) -> list[Path]:
-    """Everything that needs no model. `facts` is `results()`. Returns the pictures."""
+    """Everything that needs no model. `facts` is `results()`. Returns the figures."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     about = report_plots.describe_run(config, facts)

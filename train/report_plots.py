@@ -1,4 +1,4 @@
-"""The pictures of a run's `report/`, in the library's style: loss, accuracy with standard errors, kept patches with answers."""
+"""The figures of a run's `report/`, in the library's style: loss, accuracy with standard errors, kept patches with answers."""
 
 from __future__ import annotations
 

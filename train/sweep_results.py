@@ -31,7 +31,7 @@ class Group:
     behind: float | None = None  # the best fine-tuned of this budget minus this one
     behind_error: float | None = None  # standard error of that, see `difference`
     right: Any = field(default=None, repr=False)  # (questions,) share of seeds that answered right
-    pictures: Any = field(default=None, repr=False)  # (questions,) which picture each is about
+    pictures: Any = field(default=None, repr=False)  # (questions,) which image each is about
 
     @property
     def label(self) -> str:
@@ -98,7 +98,7 @@ def grouped(cells: Sequence[Found]) -> list[Group]:
 
 
 def answers(folders: Iterable[Path]) -> tuple[Any, Any]:
-    """(questions,) mean over the folders of whether the fine-tuned model was right, and the picture each question is about."""
+    """(questions,) mean over the folders of whether the fine-tuned model was right, and the image each question is about."""
     right, names = [], []
     for folder in folders:
         lines = (folder / "report" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
@@ -112,7 +112,7 @@ def difference(best: Group, other: Group) -> tuple[float, float]:
     """How much better `best` is, and the standard error of that.
 
     Both answered the same questions, so it is the paired difference of each picture (its questions hang together) that varies
-    over pictures; what varies over seeds is added, which counts a part of it twice: the error is rather too large.
+    over images; what varies over seeds is added, which counts a part of it twice: the error is rather too large.
     """
     gap = best.right - other.right  # (questions,)
     by_picture = np.bincount(best.pictures, weights=gap)

@@ -39,9 +39,9 @@ class Row:
 
     Attributes:
         budget: ``"all"``, or ``"54 + 10"`` (dominant + contextual).
-        visual_tokens: of one picture, in the prompt.
+        visual_tokens: of one image, in the prompt.
         prompt_tokens: of one row, all turns so far.
-        encode: pictures to embeddings; 0 in later turns, which reuse the cache.
+        encode: images to embeddings; 0 in later turns, which reuse the cache.
         prefill: the LLM on the new part of the prompt.
         first: time to the first token.
         decode: each further token, for the whole batch.
@@ -137,7 +137,7 @@ class _Case:
         self.inputs = to_model(model, inputs)
         token = unwrap(
             model
-        ).config.image_token_id  # of the model: Gemma 3's processor calls the token before a picture so
+        ).config.image_token_id  # of the model: Gemma 3's processor calls the token before an image so
         self.visual = int((inputs["input_ids"][0] == token).sum())
         self.flops = _flops(model, self.inputs)
 
@@ -151,7 +151,7 @@ class _Case:
 
 
 def _turns(model: Any, processor: Any, inputs: dict[str, Any], turns: int, new_tokens: int) -> Iterator[dict[str, Any]]:
-    """One conversation. Later turns pass no pixels: the picture is in the cache already."""
+    """One conversation. Later turns pass no pixels: the image is in the cache already."""
     tokenizer = getattr(processor, "tokenizer", processor)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     given, cache = dict(inputs), None

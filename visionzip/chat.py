@@ -99,7 +99,7 @@ class Chat:
 
         Raises:
             ValueError: when the conversation does not fit into the model any more, or the question holds the text that
-            stands for a picture; nothing has changed then.
+            stands for an image; nothing has changed then.
         KeyboardInterrupt: passed on; what was said until then is kept.
         """
         start = time.perf_counter()

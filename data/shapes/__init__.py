@@ -1,13 +1,13 @@
-"""The embedded data set: pictures of a few coloured shapes, and questions about them, made on the fly from a seed.
+"""The embedded data set: images of a few coloured shapes, and questions about them, made on the fly from a seed.
 
     python -m data.shapes --out runs/shapes --train 4000 --eval 400 --seed 0
 
 writes `train.json`, `eval.json` (LLaVA's own form) and `images/` once; a second call with the same numbers does nothing.
-Each record is one conversation about one picture, with one round of each type in `TYPES`, in an order of its own, so that every
+Each record is one conversation about one image, with one round of each type in `TYPES`, in an order of its own, so that every
 type also comes first: evaluation asks single questions. The extra key `types` names the type of each round.
 
-A picture is a function of one integer. Those of the training pictures are even and those of the held-out ones odd, whatever
-`--seed` and the counts are, so that no held-out picture can ever have been trained on.
+An image is a function of one integer. Those of the training images are even and those of the held-out ones odd, whatever
+`--seed` and the counts are, so that no held-out image can ever have been trained on.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ TYPES = ("exists", "count", "colour", "shape", "where")
 SPLITS = ("train", "eval")
 
 _MANIFEST = "shapes.json"
-_VERSION = 1  # raise it when pictures or questions change, so that folders written before are made anew
+_VERSION = 1  # raise it when images or questions change, so that folders written before are made anew
 
 
 def picture_seed(split: str, seed: int, index: int) -> int:
-    """The integer that makes the `index`-th picture of a split: even for "train", odd for "eval", so never the same."""
+    """The integer that makes the `index`-th image of a split: even for "train", odd for "eval", so never the same."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
     if seed < 0 or not 0 <= index < 2**32:
@@ -134,7 +134,7 @@ def record(split: str, seed: int, index: int) -> dict:
 
 
 def records(split: str, count: int, seed: int = 0) -> Iterator[tuple[dict, Image.Image]]:
-    """`count` records and their pictures, without a disk. Held-out records: `records("eval", ...)`."""
+    """`count` records and their images, without a disk. Held-out records: `records("eval", ...)`."""
     for index in range(count):
         yield record(split, seed, index), draw(scene(picture_seed(split, seed, index)))
 

@@ -39,7 +39,7 @@ def step_flops(model: Any, preset: Preset, work: Work) -> float:
 
 
 def encoder_flops(tower: Any) -> float:
-    """Matrix products of one picture's (or tile's) forward, to the layer that is read: the one before the last."""
+    """Matrix products of one image's (or tile's) forward, to the layer that is read: the one before the last."""
     tokens, width = encoder_for(tower).tokens(tower), tower.config.hidden_size
     layers = tower.config.num_hidden_layers - 1
     one = parameters(tower.encoder.layers[0])

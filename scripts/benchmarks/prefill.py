@@ -10,7 +10,7 @@ from scripts.benchmarks import measure
 from scripts.benchmarks.presets import PRESETS, SYSTEM_TOKENS, build
 from scripts.benchmarks.train import Pictures
 
-QUESTION = 24  # tokens behind the picture
+QUESTION = 24  # tokens behind the image
 
 
 def run(name: str, rounds: int, device: torch.device, batch: int = 1) -> dict[str, Any]:

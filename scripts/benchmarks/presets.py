@@ -29,7 +29,7 @@ class Preset:
     """One model's shapes and the work of one optimizer step.
 
     `batch` samples a micro-batch and `accumulation` of them a step; `dominant` and `contextual` a picture (or tile); `tiles` a
-    picture has, `full` visual tokens of the uncompressed picture.
+    image has, `full` visual tokens of the uncompressed image.
     """
 
     vision: dict[str, int]
@@ -105,7 +105,7 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-# LLaVA's v1 template: tokens of "<s>" and the system prompt up to the picture, and of " USER: ", " ASSISTANT: ", "</s>" a round.
+# LLaVA's v1 template: tokens of "<s>" and the system prompt up to the image, and of " USER: ", " ASSISTANT: ", "</s>" a round.
 SYSTEM_TOKENS = 36
 ROUND_TOKENS = 12
 IGNORE = -100
@@ -113,7 +113,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Conversation:
-    """`input_ids` and `labels` ``(L,)`` with the picture's placeholders in them, and which picture it is about."""
+    """`input_ids` and `labels` ``(L,)`` with the image's placeholders in them, and which image it is about."""
 
     input_ids: Tensor
     labels: Tensor
@@ -121,9 +121,9 @@ class Conversation:
 
 
 def conversations(preset: Preset, count: int, visual: int, seed: int = 0) -> list[Conversation]:
-    """Rounds of question and answer about a picture each: an assumption, made to look like an instruction mix, not one itself.
+    """Rounds of question and answer about an image each: an assumption, made to look like an instruction mix, not one itself.
 
-    One to six rounds a picture, questions of 8 to 24 tokens, answer lengths log-normal (median 12, sigma 1.2: mostly short, some
+    One to six rounds per image, questions of 8 to 24 tokens, answer lengths log-normal (median 12, sigma 1.2: mostly short, some
     of hundreds), at most 1,500 tokens of text. That is some 220 text tokens in the mean, of which four in ten are supervised.
     """
     generator = torch.Generator().manual_seed(seed)

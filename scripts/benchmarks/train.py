@@ -30,7 +30,7 @@ from train.prefix import Prefix, common_beginning
 from visionzip.compress import compress
 from visionzip.encoders import encoder_for
 
-POOL = 16  # different pictures; a step's samples take theirs from it
+POOL = 16  # different images; a step's samples take theirs from it
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ PARTS = {
 
 
 class Pictures:
-    """Stands in for the model's `get_image_features`: `pixel_values` are the numbers of pictures of a pool."""
+    """Stands in for the model's `get_image_features`: `pixel_values` are the numbers of images of a pool."""
 
     def __init__(self, model: Any, preset: Preset, device: torch.device) -> None:
         self.model, self.preset, self.encoder = model, preset, "ours"

@@ -6,7 +6,7 @@
 `train.distill.weight=0.5,1.0`); other `key=value` are put over the file, as for `train.py`. A budget is a number of tokens, split
 as the config's own budget of that total, else as in the paper (16 is 13+3), or both numbers (`budget=13+3`).
 
-Visual tokens are computed once a selector and budget, training pictures and held-out ones, and read by all cells. Full tokens are
+Visual tokens are computed once a selector and budget, training images and held-out ones, and read by all cells. Full tokens are
 measured once, training-free ones once a selector and budget. The same command again runs what is missing: finished cells are
 kept, and a changed config, model or data file makes new ones. In OUT: `sweep.md`, `sweep.json`, `sweep.png`, `cells/`, `tokens/`.
 """

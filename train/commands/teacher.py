@@ -5,7 +5,7 @@
 
 Every record goes through the untouched model once, with all its visual tokens and its whole conversation; of each supervised token
 the `train.distill.top_k` likeliest words are kept. A run that learns from them asks for the same model, data layout and settings,
-and leaves out a record whose picture or answer has changed since. Interrupted, the same command goes on.
+and leaves out a record whose image or answer has changed since. Interrupted, the same command goes on.
 """
 
 from __future__ import annotations

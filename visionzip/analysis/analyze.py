@@ -1,6 +1,6 @@
-"""`visionzip analyze`: how concentrated the attention of an encoder is, over many pictures, layer by layer.
+"""`visionzip analyze`: how concentrated the attention of an encoder is, over many images, layer by layer.
 
-What is measured of a picture is one line of ``pictures.jsonl``, so a run that was stopped goes on where it was; table, plots and
+What is measured of an image is one line of ``pictures.jsonl``, so a run that was stopped goes on where it was; table, plots and
 JSON are made of that file.
 """
 
@@ -29,13 +29,13 @@ LINES = "pictures.jsonl"
 TOP = 0.10
 """Share of the patches whose part of the attention is reported for each layer."""
 _DIGITS = 5
-#: Edges of the histogram of attention a patch has, in multiples of its picture's average; what lies outside counts at the ends.
+#: Edges of the histogram of attention a patch has, in multiples of its image's average; what lies outside counts at the ends.
 EDGES = torch.logspace(-10, 8, 73, base=2.0)
 
 
 @dataclass
 class Analysis:
-    """What `analyze` found: one dict a picture, files that were skipped, the number of pictures read again from before."""
+    """What `analyze` found: one dict per image, files that were skipped, the number of images read again from before."""
 
     folder: Path
     head: dict[str, Any]
@@ -48,10 +48,10 @@ class Analysis:
 def analyze(
     model: Any, path: str | Path, out: str | Path, *, limit: int | None = None, progress: bool = True
 ) -> Analysis:
-    """Measure every picture in the folder `path` that ``out/pictures.jsonl`` does not hold yet, told by name and content.
+    """Measure every image in the folder `path` that ``out/pictures.jsonl`` does not hold yet, told by name and content.
 
     Raises:
-        ValueError: where nothing is attached, no picture can be read, or `out` was made with another model or budget.
+        ValueError: where nothing is attached, no image can be read, or `out` was made with another model or budget.
     """
     attachment = attached(model)
     if attachment is None or attachment.processor is None:
@@ -74,7 +74,7 @@ def analyze(
         for name, picture in _bar(todo, progress):
             line = {"content": contents[name], **measure(attachment, name, picture)}
             file.write(json.dumps(line) + "\n")
-            file.flush()  # a kill loses the picture it falls on, no other
+            file.flush()  # if the process is killed, only the current image is lost
             result.lines.append(line)
     result.skipped = todo.skipped
     if not result.lines:
@@ -85,7 +85,7 @@ def analyze(
 
 
 def content_of(path: Path) -> str:
-    """What tells a picture's content from another's of the same name; empty where there is no file to read."""
+    """What tells an image's content from another's of the same name; empty where there is no file to read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     except OSError:
@@ -93,7 +93,7 @@ def content_of(path: Path) -> str:
 
 
 def measure(attachment: Attachment, name: str, picture: Any) -> dict[str, Any]:
-    """Everything that is known of one picture; lists are by layer, tiles are averaged."""
+    """Everything that is known of one image; lists are by layer, tiles are averaged."""
     layers = attention_by_layer(attachment, image_inputs(attachment.processor, picture, attachment.config.pad_images))
     traced = trace(attachment.model, picture, name=name)
     chosen = _scores(traced)

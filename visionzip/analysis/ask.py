@@ -1,4 +1,4 @@
-"""One question about one picture, answered and timed: time to the first token, in all, and how many tokens it took."""
+"""One question about one image, answered and timed: time to the first token, in all, and how many tokens it took."""
 
 from __future__ import annotations
 

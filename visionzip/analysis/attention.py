@@ -111,7 +111,7 @@ def attention_by_layer(attachment: Attachment, inputs: dict[str, Any], every_lay
     windows one after another.
 
     Args:
-        inputs: image inputs of ``forward``, of one picture.
+        inputs: image inputs of ``forward``, of one image.
         every_layer: also those after the layer that is read, which the compressed model does not run.
     """
     tower = attachment.model.get_submodule(attachment.family.tower)

@@ -1,4 +1,4 @@
-"""Pictures of what was kept, with Pillow alone: kept patches, merged groups, heat maps, and panels that put them side by side.
+"""Drawings of what was kept, with Pillow alone: kept patches, merged groups, heat maps, and panels that put them side by side.
 
 Every colour is of a palette that people who see red and green alike can tell apart (Okabe and Ito; cividis), and no meaning is
 in a colour alone: kept patches have an outline, groups have numbers.
@@ -39,7 +39,7 @@ def font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def cell_size(grid: tuple[int, int], side: int = 480) -> int:
-    """Pixels a patch is drawn with: about `side` for the whole picture, but never too small for a number."""
+    """Pixels a patch is drawn with: about `side` for the whole image, but never too small for a number."""
     return max(20, round(side / max(grid)))
 
 
@@ -50,7 +50,7 @@ def enlarged(tile: Tile, side: int = 480) -> Image.Image:
 
 
 def kept(tile: Tile, side: int = 480, veil: float = 0.82) -> Image.Image:
-    """The picture with the patches outlined that stay tokens of their own, the rest whitened."""
+    """The image with the kept patches outlined and the rest whitened."""
     picture, cell = enlarged(tile, side), cell_size(tile.grid, side)
     mask = np.kron(tile.kept_mask.numpy(), np.ones((cell, cell), dtype=bool))
     pixels = np.asarray(picture).astype(np.float32)
@@ -97,7 +97,7 @@ def merged(tile: Tile, side: int = 480, tint: float = 0.6) -> Image.Image:
 
 
 def heat(tile: Tile, side: int = 480, opacity: float = 0.72) -> Image.Image:
-    """Share of attention of each patch over the picture in grey: dark blue least, yellow most.
+    """Share of attention of each patch over the image in grey: dark blue least, yellow most.
 
     On a square-root scale: a few patches hold most of it (the paper's point), and the others would all look the same.
 
@@ -110,7 +110,7 @@ def heat(tile: Tile, side: int = 480, opacity: float = 0.72) -> Image.Image:
 
 
 def overlay(tile: Tile, values: np.ndarray, side: int = 480, opacity: float = 0.72) -> Image.Image:
-    """Any ``(rows, columns)`` values of at least 0 over the picture, square-root scale from 0 to their maximum."""
+    """Any ``(rows, columns)`` values of at least 0 over the image, square-root scale from 0 to their maximum."""
     cell = cell_size(tile.grid, side)
     scaled = np.sqrt(np.clip(values, 0, None) / max(float(values.max()), 1e-12))
     colours = np.kron(cividis(scaled), np.ones((cell, cell, 1)))
@@ -138,7 +138,7 @@ def text_on(colour: tuple[int, int, int]) -> tuple[int, int, int]:
 def panel(
     pictures: Sequence[tuple[str, Image.Image]], title: str = "", note: str = "", theme: str = "light"
 ) -> Image.Image:
-    """Pictures with their captions side by side, a title above and a note below."""
+    """Images with their captions side by side, a title above and a note below."""
     look = THEMES[theme]
     big, small = font(19), font(14)
     gap, line = 16, 24

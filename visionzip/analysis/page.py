@@ -41,14 +41,14 @@ def page(title: str, intro: Sequence[str], sections: Sequence[str]) -> str:
 
 
 def section(title: str, lines: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """One picture's part; each of `rows` holds HTML of `figure` or `drawing`."""
+    """One image's part; each of `rows` holds HTML of `figure` or `drawing`."""
     text = "".join(f'<p class="quiet">{html.escape(line)}</p>' for line in lines)
     body = "".join(f'<div class="row">{"".join(row)}</div>' for row in rows)
     return f"<section><h2>{html.escape(title)}</h2>{text}{body}</section>"
 
 
 def figure(caption: str, picture: Image.Image) -> str:
-    """A picture, embedded as WebP: a fifth of a PNG's size, and a page of many pictures still opens."""
+    """An image, embedded as WebP: a fifth of a PNG's size, and a page of many images still opens."""
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", quality=88)
     data = base64.b64encode(buffer.getvalue()).decode()

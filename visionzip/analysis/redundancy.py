@@ -1,4 +1,4 @@
-"""How few tokens hold most of the attention: measures on shares, one row a picture or tile.
+"""How few tokens hold most of the attention: measures on shares, one row per image or tile.
 
 Everywhere ``P`` patches, ``L`` layers; shares are non-negative and sum to 1 over the patches. Source of the questions: the
 paper's figures 2 (attention sits on a few tokens) and 5 (it concentrates as it goes deeper).
@@ -11,7 +11,7 @@ from torch import Tensor
 
 LEVELS = (0.80, 0.90, 0.95)
 POINTS = 100
-"""Cumulative curves are kept at 0 %, 1 % … 100 % of the patches, so that pictures of all sizes can be averaged."""
+"""Cumulative curves are kept at 0 %, 1 % … 100 % of the patches, so that images of all sizes can be averaged."""
 
 
 def cumulative(shares: Tensor) -> Tensor:

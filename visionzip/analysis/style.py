@@ -1,4 +1,4 @@
-"""One palette and one style for every picture and plot: those of the library, of a run's report and of a look at the data.
+"""One palette and one style for every drawing and plot: those of the library, of a run's report and of a look at the data.
 
 Colours are Okabe and Ito's, which people who see red and green alike can tell apart; no meaning is in a colour alone. Figures are
 made without pyplot, so a server may make them in any thread.

@@ -1,6 +1,6 @@
-"""What was kept of a picture, tile by tile, for any family: scores, kept patches, merged groups, and the pixels they belong to.
+"""What was kept of an image, tile by tile, for any family: scores, kept patches, merged groups, and the pixels they belong to.
 
-Nothing here knows a family. A family's own ``compress`` is run on one picture while `visionzip.compress.listening`, so what is
+Nothing here knows a family. A family's own ``compress`` is run on one image while `visionzip.compress.listening`, so what is
 shown is what the model is given, whatever is done before and after.
 """
 
@@ -29,7 +29,7 @@ KEPT = -2
 
 @dataclass(frozen=True)
 class Tile:
-    """One picture, tile or frame as the encoder saw it, and what was kept of it. ``N`` tokens of the encoder, CLS included.
+    """One image, tile or frame as the encoder saw it, and what was kept of it. ``N`` tokens of the encoder, CLS included.
 
     Attributes:
         image: what the encoder saw.
@@ -88,7 +88,7 @@ class Tile:
         return None if self.attention is None else float(self.attention[self.kept_mask].sum())
 
     def again(self, config: ZipConfig) -> Tile:
-        """The same picture under another budget or selector, without running the encoder again."""
+        """The same image under another budget or selector, without running the encoder again."""
         total = self.features.hidden_states.shape[1]
         dominant, contextual = config.resolve(total, reserved=self.cls, cap=True)
         result = compress(self.features, dominant, contextual, selector=config.selector, merge=config.merge)
@@ -97,7 +97,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Trace:
-    """One picture or video: its tiles or frames, and the number of visual tokens the LLM gets of it, now and untouched."""
+    """One image or video: its tiles or frames, and the number of visual tokens the LLM gets of it, now and untouched."""
 
     image: Image.Image
     tiles: list[Tile]
@@ -128,10 +128,10 @@ def trace(model: Any, picture: Image.Image, processor: Any = None, name: str = "
 
 
 def trace_video(model: Any, frames: Sequence[Image.Image], processor: Any = None, name: str = "") -> Trace:
-    """What is kept of a video. Where the model has no way for videos, each frame is a picture of its own.
+    """What is kept of a video. If the model does not support videos, each frame is a separate image.
 
     Args:
-        frames: the pictures, already sampled.
+        frames: the images, already sampled.
     """
     attachment, processor = _parts(model, processor)
     if not frames:
@@ -145,7 +145,7 @@ def trace_video(model: Any, frames: Sequence[Image.Image], processor: Any = None
 
 
 def trace_inputs(attachment: Attachment, processor: Any, inputs: dict[str, Any], name: str = "") -> Trace:
-    """What is kept of pixels that are ready for ``forward``: `pixel_values` and what goes with it, of one picture."""
+    """What is kept of pixels that are ready for ``forward``: `pixel_values` and what goes with it, of one image."""
     return _traced(attachment, processor, inputs, [], name)
 
 
@@ -213,7 +213,7 @@ def _images(family: Family, inputs: dict[str, Any], processor: Any, count: int) 
 
 
 def unnormalised(pixels: Tensor, processor: Any) -> Image.Image:
-    """``(3, height, width)`` as a model takes it → the picture."""
+    """``(3, height, width)`` as a model takes it → the image."""
     images = processor.image_processor
     mean = torch.tensor(getattr(images, "image_mean", None) or [0.0] * 3).view(3, 1, 1)
     spread = torch.tensor(getattr(images, "image_std", None) or [1.0] * 3).view(3, 1, 1)

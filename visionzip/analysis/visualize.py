@@ -1,4 +1,4 @@
-"""`visionzip visualize`: what is kept of pictures, tiles and frames, as PNGs and one HTML page."""
+"""`visionzip visualize`: what is kept of images, tiles and frames, as PNGs and one HTML page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIDE = 400
 
 @dataclass
 class Result:
-    """What was written and what was not: `page`, `images` (PNGs), `skipped` (file → reason), one `rows` entry a picture."""
+    """What was written and what was not: `page`, `images` (PNGs), `skipped` (file → reason), one `rows` entry per image."""
 
     page: Path
     images: list[Path] = field(default_factory=list)
@@ -40,16 +40,16 @@ def visualize(
     title: str = "",
     progress: bool = True,
 ) -> Result:
-    """Draw what the attached `model` keeps of the picture, video or folder of pictures at `path`.
+    """Draw what the attached `model` keeps of the image, video or folder of images at `path`.
 
     Args:
         out: the page; PNGs go into the folder beside it that has its name without the ending. Or a folder for both.
         theme: of the PNGs, ``"light"`` or ``"dark"``; the page follows the reader's system.
         frames: taken evenly from a video.
-        limit: at most so many pictures of a folder, in the order of their names.
+        limit: at most so many images of a folder, in the order of their names.
 
     Raises:
-        ValueError: where nothing is attached, there is no picture, or none can be read.
+        ValueError: where nothing is attached, there is no image, or none can be read.
     """
     attachment = attached(model)
     if attachment is None:

@@ -1,4 +1,4 @@
-"""What the page can do, without the page: look at a picture, move the budget, follow a patch's attention, ask."""
+"""What the page can do, without the page: look at an image, move the budget, follow a patch's attention, ask."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from visionzip.images import decode_image
 
 @dataclass
 class Look:
-    """A picture that was uploaded, as the encoder saw it.
+    """An image that was uploaded, as the encoder saw it.
 
     `maps` ``(tiles, N, N)``: attention, once a patch was clicked. `shown`: the tile as it was drawn last.
     """
@@ -54,7 +54,7 @@ class Looker:
         self.warm = False
 
     def look(self, path: str | Path) -> Look:
-        """Read a picture and run the encoder on it.
+        """Read an image and run the encoder on it.
 
         Raises:
             ValueError: for what is no readable image.
@@ -64,7 +64,7 @@ class Looker:
             return Look(picture, trace(self.model, picture))
 
     def blank(self) -> tuple[Tile, tuple[int, int, int]]:
-        """A tile of a picture of nothing, and its `budget`: what the sliders show before there is a picture."""
+        """A tile of a blank image, and its `budget`: what the sliders show before there is an image."""
         with self.lock:
             tile = trace(self.model, Image.new("RGB", (640, 480), (127, 127, 127))).tiles[0]
         return tile, self.budget(tile)

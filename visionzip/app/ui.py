@@ -58,7 +58,7 @@ def build(looker: Looker, title: str, picture: str | None = None) -> Any:
         ]  # fmt: skip
 
     def turned(look: Look | None, number: int, *budget: Any) -> list[Any]:
-        """Another tile of the same picture."""
+        """Another tile of the same image."""
         if look is None:
             return [None, None, None, "", None, None, None, ""]
         picture = draw.enlarged(look.trace.tiles[number], SIDE)

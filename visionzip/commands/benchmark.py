@@ -111,7 +111,7 @@ def quantized(arguments: argparse.Namespace) -> dict:
 
 
 def gradient() -> Any:
-    """A picture that needs no file."""
+    """An image that needs no file."""
     from PIL import Image
 
     return Image.linear_gradient("L").resize((640, 480)).convert("RGB")

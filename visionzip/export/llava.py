@@ -143,7 +143,7 @@ def base_config(base_model: str, base: Any = None) -> Any:
 
 
 def llava_config(config: Any, state: dict[str, Tensor], vision_tower: str | None) -> dict[str, Any]:
-    """LLaVA's ``config.json``: the LLM's own, and where pictures come in.
+    """LLaVA's ``config.json``: the LLM's own, and where images come in.
 
     Raises:
         ValueError: when the tower has no name LLaVA could load it by.

@@ -232,7 +232,7 @@ class CompressedProcessor:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False, **kwargs)
         stored = ZipConfig(**config.visionzip)
         strip(config)
-        # How many placeholders a picture needs follows from the model's sizes; a model without memory has those.
+        # How many placeholders an image needs follows from the model's sizes; a model without memory has those.
         with torch.device("meta"):
             shell = AutoModelForImageTextToText.from_config(config)
         attach(shell, processor, stored)
