@@ -291,7 +291,14 @@ def test_uploads_are_gone_when_it_ends(name, model_folder_for_app, tmp_path):
     environment = {**os.environ, "TMPDIR": str(tmp_path), "DS_ACCELERATOR": "cpu"}
     environment.pop("GRADIO_TEMP_DIR", None)
     app = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts background jobs with SIGINT ignored, and children inherit that; the test is of one that is not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         assert "Ctrl+C" in app.stdout.readline(), app.stderr.read()
