@@ -107,7 +107,7 @@ class ZipConfig(BaseModel):
         dominant = max(dominant, reserved) if isinstance(self.dominant, float) else dominant
         if cap:
             dominant = min(dominant, tokens)
-        if cap or isinstance(self.dominant, float) or isinstance(self.contextual, float):
+        if cap or isinstance(self.contextual, float):
             contextual = max(0, min(contextual, tokens - dominant))
         if dominant < reserved or dominant + contextual > tokens:
             raise ValueError(

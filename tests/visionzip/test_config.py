@@ -62,7 +62,7 @@ def test_share_of_contextual_does_not_hide_a_dominant_that_is_too_large():
         ZipConfig(dominant=54, contextual=0.5).resolve(4)
 
 
-@pytest.mark.parametrize(("dominant", "contextual"), [(577, 1), (578, 0), (1, 577)])
+@pytest.mark.parametrize(("dominant", "contextual"), [(577, 1), (578, 0), (1, 577), (0.1, 9999), (1.0, 1)])
 def test_more_than_there_is(dominant, contextual):
     with pytest.raises(ValueError, match=r"makes 577 tokens.*<= 577"):
         ZipConfig(dominant=dominant, contextual=contextual).resolve(577, 1)
