@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from data.config import ConfigError, ModelSection
+from visionzip import pretrained
 
 
 @contextmanager
@@ -30,26 +31,29 @@ def loading(section: ModelSection) -> Iterator[None]:
 
 def load_processor(section: ModelSection) -> Any:
     """The processor of `model.path`. Raises `ConfigError`."""
-    from transformers import AutoProcessor
-
     with loading(section):
-        return AutoProcessor.from_pretrained(section.path, **section.source_options)
+        return pretrained.load_processor(section.path, **section.source_options)
 
 
 def load_shapes(section: ModelSection) -> Any:
     """The model on the meta device: its modules and their shapes, no weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
+    config = pretrained.read_config(section.path, **section.source_options)
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(
-            AutoConfig.from_pretrained(section.path, **section.source_options),
-            trust_remote_code=section.trust_remote_code,
-        )
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=section.trust_remote_code)
 
 
-def load_without(path: str, without: Sequence[str], **kwargs: Any) -> Any:
-    """`AutoModelForImageTextToText.from_pretrained`, but the weights of the modules named in `without` are never read.
+def load_without(
+    path: str,
+    without: Sequence[str],
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """`visionzip.pretrained.load_model`, but the weights of the modules named in `without` are never read.
 
     The modules stay, with their sizes and without parameters; running one raises. Keys of the checkpoint are converted as ever:
     transformers does that for classes of its own package only, hence the name and module of the class that is used to load.
@@ -58,16 +62,14 @@ def load_without(path: str, without: Sequence[str], **kwargs: Any) -> Any:
         without: ``"encoder"`` and/or ``"llm"``; what maps visual tokens into the LLM is always loaded.
 
     Raises:
-        ValueError: for a model that is not supported.
+        ValueError: as `load_model`, and for a model that is not supported.
     """
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     from visionzip.families import FAMILIES
 
-    kwargs.setdefault("trust_remote_code", False)  # left out, transformers asks on the terminal
-    source = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
-    config = AutoConfig.from_pretrained(path, **source)
+    source: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = pretrained.read_config(path, **source)
     family = FAMILIES.get(str(config.model_type))
     kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
     if family is None or kind is None:
@@ -85,7 +87,7 @@ def load_without(path: str, without: Sequence[str], **kwargs: Any) -> Any:
 
     names = {"__init__": __init__, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     loader: Any = type(kind.__name__, (kind,), {**names, "_keys_to_ignore_on_load_unexpected": [".*"]})
-    model = loader.from_pretrained(path, config=config, **kwargs)
+    model = pretrained.load_model(path, loader=loader, config=config, **source, **kwargs)
     model.__class__ = kind
     return model
 

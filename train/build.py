@@ -13,6 +13,7 @@ from train.config import ConfigError, ModelSection, RunConfig
 from visionzip import attach
 from visionzip.export import load_into
 from visionzip.families import FAMILIES, Family
+from visionzip.pretrained import load_model, load_processor, read_config
 
 
 def build_model(config: RunConfig) -> tuple[Any, Any]:
@@ -23,23 +24,22 @@ def build_model(config: RunConfig) -> tuple[Any, Any]:
     Raises:
         ConfigError: no model there, no GPU for a quantised one, a budget or a model that is not supported.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     section = config.model
+    load = load_model
+    if config.data.cache is not None and config.eval is None:  # an evaluation sees images that are in no cache
+        load = partial(load_without, without=["encoder"])
+    quantized = quantization(section)
     try:
-        load = AutoModelForImageTextToText.from_pretrained
-        if config.data.cache is not None and config.eval is None:  # an evaluation sees images that are in no cache
-            load = partial(load_without, without=["encoder"])
         model = load(
             section.path,
             **section.source_options,
             dtype=getattr(torch, section.dtype),
             attn_implementation=section.attn_implementation,
-            **quantization(section),
+            **quantized,
         )
-        processor = AutoProcessor.from_pretrained(section.path, **section.source_options)
-    except (OSError, ImportError, ValueError) as error:
-        raise ConfigError(f"model.path: {section.path} can't be loaded: {error}") from error
+        processor = load_processor(section.path, **section.source_options)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"model.path: {error}") from error
     try:
         attach(model, processor, config.zip)
         if section.projector is not None:
@@ -67,9 +67,12 @@ def quantization(section: ModelSection) -> dict[str, Any]:
         import bitsandbytes  # noqa: F401
     except ImportError:
         raise ConfigError("model.quantization needs bitsandbytes; pip install 'visionzip-ft[quant]'") from None
-    from transformers import AutoConfig, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
-    kind = AutoConfig.from_pretrained(section.path, **section.source_options).model_type
+    try:
+        kind = read_config(section.path, **section.source_options).model_type
+    except ValueError as error:
+        raise ConfigError(f"model.path: {error}") from error
     family = FAMILIES.get(str(kind))
     if family is None:
         raise ConfigError(f"a {kind} model can't be compressed; supported: {', '.join(FAMILIES.names())}")

@@ -15,6 +15,7 @@ import torch
 from train.config import ConfigError, RunConfig
 from train.trainable import linear_layers, modules_of
 from visionzip.families import family_for
+from visionzip.pretrained import read_config
 
 GIB = 1 << 30
 USABLE = 0.9
@@ -122,17 +123,17 @@ def visual_tokens(model: Any, config: RunConfig) -> int:
 
 def model_without_weights(config: RunConfig, beside: Path) -> Any:
     """Raises ConfigError where no model config can be found."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
     found = beside / "model.json"
     try:
         local = Path(config.model.path).is_dir()
-        shape = AutoConfig.from_pretrained(
+        shape = read_config(
             found if found.is_file() and not local else config.model.path, **config.model.source_options
         )
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(
-            f"model.path: no config of {config.model.path} here ({type(error).__name__}); put its config.json beside the run's "
+            f"model.path: no config of {config.model.path} here; put its config.json beside the run's "
             f"config as {found}, or set model.path to a directory"
         ) from error
     with torch.device("meta"):

@@ -42,9 +42,18 @@ def read_config(source: str | os.PathLike[str], *, revision: str | None = None, 
 
 
 def load_model(
-    source: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False, **kwargs: Any
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    loader: Any = None,
+    **kwargs: Any,
 ) -> Any:
-    """``AutoModelForImageTextToText.from_pretrained``; weights that are missing or of another shape are an error.
+    """``AutoModelForImageTextToText.from_pretrained``; weights that are missing or of another shape are an error (transformers
+    would draw them at random).
+
+    Args:
+        loader: the class whose ``from_pretrained`` is called, where it is another.
 
     Raises:
         ValueError: as `read_config`, and for weights that are damaged, pickled with code in them, missing or of another shape.
@@ -54,7 +63,7 @@ def load_model(
     check_exists(source)
     options = {"revision": revision or "main", "trust_remote_code": bool(trust_remote_code), **kwargs}
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = (loader or AutoModelForImageTextToText).from_pretrained(
             source,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # said below, by name
@@ -104,7 +113,7 @@ def failure(source: object, error: Exception, what: str = "") -> ValueError:
     if "trust_remote_code" in str(error):
         return ValueError(
             f"{source} can only be loaded by running Python code from its own files, which is off; read that code, and pass "
-            f"trust_remote_code=True (--trust-remote-code) if you trust it"
+            f"trust_remote_code=True (--trust-remote-code; model.trust_remote_code=true in a config) if you trust it"
         )
     if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error) or "Weights only load" in str(error):
         return ValueError(

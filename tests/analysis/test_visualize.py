@@ -151,7 +151,7 @@ def test_a_video_that_is_not_there(model_folder, tmp_path, capsys, monkeypatch):
 
 def test_no_model(pictures, tmp_path, capsys):
     assert main(["visualize", str(tmp_path), str(pictures)]) == 2
-    assert "is not a model that transformers can load" in capsys.readouterr().err
+    assert f"the config of {tmp_path} can't be read" in capsys.readouterr().err
 
 
 def test_nothing_attached(model, pictures, tmp_path):

@@ -67,7 +67,7 @@ def test_a_file_that_is_there_is_not_overwritten(there, capsys):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("nowhere train.json", "nowhere is not a model"),
+        ("nowhere train.json", "there is nothing at nowhere"),
         ("model nowhere.json", "there is no file"),
         ("model empty.json", "it is empty"),
         ("model other.json", "none of its first records can be used"),

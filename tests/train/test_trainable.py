@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.tiny import tiny_llava
+from tests.tiny import tiny_llava, tiny_processor
 from tests.train.test_resume import far, saving
 from tests.train.workspace import Ranks, config_of, equal, losses, projector
 from train.build import build_model, master_precision, quantization
@@ -99,6 +100,25 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     config = parse_config({"output_dir": "x", "model": {"path": str(tmp_path)}, "data": {"sources": [{"path": "d"}]}})
     with pytest.raises(ConfigError, match=r"model\.path"):
         build_model(config)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_base_with_a_weight_that_is_missing_is_refused(tmp_path: Path, cached: bool) -> None:
+    """transformers draws it at random, and a run went on with it."""
+    tiny_llava().save_pretrained(tmp_path / "model")
+    tiny_processor().save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    state = load_file(file)
+    lost = next(name for name in state if name.endswith("layers.0.self_attn.k_proj.weight") and "language" in name)
+    save_file({name: value for name, value in state.items() if name != lost}, file, metadata={"format": "pt"})
+    content: dict[str, Any] = {
+        "output_dir": "x",
+        "model": {"path": str(tmp_path / "model"), "dtype": "float32"},
+        "zip": {"dominant": 5, "contextual": 2},
+        "data": {"sources": [{"path": "d"}], "cache": str(tmp_path / "cache") if cached else None},
+    }
+    with pytest.raises(ConfigError, match=r"model\.path: .* of its weights 1 are missing .*k_proj"):
+        build_model(parse_config(content))
 
 
 @pytest.mark.launch

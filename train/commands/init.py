@@ -17,10 +17,12 @@ from itertools import islice
 from pathlib import Path
 
 from data.config import SourceConfig
+from data.storage import replacing
 from train.config import ConfigError, parse_config
 from train.guard import run_guarded
 from visionzip.budgets import format_budget, parse_budget, suitable_budget
 from visionzip.config import ZipConfig
+from visionzip.pretrained import load_processor, read_config
 
 LOOKED_AT = 16
 """Records that are read to see whether the file can be used."""
@@ -64,8 +66,8 @@ def init(arguments: argparse.Namespace) -> int:
 
     parse_config(yaml.safe_load(text), source=str(arguments.out))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(arguments.out, "x", encoding="utf-8") as file:
-        file.write(text)
+    with replacing(arguments.out) as file:
+        file.write(text.encode())
     print(
         f"{arguments.out}: {format_budget(budget or model.budget)} visual tokens, {records:,} records\n"
         f"next: visionzip data --config {arguments.out}   (what would be used and rejected)\n"
@@ -91,13 +93,11 @@ def read_model(path: str, trust_remote_code: bool) -> Model:
     Raises:
         ConfigError: for what transformers can't load.
     """
-    from transformers import AutoConfig, AutoProcessor
-
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"{path} is not a model that transformers can load: {str(error).splitlines()[0]}") from error
+        config = read_config(path, trust_remote_code=trust_remote_code)
+        processor = load_processor(path, trust_remote_code=trust_remote_code)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(str(error)) from error
     vision, text = getattr(config, "vision_config", None), config.get_text_config()
     if vision is None:
         raise ConfigError(f"{path} is not a vision-language model: its config has no vision_config")

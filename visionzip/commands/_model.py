@@ -138,19 +138,10 @@ def default_config(source: str, trust_remote_code: bool = False) -> Any:
     Raises:
         ValueError: when transformers can't load the config.
     """
-    from transformers import AutoConfig
-
     from visionzip.budgets import suitable_budget
+    from visionzip.pretrained import read_config
 
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        hint = (
-            "" if trust_remote_code or "trust_remote_code" not in str(error) else "; --trust-remote-code runs its code"
-        )
-        raise ValueError(
-            f"{source} is not a model that transformers can load: {str(error).splitlines()[0]}{hint}"
-        ) from error
+    config = read_config(source, trust_remote_code=trust_remote_code)
     if config.__dict__.get("visionzip"):
         return None
     vision = getattr(config, "vision_config", None)
