@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from visionzip.manifest import find_damage
+from visionzip.manifest import digest_of, find_damage
 
 NAME = re.compile(r"^checkpoint-(\d+)$")
 MANIFEST = "manifest.json"
@@ -107,12 +107,6 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def digest_of(manifest: dict[str, Any]) -> str:
-    """SHA-256 over everything in a manifest but its own digest."""
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def discard(path: Path) -> None:

@@ -13,7 +13,7 @@ from visionzip.export.base import RESULTS, RUN_CONFIG, is_run, run_result
 from visionzip.export.card import budget_words, settings
 from visionzip.export.files import read_json
 from visionzip.fingerprint import short
-from visionzip.manifest import find_damage
+from visionzip.manifest import digest_of, find_damage
 
 CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 
@@ -36,6 +36,8 @@ def describe_checkpoint(path: Path) -> Description | None:
     files = manifest.get("files", {})
     try:
         found.problems = find_damage(path, files)
+        if manifest.get("sha256") != digest_of(manifest):
+            found.problems.append("manifest.json was changed after it was written")
         strangers = {file.name for file in path.iterdir()} - {*files, "manifest.json"}
         found.problems += [
             f"{name} does not belong to it (the manifest does not list it)" for name in sorted(strangers)
@@ -70,7 +72,7 @@ def describe_cache(path: Path) -> Description | None:
         found.facts["Shards"] = f"{len(shards):,} ({format_size(sum(shard.stat().st_size for shard in shards))})"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return Description("a token cache whose cache.json can't be read", problems=[str(error)])
-    unfinished = [file.name for file in path.iterdir() if file.name.startswith(".") and file.is_file()]
+    unfinished = list(path.glob(".*.part"))
     if unfinished:
         found.facts["Being written"] = f"{len(unfinished)} (or left by a writer that was killed)"
     if not shards:

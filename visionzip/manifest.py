@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,12 @@ from typing import Any
 def list_files(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """The manifest's entries for `names` in `directory`."""
     return {name: {"bytes": (directory / name).stat().st_size, "sha256": hash_file(directory / name)} for name in names}
+
+
+def digest_of(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 over everything in a manifest but its own digest, ``sha256``."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def find_damage(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -161,6 +161,10 @@ class TestCheckpoint:
             assert message in said
         tensors.unlink()
         assert "tensors-00000.safetensors is missing" in inspect(checkpoint)
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        del manifest["files"][tensors.name]  # a list that hides what is missing
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+        assert "manifest.json was changed after it was written" in inspect(checkpoint)
         (checkpoint / "manifest.json").write_text("{")
         assert "whose manifest can't be read" in inspect(checkpoint)
         (checkpoint / "manifest.json").unlink()
@@ -196,6 +200,10 @@ def test_a_token_cache(model, tmp_path, inspect):
     assert "Budget 8 visual tokens (5 dominant + 3 contextual)" in said
     assert "Stored as bfloat16" in said
     assert "Shards 1 (" in said
+    (folder / ".index.lock").touch()  # of whoever reads it
+    assert "Being written" not in inspect(folder)
+    (folder / ".1.tokens.host-1.part").touch()
+    assert "Being written 1 (or left by a writer that was killed)" in inspect(folder)
     (folder / "cache.json").write_text("[]")
     assert "whose cache.json can't be read" in inspect(folder)
 
