@@ -132,8 +132,6 @@ def test_frozen_weights_of_a_merged_model(trained, tmp_path):
 
 def test_a_file_without_a_checksum_is_used_with_one_line(export, caplog):
     name, out, file = export
-    if name == "merged":
-        return  # this toolkit's alone, and always with one
     if name == "safetensors":
         rewrite(file, lambda state: None)
         from safetensors import safe_open
@@ -144,9 +142,13 @@ def test_a_file_without_a_checksum_is_used_with_one_line(export, caplog):
     else:
         note = json.loads((out / "visionzip.json").read_text())
         del note["digest"]
+        note.pop("files", None)
         (out / "visionzip.json").write_text(json.dumps(note))
     with caplog.at_level(logging.WARNING):
-        load_into(attach(tiny_llava(), tiny_processor(), BUDGET), out)
+        if name == "merged":
+            load(out, "cpu")
+        else:
+            load_into(attach(tiny_llava(), tiny_processor(), BUDGET), out)
     said = [record.message for record in caplog.records if record.name.startswith("visionzip")]
     assert said == [f"{out} has no checksum: a change since it was written would not be noticed"]
     assert describe(out).facts["Checksum"] == "none: damage would not be noticed"

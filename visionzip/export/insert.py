@@ -74,16 +74,21 @@ def insert(model: nn.Module, trained: Trained, source: str, *, force: bool = Fal
     """
     attachment = required(model)
     check_belongs(attachment, trained.header, source, force=force)
-    if not trained.header.fingerprint:
-        log.warning(
-            "%s does not say what it was trained with and has no checksum: only names and shapes can be checked", source
-        )
-    elif not trained.header.digest:
-        log.warning("%s has no checksum: a change since it was written would not be noticed", source)
+    warn_unchecked(trained.header, source)
     if trained.adapters:
         insert_adapters(attachment.model, trained, source)
     else:
         put_state(attachment, trained.projector, source)
+
+
+def warn_unchecked(header: Header, source: str) -> None:
+    """Log in a line what can't be checked of an export: those of other toolkits and of earlier versions of this one say less."""
+    if not header.fingerprint:
+        log.warning(
+            "%s does not say what it was trained with and has no checksum: only names and shapes can be checked", source
+        )
+    elif not header.digest:
+        log.warning("%s has no checksum: a change since it was written would not be noticed", source)
 
 
 def insert_adapters(model: Any, trained: Trained, source: str) -> None:
