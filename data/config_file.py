@@ -7,15 +7,30 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from data.storage import DISK_ERRORS
+
 
 class ConfigError(ValueError):
     """The config can't be used. The message lists every mistake with its dotted path."""
+
+
+@contextmanager
+def config_errors(section: str) -> Iterator[None]:
+    """What goes wrong with what `section` names, as a `ConfigError`. A disk that is full (a source is indexed when it is opened)
+    is none, and passes."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise
+        raise ConfigError(f"{section}: {error}") from error
 
 
 class Section(BaseModel):

@@ -21,7 +21,9 @@ _MAGIC_BYTES = 8
 HEADER_BYTES = _MAGIC_BYTES + hashlib.sha256().digest_size
 
 
-STORAGE_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""What only writing raises, or a disk that fails."""
+STORAGE_ERRORS = (*DISK_ERRORS, errno.EACCES)
 STORAGE_EXIT = 74
 """Exit code of every command where a file can't be written; `EX_IOERR` of sysexits.h."""
 

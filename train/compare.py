@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+from data.config_file import config_errors
 from data.processes import own_device
 from train.build import build_model
 from train.config import ConfigError, RunConfig
@@ -25,10 +26,8 @@ def compare_models(config: RunConfig, rank: int = 0, world_size: int = 1) -> tup
     base = config.model_copy(update={"model": config.model.model_copy(update={"projector": None})})
     model, processor = build_model(base)
     model.to(own_device())
-    try:
+    with config_errors("eval"):
         tokens = tokens_a_picture(model, processor, config)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"eval: {error}") from error
     results = {}
     if start is not None:  # first: a projector that can't be loaded ends it before anything is asked
         with ExitStack() as loaded:

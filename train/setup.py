@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cache.reader import CachedTokens
+from data.config_file import config_errors
 from data.dataset import InstructionDataset, build_dataset
 from data.lengths import Lengths
 from data.precheck import check_records
@@ -15,7 +16,7 @@ from data.rejects import RejectLog, TooManyRejected
 from data.stream import build_stream, is_streamed
 from train.batches import BalancedBatches, ShareOfBatches
 from train.cached import check_cache, read_from_cache
-from train.config import ConfigError, RunConfig
+from train.config import RunConfig
 from train.ending import Exit, RunEnded, StopRequest, Watchdog
 from train.resume import Resume
 from train.teacher_answers import WithAnswers, check_teacher, describe_teacher
@@ -68,7 +69,7 @@ def build_data(run: Run) -> Any:
     """
     config, model, processor = run.config, run.model, run.processor
     data, distill, images = config.data, config.train.distill, None
-    try:
+    with config_errors("data"):
         if data.cache is not None:
             check_cache(config, model, processor, data.cache)
             read_from_cache(model)
@@ -88,8 +89,6 @@ def build_data(run: Run) -> Any:
             wanted = describe_teacher(model, processor, config)
             return dataset.making(WithAnswers(dataset.encoder, check_teacher(distill.cache, wanted)))
         return dataset
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"data: {error}") from error
 
 
 def build_batches(run: Run, dataset: Any, tokens: int, packed: bool) -> Any:

@@ -80,25 +80,33 @@ def check_teacher(folder: str | None, wanted: dict[str, Any]) -> Path:
         raise ConfigError(
             f"train.distill.cache: {folder} has no answers ({error}); make them: visionzip teacher --config …"
         ) from None
-    found = (
-        []
-        if stored.get("format") == wanted["format"]
-        else [f"format {stored.get('format')}, expected {wanted['format']}"]
-    )
-    if not found:
-        common = {part: value for part, value in stored["model"].items() if part in wanted["model"]}
-        found = differences(wanted["model"], common)
-        keys = sorted(stored["settings"].keys() | wanted["settings"].keys())
-        pairs = [
-            (key, stored["settings"].get(key), json.loads(json.dumps(wanted["settings"].get(key)))) for key in keys
-        ]
-        found += [f"{key}: {there} there, {here} here" for key, there, here in pairs if there != here]
+    try:
+        found = find_differences(stored, wanted)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"train.distill.cache: {Path(folder) / MANIFEST} is damaged ({type(error).__name__}: {error}); delete the folder and "
+            "make the answers again"
+        ) from None
     if found:
         raise ConfigError(
             f"train.distill.cache: the answers in {folder} were made with something else: {'; '.join(found)}. Name another folder, "
             "or delete this one"
         )
     return Path(folder)
+
+
+def find_differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """`top_k: 8 there, 4 here` …"""
+    if stored["format"] != wanted["format"]:
+        return [f"format {stored['format']}, expected {wanted['format']}"]
+    found = differences(
+        wanted["model"], {part: values for part, values in stored["model"].items() if part in wanted["model"]}
+    )
+    there, here = stored["settings"], json.loads(json.dumps(wanted["settings"]))
+    keys = sorted(there.keys() | here.keys())
+    return found + [
+        f"{key}: {there.get(key)} there, {here.get(key)} here" for key in keys if there.get(key) != here.get(key)
+    ]
 
 
 def claim_folder(folder: Path, wanted: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tests.train.workspace import Ranks, config_of, losses, write_config
 from train.commands import start
-from train.config import load_config
+from train.config import ConfigError, load_config
 from train.distill import Teacher, divergence_, most_likely
 from train.ending import Exit
 from train.loss import FrozenHeadLoss, LogitsLoss
@@ -153,6 +153,15 @@ def test_answers_made_with_something_else_are_refused(
     ranks.start(config, world=1)
     assert ranks.wait() == [Exit.CONFIG]
     assert "temperature: 1.0 there, 2.0 here" in ranks.output()
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"format": "visionzip-teacher/1", "model": 3, "settings": {}}'])
+def test_a_damaged_manifest_is_one_message(tmp_path: Path, content: str) -> None:
+    from train.teacher_answers import FORMAT, MANIFEST, check_teacher
+
+    (tmp_path / MANIFEST).write_text(content)
+    with pytest.raises(ConfigError, match=r"teacher\.json is damaged .*; delete the folder and make the answers again"):
+        check_teacher(str(tmp_path), {"format": FORMAT, "model": {}, "settings": {}})
 
 
 def test_a_changed_picture_or_answer_is_not_learned_from(workspace: Path, tmp_path: Path, answers: Path) -> None:
