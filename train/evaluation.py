@@ -10,17 +10,21 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data.config_file import config_errors
 from data.records import content_digest
 from train.cached import check_cache
 from train.callbacks import replace_text
-from train.config import ConfigError
-from train.digest import digest
+from train.config import RunConfig
+from train.digest import describe_processor, digest
 from train.held_out import score, tokens_a_picture
 from train.result_checks import check_answers
 from train.scores import Scores
 from train.setup import Run
 from train.words import count_of
 from visionzip import attach, detach
+
+QUESTIONS = {"template", "max_length", "max_pixels", "pad_images", "frames", "subset_seed"}
+"""Keys of `data` that say how held-out questions are made, too."""
 
 
 def count_tokens(run: Run) -> tuple[int, int]:
@@ -32,12 +36,10 @@ def count_tokens(run: Run) -> tuple[int, int]:
     section = run.config.eval
     if section is None:
         return 0, 0
-    try:
+    with config_errors("eval"):
         if section.cache is not None:
             check_cache(run.config, run.model, run.processor, section.cache)
         return tokens_a_picture(run.model, run.processor, run.config)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"eval: {error}") from error
 
 
 def evaluate_base(run: Run, base: dict[str, str]) -> dict[str, Scores]:
@@ -49,18 +51,7 @@ def evaluate_base(run: Run, base: dict[str, str]) -> dict[str, Scores]:
     config = run.config
     if config.eval is None:
         return {}
-    known = run.folder / "base_scores.json"
-    content = content_digest(config.eval.sources, config.data.cache_dir)
-    key = digest(
-        [
-            config.eval.model_dump(),
-            content,
-            config.data.template,
-            config.model.model_dump(),
-            config.zip.model_dump(),
-            base,
-        ]
-    )
+    known, key = run.folder / "base_scores.json", key_of_scores(config, run.processor, base)
     stored: list[Any] = [read_scores(known, key) if run.rank == 0 else None]
     if run.world_size > 1:
         dist.broadcast_object_list(stored, src=0)
@@ -77,6 +68,22 @@ def evaluate_base(run: Run, base: dict[str, str]) -> dict[str, Scores]:
         measured = json.loads(json.dumps({name: asdict(found) for name, found in scores.items()}))
         replace_text(known, json.dumps({"key": key, "digest": digest(measured), "scores": measured}))
     return scores
+
+
+def key_of_scores(config: RunConfig, processor: Any, base: dict[str, str]) -> str:
+    """Changes when anything does that the untrained model's answers depend on."""
+    assert config.eval is not None
+    return digest(
+        [
+            config.eval.model_dump(),
+            content_digest(config.eval.sources, config.data.cache_dir),
+            config.data.model_dump(include=QUESTIONS),
+            config.model.model_dump(),
+            config.zip.model_dump(),
+            describe_processor(processor),
+            base,
+        ]
+    )
 
 
 def evaluate(run: Run, what: str) -> Scores:

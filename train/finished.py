@@ -14,6 +14,7 @@ from train.checkpoint import list_checkpoints, step_of, write_through
 from train.config import RunConfig
 from train.digest import digest
 from visionzip.loading import RESULTS
+from visionzip.manifest import list_files
 
 RECORD = "finished.json"
 
@@ -21,7 +22,7 @@ RECORD = "finished.json"
 def record_finish(config: RunConfig, step: int) -> None:
     """Write down that everything is there; the last thing a run does. On rank 0."""
     folder = Path(config.output_dir)
-    content = {"step": step, "run": key_of(config), "files": sizes(folder)}
+    content = {"step": step, "run": key_of(config), "files": list_results(folder)}
     aside = folder / f".{RECORD}"
     write_through(aside, json.dumps({**content, "digest": digest(content)}, indent=1).encode())
     os.replace(aside, folder / RECORD)
@@ -46,7 +47,7 @@ def _find(config: RunConfig) -> int | None:
         saved = list_checkpoints(folder)
         if claimed != digest(stored) or not saved or step_of(saved[-1]) != stored["step"]:
             return None
-        complete = stored["run"] == key_of(config) and stored["files"] == sizes(folder)
+        complete = stored["run"] == key_of(config) and stored["files"] == list_results(folder)
         return stored["step"] if complete else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -58,9 +59,9 @@ def key_of(config: RunConfig) -> str:
     return digest([config.model_dump(mode="json"), content_digest(sources, config.data.cache_dir)])
 
 
-def sizes(folder: Path) -> dict[str, int]:
-    """File → bytes of the exports and the report."""
+def list_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """File of the exports and the report → its size and SHA-256."""
     paths = sorted(
         path for name in (*RESULTS.values(), "report") for path in (folder / name).rglob("*") if path.is_file()
     )
-    return {str(path.relative_to(folder)): path.stat().st_size for path in paths}
+    return list_files(folder, [str(path.relative_to(folder)) for path in paths])

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data.config_file import config_errors
 from data.records import content_digest
 from train.argument_checks import STAGES
 from train.config import ConfigError, RunConfig
-from train.digest import digest
+from train.digest import describe_processor, digest
 from train.ending import Exit, RunEnded
 from train.resume import Resume
 from train.setup import Run
@@ -76,6 +77,7 @@ def identify(run: Run, records: int | None) -> dict[str, Any]:
         "world_size": run.world_size,
         "zero": config.trainer.deepspeed,
         "zero_file": None if config.trainer.deepspeed in STAGES else digest(config.trainer.deepspeed_config()),
+        "processor": describe_processor(run.processor),
         "model.dtype": config.model.dtype,
         "model.attn_implementation": config.model.attn_implementation,
         "train.distill": config.train.distill.model_dump() if config.train.distill else None,
@@ -104,10 +106,8 @@ def content_of(config: RunConfig) -> dict[str, str]:
     Raises:
         ConfigError: for a source that can't be read.
     """
-    try:
+    with config_errors("data"):
         return {source.label: content_digest([source], config.data.cache_dir)[:16] for source in config.data.sources}
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"data: {error}") from error
 
 
 def check_ranks_agree(seen: dict[str, Any], world_size: int) -> None:

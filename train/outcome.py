@@ -10,6 +10,7 @@ import torch.distributed as dist
 from train import random_state, report
 from train.callbacks import Wandb
 from train.config import RunConfig
+from train.ending import Exit, RunEnded
 from train.finished import record_finish
 from train.scores import Scores, describe_scores
 from train.setup import Run, Tokens
@@ -17,6 +18,7 @@ from train.trainable import count, describe_trained
 from train.trainer import ProjectorTrainer
 from train.wandb_page import end_of_run
 from visionzip.loading import save_result
+from visionzip.projector import NotFinite
 
 
 def leave_behind(
@@ -49,9 +51,24 @@ def export(model: Any, processor: Any, config: RunConfig, metadata: dict[str, An
 
     Returns:
         That folder.
+
+    Raises:
+        RunEnded: on every rank, for weights that are not finite, which under ZeRO-3 rank 0 alone may see.
+        OSError: on rank 0, for a disk that is full or can't be written.
     """
     form = "merged" if "llm" in config.train.parts else "peft" if config.train.lora is not None else "safetensors"
-    return save_result(model, config.output_dir, form, metadata, write=write)
+    folder, failed = Path(config.output_dir), None
+    try:
+        folder = save_result(model, config.output_dir, form, metadata, write=write)
+    except NotFinite as error:  # found when all weights are gathered: the ranks are at the same point
+        failed = str(error)
+    if dist.is_initialized():
+        told = [failed]
+        dist.broadcast_object_list(told, src=0)
+        failed = failed or told[0]
+    if failed is not None:
+        raise RunEnded(Exit.NOT_FINITE, f"{failed}. The last complete checkpoint is untouched")
+    return folder
 
 
 def write_report(

@@ -50,10 +50,10 @@ def find_resume(
 
 
 def _open(wanted: str | None, output_dir: str, warn: Callable[[str], None]) -> checkpoint.Reader | None:
+    checkpoint.remove_leftovers(output_dir)
     if wanted is None:
         return None
     if wanted == "auto":
-        checkpoint.remove_leftovers(output_dir)
         path = checkpoint.find_newest_complete(output_dir, warn)
         if path is None and checkpoint.list_checkpoints(output_dir):
             warn(f"no complete checkpoint is left in {output_dir}: starting from the beginning")

@@ -13,6 +13,10 @@ from visionzip.fingerprint import Fingerprint, gathered
 from visionzip.fingerprint import fingerprint as _fingerprint
 
 
+class NotFinite(ValueError):
+    """Weights hold NaN or infinity."""
+
+
 def projector_state(model: nn.Module) -> dict[str, Tensor]:
     """The projector's parameters by their name in the plain model, on the CPU; adapters in it are merged.
 
@@ -98,11 +102,11 @@ def put_state(attachment: Attachment, state: dict[str, Tensor], source: str) -> 
 
 
 def check_finite(state: Mapping[str, Tensor], source: str) -> None:
-    """Raise ``ValueError`` naming the first tensor that holds NaN or infinity."""
+    """Raise `NotFinite` naming the first tensor that holds NaN or infinity."""
     for name, value in state.items():
         if value.is_floating_point() and value.itemsize > 1 and not bool(value.isfinite().all()):
             bad = int((~value.isfinite()).sum())
-            raise ValueError(f"{source}: {name} holds {bad:,} values that are not finite (NaN or infinity)")
+            raise NotFinite(f"{source}: {name} holds {bad:,} values that are not finite (NaN or infinity)")
 
 
 def required(model: nn.Module) -> Attachment:

@@ -52,6 +52,11 @@ EVENTS = {
         "exit code 74 and one sentence; exported when there is room, bit for bit",
         1,
     ),
+    "test_a_weight_of_the_llm_that_is_not_finite_ends_every_rank_at_the_export": (
+        "a NaN in a row of the LLM's embedding that no record reads, under ZeRO-3",
+        "exit code 70 on every rank at the export, nothing exported",
+        1,
+    ),
     "test_a_kill_between_the_last_checkpoint_and_the_export_costs_nothing": (
         "SIGKILL between the last checkpoint and the export",
         "no step is taken again, the export follows bit for bit, each step logged once",

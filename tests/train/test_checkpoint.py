@@ -16,6 +16,7 @@ import torch
 from tests.train.workspace import Ranks, config_of, equal, projector
 from train import checkpoint, random_state
 from train.checkpoint import CheckpointError
+from train.resume import find_resume
 
 
 def written(folder: Path, step: int = 3) -> Path:
@@ -49,6 +50,13 @@ def test_large_states_are_cut_into_shards(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(list(path.glob("tensors-*.safetensors"))) >= 3
     reader = checkpoint.Reader(path)
     assert [reader.tensor(f"weight/{number}")[0].item() for number in range(5)] == [0, 1, 2, 3, 4]
+
+
+def test_what_a_killed_run_was_writing_is_removed_however_the_next_one_starts(tmp_path: Path) -> None:
+    for wanted in (None, "auto", str(written(tmp_path))):
+        (tmp_path / ".writing-checkpoint-7").mkdir()
+        find_resume(wanted, str(tmp_path), 0, 1, print)
+        assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"], wanted
 
 
 FILES = ("manifest.json", "progress.json", "random.safetensors", "tensors-00000.safetensors", "trainer_state.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -13,7 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
+from tests.tiny import WORDS
 from tests.train.workspace import (
     ROOT,
     Ranks,
@@ -233,6 +236,27 @@ def test_a_full_disk_at_the_end_is_said_in_a_sentence_and_the_export_follows(
     ranks.run(config)
     ranks.run(endless(workspace, tmp_path / "never", trainer__max_steps=4))
     assert equal(projector(output), projector(tmp_path / "never"))
+
+
+@pytest.mark.launch
+def test_a_weight_of_the_llm_that_is_not_finite_ends_every_rank_at_the_export(
+    workspace: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """In a row of the embedding that no record reads: no loss and no gradient shows it, and rank 0 alone has it whole."""
+    shutil.copytree(workspace / "model", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    state = load_file(file)
+    name = next(name for name in state if name.endswith("embed_tokens.weight"))
+    state[name][WORDS.index("yes"), 1] = float("nan")
+    save_file(state, file, metadata={"format": "pt"})
+    config = config_of(
+        workspace, tmp_path / "run", trainer__deepspeed="zero3", trainer__max_steps=1, train__parts=["projector", "llm"],
+        model__path=str(tmp_path / "model"),
+    )  # fmt: skip
+    ranks.start(config)
+    assert ranks.wait() == [70, 70]
+    assert re.search(r"embed_tokens.weight holds 1 values that are not finite", ranks.output())
+    assert not (tmp_path / "run" / "model").exists()
 
 
 @pytest.mark.launch
