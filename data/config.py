@@ -91,9 +91,7 @@ class SourceConfig(Section):
     columns: Columns = Field(default_factory=Columns)
     fraction: float = Field(default=1.0, gt=0, le=1, description="seeded share; the same records on every machine")
     max_samples: int | None = Field(default=None, gt=0)
-    weight: float = Field(
-        default=1.0, gt=0, allow_inf_nan=False, description="how often the source is gone through in an epoch"
-    )
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="passes through the source per epoch")
 
     @field_validator("format")
     @classmethod

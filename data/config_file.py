@@ -65,7 +65,9 @@ def read_config_file(path: str | Path, overrides: Sequence[str] = ()) -> dict[st
     except (YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} can't be read as YAML: {error}") from None
     if not isinstance(plain, dict):
-        raise ConfigError(f"{path} holds a {type(plain).__name__}; expected sections such as model:, data:, trainer:")
+        raise ConfigError(
+            f"{path} contains a {type(plain).__name__}; expected sections such as model:, data:, trainer:"
+        )
     try:
         for item in overrides:
             key, _, value = item.partition("=")

@@ -42,7 +42,7 @@ class Source:
             cache_folder(data.cache_dir), len(self.records), config.fraction, config.max_samples, data.subset_seed
         )
         if not len(self):
-            raise ValueError(f"data source {self.label!r} ({config.path}) holds no records")
+            raise ValueError(f"data source {self.label!r} ({config.path}) contains no records")
 
     def __len__(self) -> int:
         return len(self.records) if self.subset is None else len(self.subset)

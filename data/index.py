@@ -178,7 +178,7 @@ def scan(path: str) -> Iterator[np.ndarray]:
     start = 3 if head.startswith(b"\xef\xbb\xbf") else 0
     body = head[start:].lstrip()
     if not body:
-        raise IndexFileError(f"{path} holds no records (it is empty)")
+        raise IndexFileError(f"{path} contains no records (it is empty)")
     if body[:1] == b"[":
         return scan_array(path, start + head[start:].index(b"["))
     lines = body.split(b"\n")[: 100 if len(head) < 1 << 16 else -1]  # the last may be cut

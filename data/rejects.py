@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 REASONS = {
     "broken JSON": "the line or array element is not JSON",
     "not UTF-8": "bytes that are no UTF-8, or half a surrogate pair",
-    "wrong type": "a field holds something else than it should",
+    "wrong type": "a field has an unexpected type",
     "unknown layout": "no known columns, or a mapped column is not there",
     "unknown role": "a turn by somebody who is neither system, user nor assistant",
     "empty conversation": "no turns",
@@ -36,7 +36,7 @@ REASONS = {
     "unreadable video": "damaged, no video stream, or no frames",
     "template": "the conversation template has no form for it",
     "too long": "more tokens than data.max_length, and cutting would go through an image or leave no answer",
-    "not in the cache": "data.cache is set and does not hold the image",
+    "not in the cache": "data.cache is set and does not contain the image",
     "damaged cache": "the image's tokens do not match their checksum; python -m data.cache repairs them",
     "unexpected error": "anything else; the detail names the exception",
 }

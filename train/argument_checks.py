@@ -57,7 +57,7 @@ OWNED = {
     "local_rank": "the launcher sets it",
     "resume_from_checkpoint": "set trainer.resume to auto or a path",
     "restore_callback_states_from_checkpoint": "set trainer.resume to auto or a path",
-    "ignore_data_skip": "a resumed run goes on with the samples not yet seen; start a new output_dir for another order",
+    "ignore_data_skip": "a resumed run continues with the samples not yet seen; start a new output_dir for another order",
     "save_only_model": "a checkpoint without the optimizer can't be resumed; the projector itself is saved at the end",
     "save_on_each_node": "rank 0 alone writes; every node can resume from it",
     "load_best_model_at_end": "the projector of the last step is what is exported; evaluate checkpoints to choose another",
@@ -105,7 +105,7 @@ OWNED = {
     "label_smoothing_factor": "the loss is plain cross-entropy",
     "neftune_noise_alpha": "not supported: noise would not survive a resume exactly",
     "optim_args": "AdamW's settings are adam_beta1, adam_beta2, adam_epsilon and weight_decay",
-    "optim_target_modules": "what trains is set in the train section",
+    "optim_target_modules": "trainable parameters are set in the train section",
 }
 
 

@@ -33,7 +33,7 @@ class TrainerSection(BaseModel):
 
     deepspeed: str = Field("zero2", description=f"{', '.join(STAGES)}, or the path of a DeepSpeed config")
     resume: str | None = Field(
-        "auto", description="auto: the newest complete checkpoint, if any; a path; null: start anew"
+        "auto", description="auto: the newest complete checkpoint, if any; a path; null: start from the beginning"
     )
     global_batch_size: int | None = Field(
         None, ge=1, description="samples in one step over all processes; sets gradient_accumulation_steps to fit"

@@ -234,7 +234,7 @@ class Wandb(WandbCallback):
         try:
             action()
         except Exception as error:
-            logger.warning("W&B %s (%s: %s); the run goes on without it, metrics.jsonl has everything",
+            logger.warning("W&B %s (%s: %s); the run continues without it, metrics.jsonl has everything",
                            what, type(error).__name__, error)  # fmt: skip
             self._wandb = None  # type: ignore[assignment]
 

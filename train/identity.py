@@ -146,7 +146,7 @@ def compare(resume: Resume, identity: dict[str, Any]) -> list[str]:
     if belongs:
         raise RunEnded(
             Exit.CONFIG,
-            f"{resume.path} belongs to another run ({'; '.join(belongs)}). Set another output_dir, or trainer.resume=null to start anew",
+            f"{resume.path} belongs to another run ({'; '.join(belongs)}). Set another output_dir, or trainer.resume=null to start from the beginning",
         )
     if "settings" not in stored:  # written before these were
         return ["the checkpoint does not record its optimizer settings and data; they could not be compared"]
@@ -155,7 +155,7 @@ def compare(resume: Resume, identity: dict[str, Any]) -> list[str]:
         raise RunEnded(
             Exit.CONFIG,
             f"{resume.path} was trained with other settings, which can't change on resume: {'; '.join(fixed)}. Set them back, or set "
-            "another output_dir to train anew (model.projector starts from an exported projector)",
+            "another output_dir to train again (model.projector starts from an exported projector)",
         )
     rest = [name for name in now if name not in (*BELONGS, "settings")]
     found = differences({name: stored.get(name) for name in rest}, {name: now[name] for name in rest})

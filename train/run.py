@@ -1,4 +1,4 @@
-"""One training run: build → train → evaluate → leave behind."""
+"""One training run: build → train → evaluate → export."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def tell_finished(config: RunConfig, step: int) -> None:
     found = [f"{name}: {folder / name}" for name in (*RESULTS.values(), "report") if (folder / name).is_dir()]
     print(
         f"resuming from {folder / f'checkpoint-{step}'} (step {step} of {step}): this run is finished, nothing is trained or written. "
-        f"trainer.resume=null trains anew\n{'; '.join(found)}",
+        f"trainer.resume=null trains again\n{'; '.join(found)}",
         file=sys.stderr,
         flush=True,
     )
@@ -270,5 +270,5 @@ def end_early(run: Run, trainer: ProjectorTrainer, wandb: Wandb | None) -> None:
     raise RunEnded(
         Exit.STOPPED,
         f"stopped by {run.stop.signal or 'a signal to another rank'} at step {trainer.state.global_step} of "
-        f"{trainer.state.max_steps}, which is saved. Start the same command again to go on",
+        f"{trainer.state.max_steps}, which is saved. Start the same command again to continue",
     )

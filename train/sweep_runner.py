@@ -97,7 +97,7 @@ def sweep(out: Path, cells: list[Cell], jobs: int) -> int:
     try:
         failed = planned.run()
     except KeyboardInterrupt:
-        planned.say("stopped; the same command goes on")
+        planned.say("stopped; the same command continues")
         return Exit.STOPPED
     if not any(cell.results for cell in cells):
         planned.say("no cell finished: there is nothing to compare")

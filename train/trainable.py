@@ -99,7 +99,7 @@ def check(model: nn.Module, allowed: set[str]) -> None:
     if training != allowed:
         extra, missing = sorted(training - allowed), sorted(allowed - training)
         raise RuntimeError(
-            f"what trains is not what was chosen: {len(extra)} parameters too many {extra[:3]}, {len(missing)} missing {missing[:3]}"
+            f"the trainable parameters are not those selected: {len(extra)} parameters too many {extra[:3]}, {len(missing)} missing {missing[:3]}"
         )
 
 

@@ -104,7 +104,7 @@ class Look(TrainerCallback):
                     self.chosen = one_question_per_image(self.questions(), self.count)
                 shown = [(question, *self.answer(model, question)) for question in self.chosen]
         except Exception as error:
-            logger.warning("no more images for W&B (%s: %s); the run goes on", type(error).__name__, error)
+            logger.warning("no more images for W&B (%s: %s); the run continues", type(error).__name__, error)
             self.count = 0
             return
         self.log(lambda wandb: page_of(wandb, shown, step, self.section.metric))

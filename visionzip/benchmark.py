@@ -244,7 +244,7 @@ def _peak(device: torch.device) -> Iterator[list[int]]:
 def render_rows(rows: Sequence[Row]) -> str:
     """Markdown, one line a budget, batch size and turn; in brackets how many times less or faster than with all tokens."""
     head = ["budget", "batch", "turn", "visual tokens", "prompt", "encode ms", "prefill ms", "first token ms",
-            "ms a token", "KV cache MB", "peak MB", "GFLOP"]  # fmt: skip
+            "ms per token", "KV cache MB", "peak MB", "GFLOP"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     plain = {(row.batch, row.turn): row for row in rows if row.budget == ALL}
     for row in rows:

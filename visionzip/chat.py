@@ -254,7 +254,7 @@ class Chat:
         text = unwrap(self.model).config.get_text_config()
         most = getattr(text, "max_position_embeddings", None)
         if most and prompt + 1 > most:
-            raise ValueError(f"the conversation has {prompt:,} tokens by now, and the model can hold {most:,}: /reset")
+            raise ValueError(f"the conversation has {prompt:,} tokens, and the model's limit is {most:,}: /reset")
 
 
 class _Streamer(TextStreamer):

@@ -18,7 +18,7 @@ class Adaptive(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    threshold: float = Field(gt=0, lt=1, description="share that the kept patches have to hold")
+    threshold: float = Field(gt=0, lt=1, description="share that the kept patches have to reach")
     measure: Measure = Field(
         "attention", description="share of the attention on patches, or of what a greedy choice of patches covers"
     )

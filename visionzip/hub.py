@@ -38,7 +38,9 @@ def push(
         )
     form = recognise(place)
     if form is None:
-        raise ValueError(f"{directory} is no whole export: what was trained is not in it, only {', '.join(names[:4])}")
+        raise ValueError(
+            f"{directory} is not a complete export: it lacks the trained weights, and contains only {', '.join(names[:4])}"
+        )
     header = form.read(place).header  # a damaged one is not for others
     if CARD in names:
         text = (place / CARD).read_text(encoding="utf-8").replace(HERE, repo_id)

@@ -106,7 +106,7 @@ def check_finite(state: Mapping[str, Tensor], source: str) -> None:
     for name, value in state.items():
         if value.is_floating_point() and value.itemsize > 1 and not bool(value.isfinite().all()):
             bad = int((~value.isfinite()).sum())
-            raise NotFinite(f"{source}: {name} holds {bad:,} values that are not finite (NaN or infinity)")
+            raise NotFinite(f"{source}: {name} contains {bad:,} values that are not finite (NaN or infinity)")
 
 
 def required(model: nn.Module) -> Attachment:

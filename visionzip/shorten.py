@@ -94,7 +94,7 @@ def keep_of_each(input_ids: Tensor, token: int, written: list[int], kept: list[i
     starts = torch.tensor([0, *written], device=input_ids.device).cumsum(0)
     if int(image.sum()) != int(starts[-1]):
         raise ValueError(
-            f"the prompt holds {int(image.sum())} image placeholders, but needs {int(starts[-1])} for its images; "
+            f"the prompt contains {int(image.sum())} image placeholders, but needs {int(starts[-1])} for its images; "
             "make the prompt with the processor that was attached with this model"
         )
     owner = torch.searchsorted(starts, number, right=True).clamp(min=1, max=len(written)) - 1

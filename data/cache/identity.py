@@ -65,7 +65,7 @@ def check_identity(folder: str | os.PathLike[str], wanted: dict[str, Any]) -> di
         found = _differences(stored, wanted)
     except FileNotFoundError:
         raise CacheError(
-            f"{folder} holds no token cache ({MANIFEST} is missing); make it: python -m data.cache --config ..."
+            f"{folder} contains no token cache ({MANIFEST} is missing); create it with: visionzip cache --config ..."
         ) from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CacheError(

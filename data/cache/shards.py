@@ -231,7 +231,7 @@ def check_belongs(path: Path, tail: bytes, cache: MadeFor) -> None:
         return  # whoever reads it will see
     if shard.cache != cache.digest:
         raise ForeignShard(
-            f"{path} belongs to another cache. It was made for: {shard.summary}; this one holds: {cache.summary}. "
+            f"{path} belongs to another cache. It was made for: {shard.summary}; this one contains: {cache.summary}. "
             "Remove the file from the folder"
         )
 

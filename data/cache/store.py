@@ -110,7 +110,7 @@ class Store:
                 shard = Shard(path)
             except (Damaged, OSError) as error:
                 unreadable += 1
-                logger.warning("%s; what it holds will be computed again", error)
+                logger.warning("%s; its contents will be computed again", error)
                 continue
             found = np.zeros(len(shard.rows), INDEXED)
             for column in ROW.names or ():

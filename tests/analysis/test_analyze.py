@@ -114,7 +114,7 @@ def test_a_damaged_file_of_measurements(ready, pictures, tmp_path, line):
     analyze(ready, pictures, tmp_path / "out", limit=1, progress=False)
     with open(tmp_path / "out" / LINES, "a") as file:
         file.write(line + "\n")
-    with pytest.raises(ValueError, match=rf"{LINES} is damaged .*delete it to measure anew"):
+    with pytest.raises(ValueError, match=rf"{LINES} is damaged .*delete it to measure again"):
         analyze(ready, pictures, tmp_path / "out", progress=False)
 
 

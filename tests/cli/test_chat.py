@@ -138,7 +138,7 @@ def test_an_interrupted_answer(chat):
 
 def test_a_conversation_that_gets_too_long(chat):
     before = len(chat.messages)
-    with pytest.raises(ValueError, match=r"has 6\d\d tokens by now, and the model can hold 512: /reset"):
+    with pytest.raises(ValueError, match=r"has 6\d\d tokens, and the model's limit is 512: /reset"):
         chat.ask("what " * 600)
     assert len(chat.messages) == before
 
@@ -174,13 +174,14 @@ class TestTerminal:
     def test_a_transcript(self, talk):
         code, printed = talk("what is this", "/budget 12", "what", "/reset", "how many", arguments=["--image", "a.png"])
         assert code == 0
-        assert "8 visual tokens (5 dominant + 3 contextual) a picture. /help says" in printed.out
+        assert "8 visual tokens (5 dominant + 3 contextual) per image. /help says" in printed.out
         assert f"picture: 8 of 16 tokens · prompt {14 + SYSTEM} tokens · first token after" in printed.out
         assert (
-            "12 visual tokens (10 dominant + 2 contextual) a picture; the pictures so far are read anew." in printed.out
+            "12 visual tokens (10 dominant + 2 contextual) per image; the images so far are encoded again."
+            in printed.out
         )
-        assert "1 pictures read anew" in printed.out.replace("1 picture read", "1 pictures read")
-        assert "Conversation and pictures forgotten." in printed.out
+        assert "images encoded again: 1" in printed.out
+        assert "Conversation and images forgotten." in printed.out
 
     def test_mistakes_do_not_end_it(self, talk, tmp_path):
         (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")

@@ -248,8 +248,8 @@ def test_a_shard_of_another_cache_is_refused_by_name(place, cache, change):
             use()
         assert lain in str(caught.value) if isinstance(lain, str) else lain.name in str(caught.value)
         there = "zip.dominant=4" if "zip_config" in change else "dtype=bfloat16"
-        assert there in str(caught.value).partition("this one holds")[0]
-        assert "zip.dominant=5" in str(caught.value).partition("this one holds")[2]
+        assert there in str(caught.value).partition("this one contains")[0]
+        assert "zip.dominant=5" in str(caught.value).partition("this one contains")[2]
     (cache / f"9{foreign.name}").unlink()
     assert make(place, cache).written == set()
 
@@ -381,7 +381,7 @@ def test_another_encoder_or_preprocessing_is_refused_by_name(place, cache):
     processor.image_processor.image_mean = [0.0, 0.0, 0.0]
     with pytest.raises(CacheError, match=r"preprocessing.image_mean: \[0.48"):
         check_identity(cache, identity(model, processor, BUDGET, data_config(place), "float32"))
-    with pytest.raises(CacheError, match="holds no token cache"):
+    with pytest.raises(CacheError, match="contains no token cache"):
         check_identity(place / "nowhere", {})
 
 

@@ -77,8 +77,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "holds no records"),
-        (b"  \n", "holds no records"),
+        (b"", "contains no records"),
+        (b"  \n", "contains no records"),
         (b'[{"a": 1}, {"a": "never clo', "never ends"),
         (b'[{"a": 1}}, {"a": 2}]', "brackets don't match"),
         (b'{\n "data": [\n  {"a": 1}\n ]\n}', "neither a JSON array of records nor JSON Lines"),

@@ -160,7 +160,11 @@ def test_refusals_are_one_line_each(trained, outside, tmp_path):
     damaged = save(trained, tmp_path / "damaged") / "projector.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     cases = {
-        ("push", half, "a/b"): "is no whole export: what was trained is not in it, only README.md, visionzip.json",
+        (
+            "push",
+            half,
+            "a/b",
+        ): "is not a complete export: it lacks the trained weights, and contains only README.md, visionzip.json",
         ("push", damaged.parent, "a/b"): "is damaged",
         ("push", tmp_path / "plain", "a/b"): "is no directory that visionzip export wrote",
         ("push", tmp_path / "nowhere", "a/b"): "is no directory that visionzip export wrote",

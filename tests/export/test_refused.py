@@ -231,7 +231,7 @@ class TestNotes:
 
     def test_not_an_object(self, note):
         note.write_text("[]")
-        with pytest.raises(ValueError, match="holds a list; expected a JSON object"):
+        with pytest.raises(ValueError, match="contains a list; expected a JSON object"):
             read(note.parent)
 
     def test_a_budget_that_is_none(self, note):
@@ -313,7 +313,7 @@ class TestLlava:
         with torch.no_grad():
             trained.model.multi_modal_projector.linear_2.bias[0] = 1e5
         with pytest.raises(
-            ValueError, match=r"mm_projector.2.bias has values that float16, which LLaVA loads, can't hold"
+            ValueError, match=r"mm_projector.2.bias has values that float16, which LLaVA loads, can't represent"
         ):
             save(trained, tmp_path / "llava-x", "llava", vision_tower="x")
 

@@ -255,7 +255,7 @@ def test_a_weight_of_the_llm_that_is_not_finite_ends_every_rank_at_the_export(
     )  # fmt: skip
     ranks.start(config)
     assert ranks.wait() == [70, 70]
-    assert re.search(r"embed_tokens.weight holds 1 values that are not finite", ranks.output())
+    assert re.search(r"embed_tokens.weight contains 1 values that are not finite", ranks.output())
     assert not (tmp_path / "run" / "model").exists()
 
 

@@ -263,7 +263,7 @@ def test_a_prompt_that_is_not_for_these_pictures_is_refused(model, processor):
     inputs = prompt(processor, QUESTION, [picture(0)])
     inputs["input_ids"] = inputs["input_ids"][:, :-6]
     stock = prompt(tiny_processor(), QUESTION, [picture(0)])
-    with pytest.raises(ValueError, match=r"holds 16 image placeholders, but needs 12 for its images"):
+    with pytest.raises(ValueError, match=r"contains 16 image placeholders, but needs 12 for its images"):
         model(**stock)
     with pytest.raises(ValueError, match="position_ids"):
         model(**prompt(processor, QUESTION, [picture(0)]), position_ids=torch.arange(99)[None])

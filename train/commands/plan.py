@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=_config.positive, default=8, help="number of GPUs (default: %(default)s)")
     parser.add_argument("--gpu-memory", type=gibibytes, default=24.0, help="GiB of one GPU (default: %(default)s)")
     parser.add_argument(
-        "--length", type=_config.positive, help=f"average tokens of a sample (default: {TEXT} of text and an image's)"
+        "--length", type=_config.positive, help=f"average tokens per sample (default: {TEXT} of text and an image's)"
     )
 
 
@@ -47,7 +47,7 @@ def plan(arguments: argparse.Namespace) -> int:
     length = arguments.length or sizes.visual + TEXT
     print(
         f"{sizes.total / 1e9:.2f} billion parameters, {sizes.trained / 1e6:.1f} million train; {count_of(arguments.gpus, 'GPU')}; "
-        f"{length} tokens a sample, {sizes.visual} of them visual\n"
+        f"{length} tokens per sample, {sizes.visual} of them visual\n"
         f"a checkpoint: {3 * 4 * sizes.trained / 1e6:.0f} MB (three float32 tensors a trained parameter; all weights in bf16 alone: "
         f"{2 * sizes.total / 1e9:.1f} GB)\n"
     )

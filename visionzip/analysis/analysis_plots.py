@@ -73,7 +73,7 @@ def budget(facts: dict[str, Any]) -> Any:
     if facts["held_by_budget"]:
         kept, held = facts["kept_patches_per_tile"], 100 * facts["held_by_budget"]["median"]
         axes.plot(
-            kept, held, "D", color=VERMILION, markersize=8, label=f"this budget: {kept:.0f} patches hold {held:.0f}%"
+            kept, held, "D", color=VERMILION, markersize=8, label=f"this budget: {kept:.0f} patches have {held:.0f}%"
         )
     legend_beside(figure, axes)
     axes.set(xlabel=f"patches kept, of {patches:.0f}", ylabel="attention held, %", ylim=(0, 103), xlim=(0, patches))

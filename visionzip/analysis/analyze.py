@@ -277,13 +277,13 @@ def _read(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
         if any(not {"name", "content"} <= record.keys() for record in records[1:]):
             raise ValueError("a line without name and content")
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to measure anew, or choose another --out") from error
+        raise ValueError(f"{path} is damaged ({error}); delete it to measure again, or choose another --out") from error
     if not records:
         return []
     if records[0] != head:
         other = [key for key in head if records[0].get(key) != head[key]]
         raise ValueError(
-            f"{path} was measured with another {', '.join(other)}; choose another --out, or delete it to measure anew"
+            f"{path} was measured with another {', '.join(other)}; choose another --out, or delete it to measure again"
         )
     return records[1:]
 

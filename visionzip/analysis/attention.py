@@ -148,11 +148,11 @@ def attention_map(attachment: Attachment, inputs: dict[str, Any]) -> Tensor:
     with torch.no_grad(), watching(tower, calls.append):
         attachment.compress(**to_model(attachment.model, inputs))
     if not calls:
-        raise ValueError(f"no attention of {type(tower).__name__} was seen for this picture")
+        raise ValueError(f"no attention of {type(tower).__name__} was captured for this image")
     last = [call for call in calls if call.module is calls[-1].module]
     sizes = {call.queries.shape[2] for call in last}
     if len(sizes) != 1 or (len(last[0].queries) == 1 and len(last) > 1):
         raise ValueError(
-            f"{type(tower).__name__} attends within windows in this layer: there is no map of the whole picture"
+            f"{type(tower).__name__} attends within windows in this layer: there is no map of the whole image"
         )
     return torch.cat([call.map().cpu() for call in last])

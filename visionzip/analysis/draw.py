@@ -105,7 +105,7 @@ def heat(tile: Tile, side: int = 480, opacity: float = 0.72) -> Image.Image:
         ValueError: when the selector's encoder gave no scores.
     """
     if tile.attention is None:
-        raise ValueError("this model gave no attention scores for the picture, so there is no heat map to draw")
+        raise ValueError("this model gave no attention scores for the image, so there is no heat map to draw")
     return overlay(tile, tile.attention.numpy(), side, opacity)
 
 

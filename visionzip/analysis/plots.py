@@ -1,4 +1,4 @@
-"""Plots of one image: how its attention is spread, and what a budget holds of it."""
+"""Plots of one image: how its attention is spread, and attention covered by a budget of it."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ def _parts(model: Any, processor: Any) -> tuple[Attachment, Any]:
         )
     processor = processor if processor is not None else attachment.processor
     if processor is None:
-        raise ValueError("a processor is needed to make pixels of a picture; pass processor=...")
+        raise ValueError("a processor is needed to make pixels of an image; pass processor=...")
     return attachment, processor
 
 

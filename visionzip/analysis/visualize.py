@@ -125,7 +125,7 @@ def _section(one: Trace, folder: Path, theme: str, result: Result, model: str) -
         with style("page"):
             drawn = [page.drawing("how the attention is spread", svg(plots.histogram(one.tiles, what)))]
             if len(one.tiles) == 1:
-                drawn.append(page.drawing("what a budget holds", svg(plots.budget_curve(one.tiles[0]))))
+                drawn.append(page.drawing("attention covered by a budget", svg(plots.budget_curve(one.tiles[0]))))
             rows.append(drawn)
     held = f"{one.held:.0%}" if one.held is not None else "no scores"
     result.rows.append((one.name, str(len(one.tiles)), str(one.tokens), str(one.of_tokens), held))
@@ -148,7 +148,7 @@ def note(tile: Tile) -> str:
     """The budget of one tile in words."""
     cls = " and CLS" if tile.cls else ""
     tokens = len(tile.kept) + len(tile.targets)
-    held = "" if tile.held is None else f"; the kept patches hold {tile.held:.0%} of the attention"
+    held = "" if tile.held is None else f"; the kept patches receive {tile.held:.0%} of the attention"
     return f"{tokens} tokens: {int(tile.kept_mask.sum())} patches{cls} as they are, {len(tile.targets)} merged{held}"
 
 

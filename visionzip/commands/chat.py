@@ -62,9 +62,7 @@ class Terminal:
                 import readline  # noqa: F401 (line editing and history for input())
         self.note(f"{self.name}: {self.budget_words()}. /help says what can be done, /exit ends.")
         if self.chat.waiting:
-            self.note(
-                f"{len(self.chat.waiting)} picture{'s' * (len(self.chat.waiting) > 1)} before the first question."
-            )
+            self.note(f"{len(self.chat.waiting)} image{'s' * (len(self.chat.waiting) > 1)} before the first question.")
         while True:
             try:
                 line = input("> ").strip()
@@ -117,15 +115,15 @@ class Terminal:
                 raise ValueError("/image takes one or more files: /image photo.jpg")
             for picture in [open_image(path) for path in rest]:
                 self.chat.show(picture)
-                self.note(f"{picture.width} × {picture.height} picture, shown with the next question.")
+                self.note(f"{picture.width} × {picture.height} image, shown with the next question.")
         elif word == "/budget":
             if len(rest) != 1:
                 raise ValueError(f"/budget takes one value such as 64, 54+10, 0.1 or all; now: {self.budget_words()}")
             self.chat.budget(parse_budget(rest[0], self.chat.config))
-            self.note(f"{self.budget_words()}; the pictures so far are read anew.")
+            self.note(f"{self.budget_words()}; the images so far are encoded again.")
         elif word == "/reset":
             self.chat.reset()
-            self.note("Conversation and pictures forgotten.")
+            self.note("Conversation and images forgotten.")
         elif word == "/help":
             print((__doc__ or "").split("In the chat:\n")[1].rstrip())
         else:
@@ -136,7 +134,7 @@ class Terminal:
         from visionzip.export.card import budget_words
 
         attachment = attached(self.chat.model)
-        return budget_words(attachment.config) + " a picture" if attachment else "all visual tokens"
+        return budget_words(attachment.config) + " per image" if attachment else "all visual tokens"
 
     def note(self, text: str) -> None:
         print(f"{self.dim}{text}{self.plain}", flush=True)
@@ -144,11 +142,11 @@ class Terminal:
 
 def summary(turn: Any) -> str:
     """One line of what a turn took."""
-    parts = [f"picture: {now} of {stock} tokens" for now, stock in turn.pictures]
+    parts = [f"image: {now} of {stock} tokens" for now, stock in turn.pictures]
     cached = turn.prompt - turn.prefilled
     parts.append(f"prompt {turn.prompt} tokens" + (f" ({cached} from the cache)" if cached else ""))
     if turn.encoded > len(turn.pictures):
-        parts.append(f"{turn.encoded} pictures read anew")
+        parts.append(f"images encoded again: {turn.encoded}")
     rate = (turn.tokens - 1) / (turn.seconds - turn.first) if turn.tokens > 1 and turn.seconds > turn.first else None
     parts.append(f"first token after {1000 * turn.first:.0f} ms")
     parts.append(f"{turn.tokens} tokens" + (f", {rate:.0f}/s" if rate else ""))

@@ -78,7 +78,7 @@ class Trained:
         elsewhere = sorted(self.adapters.keys() - self.adapters_inside())
         if elsewhere or not self.projector:
             raise ValueError(
-                f"{what} holds a projector, but {len(elsewhere or self.adapters)} adapter tensors were trained too "
+                f"{what} contains a projector, but {len(elsewhere or self.adapters)} adapter tensors were trained too "
                 f"({(elsewhere or list(self.adapters))[0]} …); choose peft, or merged, which adds them to the weights"
             )
         return self.projector

@@ -33,7 +33,7 @@ def card(header: Header, form: Format, here: str) -> str:
     named = f"`{Path(base).name}`, a local model" if local else f"`{base}`" if base else "not recorded"
     facts = [
         ("Base model", named),
-        ("Kept of a picture", budget_words(header.zip)),
+        ("Visual tokens kept per image", budget_words(header.zip)),
         ("Settings", f"`{settings(header.zip)}`" if header.zip else "not recorded"),
         ("What was trained", words(metadata.get("trained", "the projector"))),
         ("Data", words(metadata.get("data", "not recorded"))),
@@ -91,7 +91,7 @@ def results_table(results: Any) -> str:
     names = {"full": "all tokens", "training_free": "compressed, not trained", "fine_tuned": "compressed, fine-tuned"}
     if not isinstance(results, dict) or not any(isinstance(results.get(name), int | float) for name in names):
         return "Nothing was measured when this was exported."
-    lines = ["| | exact match | tokens a picture |", "|---|---|---|"]
+    lines = ["| | exact match | tokens per image |", "|---|---|---|"]
     for name, label in names.items():
         if isinstance(results.get(name), int | float):
             tokens = results.get("of_tokens" if name == "full" else "tokens", "")

@@ -175,7 +175,7 @@ def unpickle(path: Path) -> dict[str, Tensor]:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
         held = type(content).__name__ if not isinstance(content, dict) else "dict of something else"
-        raise ValueError(f"{path} holds a {held}; expected a dict of tensors by name")
+        raise ValueError(f"{path} contains a {held}; expected a dict of tensors by name")
     return content
 
 
@@ -205,7 +205,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} can't be read as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected a JSON object")
+        raise ValueError(f"{path} contains a {type(content).__name__}; expected a JSON object")
     return content
 
 

@@ -37,7 +37,7 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], *, force: bool = F
     trained = read(path)
     if trained.adapters and not adapters:
         raise ValueError(
-            f"{path} holds {len(trained.adapters)} adapter tensors beside the projector. Export it as merged first "
+            f"{path} contains {len(trained.adapters)} adapter tensors beside the projector. Export it as merged first "
             f"(visionzip export {path} --format merged --out …), and start from that as the model"
         )
     insert(model, trained, str(path), force=force)

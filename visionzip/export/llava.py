@@ -91,7 +91,7 @@ With Hugging Face's version of the base model: `visionzip.load("{here}")` (`pip 
         stored = {name: state[ours].to(torch.float16) for name, ours in NAMES.items()}
         large = [name for name, value in stored.items() if not bool(value.isfinite().all())]
         if large:
-            raise ValueError(f"{large[0]} has values that float16, which LLaVA loads, can't hold")
+            raise ValueError(f"{large[0]} has values that float16, which LLaVA loads, can't represent")
         check_shapes(stored, "the projector")
         config = base_config(trained.header.base_model, options.get("base"))
         written = llava_config(config, stored, options.get("vision_tower"))

@@ -25,7 +25,7 @@ from visionzip.manifest import find_damage, list_files
 from visionzip.projector import check_finite, halves, plain_state, required
 
 SCRIPT = "visionzip_auto.py"
-CODE = '''"""Loads this model compressed: it reads {kept} of a picture's visual tokens (see README.md)."""
+CODE = '''"""Loads this model compressed: it reads {kept} of the visual tokens per image (see README.md)."""
 
 try:
     from visionzip.export.merged import CompressedModel, CompressedProcessor
@@ -204,7 +204,9 @@ class CompressedModel:
         config = config if config is not None else AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
         stored = getattr(config, "visionzip", None)
         if stored is None:
-            raise ValueError(f"{path} does not say what to keep of a picture (no entry `visionzip` in its config.json)")
+            raise ValueError(
+                f"{path} does not say which visual tokens to keep (no entry `visionzip` in its config.json)"
+            )
         with _bare(config):
             model = AutoModelForImageTextToText.from_pretrained(
                 path, *args, config=config, trust_remote_code=False, **kwargs
