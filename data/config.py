@@ -31,11 +31,11 @@ class ModelSection(Section):
     path: str = Field(description="a model directory or a hub id (LLaVA-1.5: llava-hf/llava-1.5-7b-hf)")
     revision: str | None = Field(None, description="of the hub repository")
     trust_remote_code: bool = Field(
-        False, description="run Python code that lies in the model's directory; without it such code is never run"
+        False, description="run Python code from the model's directory; without it such code never runs"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16",
-        description="of the frozen weights; auto: bfloat16 where the GPU or the processor computes in it, else float32",
+        description="of the frozen weights; auto: bfloat16 if the GPU or CPU supports it, else float32",
     )
     attn_implementation: str | None = Field(None, description="sdpa, flash_attention_2 …; null: transformers' choice")
     quantization: Literal["8bit", "4bit"] | None = Field(None, description="of the frozen LLM, bitsandbytes, GPU only")
@@ -132,7 +132,7 @@ class DataConfig(Section):
     )
     batching: Literal["packed", "length", "random"] = Field(
         default="packed",
-        description="how a step's samples (always the same) are cut into micro-batches. packed: about as many tokens in each, "
+        description="how a step's samples (always the same) are divided into micro-batches. packed: about equally many tokens in each, "
         "in one row without padding (length where the model can't); length: padded, like lengths together; random",
     )
     cache_dir: str | None = Field(
@@ -170,14 +170,14 @@ class EvalSection(Section):
     sources: list[SourceConfig] = Field(min_length=1, description="held-out files, laid out like data.sources")
     cache: str | None = Field(
         None,
-        description="folder of the held-out images' visual tokens (python -m data.cache); full tokens still read pixels",
+        description="folder of the held-out images' visual tokens (visionzip cache); full tokens still read pixels",
     )
     max_questions: int | None = Field(None, ge=1, description="at most this many, the first ones")
     batch_size: int = Field(8, ge=1, description="questions answered at once by a process")
     max_new_tokens: int = Field(32, ge=1)
     metric: str = Field("exact_match", description="what an answer is worth; see train/metrics/")
     compare: list[Literal["full", "training_free"]] = Field(
-        ["full", "training_free"], description="what is measured beside the fine-tuned model"
+        ["full", "training_free"], description="models evaluated besides the fine-tuned one"
     )
 
 
@@ -185,7 +185,9 @@ class PipelineConfig(Section):
     """The sections that are not about training alone."""
 
     model: ModelSection
-    zip: ZipConfig = Field(default_factory=lambda: ZipConfig.model_validate({}), description="what is kept of an image")
+    zip: ZipConfig = Field(
+        default_factory=lambda: ZipConfig.model_validate({}), description="which visual tokens are kept"
+    )
     data: DataConfig
     eval: EvalSection | None = Field(None, description="held-out questions; null: no evaluation")
 

@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m scripts.adaptive_budgets", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--out", type=Path, default=Path("runs/adaptive"))
-    parser.add_argument("--mean", type=float, default=16.0, help="tokens a picture; the fixed budget is 16")
+    parser.add_argument("--mean", type=float, default=16.0, help="tokens per image; the fixed budget is 16")
     parser.add_argument("--selector", default="visionzip")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int, default=200, help="of fine-tuning, 64 conversations each")

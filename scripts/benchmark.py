@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         "--preset", choices=list(PRESETS), default="cpu", help="model shapes, for train, cache and prefill"
     )
     parser.add_argument("--encoder", choices=list(encoder.ENCODERS), default="clip-l-336", help="geometry, for encoder")
-    parser.add_argument("--batch", type=int, default=1, help="pictures or prompts at once, for encoder and prefill")
+    parser.add_argument("--batch", type=int, default=1, help="images or prompts at once, for encoder and prefill")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds; the median counts")
-    parser.add_argument("--entries", type=int, default=4000, help="pictures in the cache")
+    parser.add_argument("--entries", type=int, default=4000, help="images in the cache")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4], help="processes that read the cache")
     parser.add_argument("--parts", action="store_true", help="train: also leave out one part of the fast way at a time")
     parser.add_argument(

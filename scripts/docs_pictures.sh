@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Draws the pictures of docs/look.md anew: of the embedded model and its data, the app in a headless Chromium.
+# Redraws the figures of docs/look.md: of the embedded model and its data, the app in a headless Chromium.
 #   bash scripts/docs_pictures.sh
 # Needs what `make test-browser` needs.
 set -euo pipefail

@@ -288,9 +288,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--work", type=Path, help="keep the trained vision tower here, and start from the one found here"
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--seed", type=int, default=1000, help="of weights and pictures (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1000, help="of weights and images (default: %(default)s)")
     parser.add_argument("--pictures", type=int, default=40_000)
-    parser.add_argument("--held-out", type=int, default=400, help="held-out pictures, five questions each")
+    parser.add_argument("--held-out", type=int, default=400, help="held-out images, five questions each")
     parser.add_argument("--vision-batch", type=int, default=64)
     parser.add_argument("--vision-steps", type=int, default=1800)
     parser.add_argument("--vision-lr", type=float, default=1e-3)
@@ -323,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     processor, model = make_processor(tokenizer), make_model()
     started = time.monotonic()
     pictures = render("train", args.seed, args.pictures, args.threads)
-    print(f"drew {len(pictures.scenes)} pictures in {time.monotonic() - started:.0f} s", flush=True)
+    print(f"drew {len(pictures.scenes)} images in {time.monotonic() - started:.0f} s", flush=True)
     prepare_vision(model.model.vision_tower, pictures, args)
     features = patch_features(model, pictures.pixels)
     train_language(

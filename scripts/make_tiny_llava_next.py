@@ -119,7 +119,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--base", type=Path, default=Path("data/tiny-llava"))
     parser.add_argument("--out", type=Path, default=Path("data/tiny-llava-next"))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--seed", type=int, default=2000, help="of pictures (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=2000, help="of images (default: %(default)s)")
     parser.add_argument("--pictures", type=int, default=12_000)
     parser.add_argument("--held-out", type=int, default=400)
     parser.add_argument("--batch", type=int, default=32)
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     processor, model = make_processor(args.base), make_model(args.base)
     pictures = make.render("train", args.seed, args.pictures, args.threads)
     features = features_of(model, processor, pictures.pixels)
-    print(f"{len(features)} pictures of {features.shape[1]} tokens in {time.monotonic() - started:.0f} s", flush=True)
+    print(f"{len(features)} images of {features.shape[1]} tokens in {time.monotonic() - started:.0f} s", flush=True)
 
     projector = model.model.multi_modal_projector
     model.model.multi_modal_projector = WithNewlines(projector, model.model.image_newline, layout())

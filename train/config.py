@@ -48,14 +48,16 @@ class TrainSection(Section):
     """What trains. An allow-list: whatever is not named here is frozen."""
 
     parts: list[Literal["projector", "llm"]] = Field(["projector"], description="trained in full: projector, llm")
-    lora: LoraSection | None = Field(None, description="low-rank adapters through PEFT, beside what is trained in full")
+    lora: LoraSection | None = Field(
+        None, description="low-rank adapters through PEFT, besides the parts that are trained in full"
+    )
     loss: str = Field(DEFAULT, description=f"loss of the labels: {', '.join(LOSSES.names())}")
     distill: DistillSection | None = Field(
         None, description="learn from the uncompressed model's answers; null: from the labels alone"
     )
     share_prefix: bool = Field(
         True,
-        description="compute the beginning that all samples share only once; where the LLM is frozen and not sharded, exact",
+        description="compute the prefix that all samples share only once; exact, used if the LLM is frozen and not sharded",
     )
     expect_parameters: int | None = Field(None, ge=1, description="stop unless this many parameters would train")
 

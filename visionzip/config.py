@@ -54,7 +54,7 @@ class ZipConfig(BaseModel):
         None, description="hidden state that is read, as in `hidden_states[layer]`; None: the one the model reads"
     )
     adaptive: Adaptive | None = Field(
-        None, description="stop early where an image needs few tokens; `dominant` is then the most"
+        None, description="per-image budgets: fewer tokens for images that need fewer; `dominant` is then the maximum"
     )
     pad_images: bool | Literal["auto"] = Field(
         "auto",

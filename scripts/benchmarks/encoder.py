@@ -146,7 +146,7 @@ def show(result: dict[str, Any]) -> str:
          f"{result['peak_bytes'][key] / 2**20:.0f}"]
         for key, seconds in result["seconds"].items()
     ]  # fmt: skip
-    title = f"{result['encoder']}, {result['batch']} pictures, {result['dtype']}, median of {result['rounds']}"
+    title = f"{result['encoder']}, {result['batch']} images, {result['dtype']}, median of {result['rounds']}"
     parts = [
         [name, f"{100 * share:.2f} %", f"{100 * result['share_of_encoder_cpu'][name]:.2f} %",
          f"{result['part_peak_bytes'][name] / 2**20:.0f}"]

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _model.add_arguments(parser)
     parser.add_argument("path", help="an image or a folder of images")
     parser.add_argument("--mean", type=float, required=True, help="tokens per image (or tile) on average")
-    parser.add_argument("--measure", choices=("attention", "coverage"), default="attention", help="what is held (default: attention)")  # fmt: skip
+    parser.add_argument("--measure", choices=("attention", "coverage"), default="attention", help="measure of the threshold (default: attention)")  # fmt: skip
     parser.add_argument("--least", type=_model.count, default=1, help="dominant tokens every image keeps (default: 1)")
     parser.add_argument("--limit", type=_model.count, help="at most this many images of a folder")
 

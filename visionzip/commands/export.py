@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run Python code that comes with the base model (default: never; nothing asks)",
     )
-    parser.add_argument("--vision-tower", help="llava: the encoder's id or directory, where its sizes do not tell")
+    parser.add_argument("--vision-tower", help="llava: the encoder's id or directory, if its sizes do not identify it")
     parser.add_argument(
         "--force", action="store_true", help="merge although it was trained with another base, encoder or budget"
     )

@@ -12,8 +12,8 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", help="what `visionzip export` wrote")
-    parser.add_argument("repository", help="owner/name; made if it does not exist")
-    parser.add_argument("--private", action="store_true", help="if it is made now, only you can see it")
+    parser.add_argument("repository", help="owner/name; created if it does not exist")
+    parser.add_argument("--private", action="store_true", help="create it as a private repository")
     parser.add_argument("--revision", help="branch to commit to (default: main)")
     parser.add_argument("--message", help="of the commit")
 
