@@ -258,7 +258,7 @@ def scan_array(path: str, start: int) -> Iterator[np.ndarray]:
             depth = int(levels[-1]) if len(levels) else depth
             position += len(chunk)
     raise IndexFileError(
-        f"{path}: the array never ends (the file is cut short, or a quote or bracket is missing); "
+        f"{path}: the array never ends (the file is truncated, or a quote or bracket is missing); "
         f"the last sound record starts before byte {element}. Fetch it again, or convert it to JSON Lines"
     )
 

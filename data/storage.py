@@ -129,7 +129,7 @@ def check_file(path: str | os.PathLike[str], magic: bytes) -> None:
     with open(path, "rb") as file:
         head = file.read(HEADER_BYTES)
         if head[:_MAGIC_BYTES] != magic or len(head) < HEADER_BYTES:
-            raise DamagedFile(f"{os.fspath(path)} is cut short or not a file of this version")
+            raise DamagedFile(f"{os.fspath(path)} is truncated or not a file of this version")
         if hash_rest(file) != head[_MAGIC_BYTES:]:
             raise DamagedFile(f"{os.fspath(path)} does not match its checksum")
 

@@ -53,7 +53,7 @@ OWNED = {
     "report_to": "use the wandb section",
     "run_name": "set wandb.name",
     "project": "set wandb.project",
-    "use_cpu": "a GPU is used where there is one; hide it with CUDA_VISIBLE_DEVICES= to train on the CPU",
+    "use_cpu": "a GPU is used if there is one; hide it with CUDA_VISIBLE_DEVICES= to train on the CPU",
     "local_rank": "the launcher sets it",
     "resume_from_checkpoint": "set trainer.resume to auto or a path",
     "restore_callback_states_from_checkpoint": "set trainer.resume to auto or a path",
@@ -194,7 +194,7 @@ def read_deepspeed_config(stage: str) -> dict[str, Any]:
     """
     path = DEEPSPEED / f"{stage}.json" if stage in STAGES else Path(stage)
     if not path.is_file():
-        raise ValueError(f"trainer.deepspeed: {stage!r} is no file and none of {', '.join(STAGES)}")
+        raise ValueError(f"trainer.deepspeed: {stage!r} is neither a file nor one of {', '.join(STAGES)}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -123,7 +123,7 @@ def accumulation(section: TrainerSection, world_size: int) -> dict[str, Any]:
         )
     if section.global_batch_size % at_once:
         raise ValueError(
-            f"trainer.global_batch_size={section.global_batch_size} is no multiple of {world_size} processes x "
+            f"trainer.global_batch_size={section.global_batch_size} is not a multiple of {world_size} processes x "
             f"per_device_train_batch_size={device}; set trainer.per_device_train_batch_size to a divisor of "
             f"{section.global_batch_size // world_size}"
         )

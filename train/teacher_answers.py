@@ -89,7 +89,7 @@ def check_teacher(folder: str | None, wanted: dict[str, Any]) -> Path:
         ) from None
     if found:
         raise ConfigError(
-            f"train.distill.cache: the answers in {folder} were made with something else: {'; '.join(found)}. Name another folder, "
+            f"train.distill.cache: the answers in {folder} were made with other settings: {'; '.join(found)}. Name another folder, "
             "or delete this one"
         )
     return Path(folder)

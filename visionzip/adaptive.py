@@ -84,7 +84,7 @@ def calibrate(shares: Tensor, mean: float, adaptive: Adaptive, cls: int, context
     fewest, most = average(0.0), shares.shape[1] + cls + contextual
     if not fewest <= mean < most:
         raise ValueError(
-            f"a mean of {mean:g} tokens can't be had: every image keeps {fewest:g} or more (adaptive.least, contextual) and "
+            f"a mean of {mean:g} tokens is not possible: every image keeps {fewest:g} or more (adaptive.least, contextual) and "
             f"{most} at most (dominant + contextual); ask for a mean between them, or change these"
         )
     low, high = 0.0, 1.0

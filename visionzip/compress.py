@@ -64,7 +64,7 @@ def compress(
 
     Args:
         features: one layer of an encoder, ``N`` tokens of ``B`` images.
-        dominant: tokens kept, CLS included where there is one.
+        dominant: tokens kept, CLS included if there is one.
         contextual: tokens the rest is merged into; with 0 the rest is dropped.
 
     Raises:

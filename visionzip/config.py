@@ -75,7 +75,7 @@ class ZipConfig(BaseModel):
             value = getattr(self, name)
             if isinstance(value, float) and not (0.0 <= value <= 1.0 and (value > 0.0 or least == 0)):
                 raise ValueError(
-                    f"{name}={value} is no share of the tokens; expected a float in ({'0' if least else '0 or more'}, 1],"
+                    f"{name}={value} is not a share of the tokens; expected a float in ({'0' if least else '0 or more'}, 1],"
                     f" or an int for a number of tokens"
                 )
             if isinstance(value, int) and value < least:

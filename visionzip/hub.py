@@ -34,7 +34,7 @@ def push(
     names = [path.relative_to(place).as_posix() for path in files]
     if not set(names) & markers():
         raise ValueError(
-            f"{directory} is no directory that visionzip export wrote (none of {', '.join(sorted(markers()))} in it)"
+            f"{directory} was not written by visionzip export (none of {', '.join(sorted(markers()))} in it)"
         )
     form = recognise(place)
     if form is None:
@@ -93,7 +93,7 @@ def local_copy(path: str | os.PathLike[str], revision: str | None = None) -> Pat
     if str(path) and Path(path).exists():
         return run_result(path)
     if not looks_like_id(path):
-        raise ValueError(f"there is nothing at {str(path) or repr('')}, and it is no hub id (owner/name)")
+        raise ValueError(f"there is nothing at {str(path) or repr('')}, and it is not a hub id (owner/name)")
     names = _files(str(path), revision)
     return pull(str(path), revision=revision) if set(names) & markers() else str(path)
 

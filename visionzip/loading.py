@@ -102,12 +102,12 @@ def base_of(
         return str(found)
     if Path(named).is_absolute():
         raise ValueError(
-            f"{place} was trained on the model in {named}, which is not there; pass base=... if it lies elsewhere"
+            f"{place} was trained on the model in {named}, which is not there; pass base=... if it is elsewhere"
         )
     try:
         return str(local_copy(named))  # one question to the hub; transformers would ask for each file, several times
     except ValueError as error:
-        raise ValueError(f"{error} (the base model that {place} names; pass base=... if it lies elsewhere)") from error
+        raise ValueError(f"{error} (the base model that {place} names; pass base=... if it is elsewhere)") from error
 
 
 def find_folder(named: str, place: Path) -> Path | None:

@@ -133,7 +133,7 @@ def failure(source: object, error: Exception, what: str = "") -> ValueError:
 def check_exists(source: str | os.PathLike[str]) -> None:
     """Raise ``ValueError`` for a path with nothing at it, which transformers would look for on the hub."""
     if not Path(source).exists() and not looks_like_id(source):
-        raise ValueError(f"there is nothing at {str(source) or repr('')}, and it is no hub id (owner/name)")
+        raise ValueError(f"there is nothing at {str(source) or repr('')}, and it is not a hub id (owner/name)")
 
 
 def looks_like_id(path: str | os.PathLike[str]) -> bool:

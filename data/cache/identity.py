@@ -73,7 +73,7 @@ def check_identity(folder: str | os.PathLike[str], wanted: dict[str, Any]) -> di
         ) from None
     if found:
         raise CacheError(
-            f"the token cache {folder} was made with something else: {'; '.join(found)}. Set data.cache to another folder, or delete this one"
+            f"the token cache {folder} was built with other settings: {'; '.join(found)}. Set data.cache to another folder, or delete this one"
         )
     return stored
 

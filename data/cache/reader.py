@@ -55,10 +55,10 @@ class CachedTokens:
         except Damaged as error:
             raise Reject("damaged cache", f"{error}; run python -m data.cache again, which repairs it") from error
         if entry is None:
-            raise Reject("not in the cache", f"{name}: run python -m data.cache with this config")
+            raise Reject("not in the cache", f"{name}: run visionzip cache with this config")
         about, tensors = entry
         if several and about.get("alone"):
-            raise Reject("not in the cache", f"{name}, beside other images: run python -m data.cache with this config")
+            raise Reject("not in the cache", f"{name}, beside other images: run visionzip cache with this config")
         found.placeholders.append(about["placeholder"])
         images = unpack(about["pictures"], tensors)
         found.inputs.setdefault(VISUAL_VIDEO if about["video"] else VISUAL, []).extend(images)

@@ -180,12 +180,12 @@ class Shard:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < len(MAGIC) + _TAIL.size:
-                raise Damaged(f"{path} has {size} bytes; it was cut short")
+                raise Damaged(f"{path} has {size} bytes; it is truncated")
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         start, rows, names, layouts, digest, self.cache, magic = _TAIL.unpack(self.map[-_TAIL.size :])
         length = rows * ROW.itemsize + names * NAME.itemsize + layouts
         if magic != MAGIC or start + length + _TAIL.size != size:
-            raise Damaged(f"{path} does not end as a shard does; it was cut short or overwritten")
+            raise Damaged(f"{path} does not end as a shard does; it was truncated or overwritten")
         with memoryview(self.map)[start : start + length] as footer:
             if hashlib.sha256(bytes(footer) + self.cache).digest() != digest:
                 raise Damaged(f"{path}: its table does not match its checksum")

@@ -38,7 +38,7 @@ def report(console: Console, config: DataConfig, data: InstructionDataset | Stre
         console.print(per_sample(result))
         console.print(
             f"{result.supervised_share():.1%} of all tokens are supervised; "
-            f"{len(result.cut):,} samples are cut to {config.max_length:,} tokens; "
+            f"{len(result.cut):,} samples are truncated to {config.max_length:,} tokens; "
             f"{result.duplicates():,} share their id with another"
         )
         console.print(Text("\ntokens per sample", style="bold"))

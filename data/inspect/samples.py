@@ -37,7 +37,7 @@ def show_samples(console: Console, data: InstructionDataset | StreamedDataset, s
             continue
         console.print(coloured(data.encoder.template.tokenizer, encoded))
         if before > len(encoded.input_ids):
-            console.print(Text(f"[cut from {before} tokens]", style="red"))
+            console.print(Text(f"[truncated from {before} tokens]", style="red"))
 
 
 def coloured(tokenizer: Any, encoded: Encoded) -> Text:

@@ -101,5 +101,5 @@ def test_watching_leaves_the_model_as_it_was():
 
 
 def test_no_encoder_of_transformers():
-    with pytest.raises(ValueError, match="can't be watched"), watching(torch.nn.Linear(2, 2), print):
+    with pytest.raises(ValueError, match="can't be captured"), watching(torch.nn.Linear(2, 2), print):
         pass

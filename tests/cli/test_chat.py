@@ -192,7 +192,7 @@ class TestTerminal:
         assert code == 0
         wrong = [line for line in printed.out.splitlines() if line.startswith("! ")]
         expected = ["/image takes one or more", "nope.png: file missing (No such file or directory)", "broken.jpg: unreadable image", "No closing quotation",
-                    "/budget takes one value", "/wrong is no command"]  # fmt: skip
+                    "/budget takes one value", "/wrong is not a command"]  # fmt: skip
         assert len(wrong) == len(expected)
         for line, part in zip(wrong, expected, strict=True):
             assert part in line
@@ -217,7 +217,7 @@ class TestTerminal:
     def test_a_budget_that_is_none_is_one_line(self, talk):
         code, printed = talk(arguments=["--dominant", "2.5"])
         assert (code, len(printed.err.splitlines())) == (2, 1)
-        assert printed.err.startswith("visionzip chat: dominant=2.5 is no share of the tokens")
+        assert printed.err.startswith("visionzip chat: dominant=2.5 is not a share of the tokens")
 
     def test_the_memory_does_not_suffice(self, talk, monkeypatch):
         def full(*args, **kwargs):

@@ -106,7 +106,9 @@ def test_wrong_use_is_2(arguments, capsys):
 def test_bad_input_is_2_and_one_line(tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "nowhere")]) == 2
     error = capsys.readouterr().err
-    assert error == f"visionzip inspect: there is nothing at {tmp_path / 'nowhere'}, and it is no hub id (owner/name)\n"
+    assert (
+        error == f"visionzip inspect: there is nothing at {tmp_path / 'nowhere'}, and it is not a hub id (owner/name)\n"
+    )
 
 
 def test_as_a_module():
@@ -153,7 +155,7 @@ class TestExport:
         (tmp_path / "base").rename(tmp_path / "moved")
         command = ["export", str(projector), "--format", "merged", "--out", str(tmp_path / "merged")]
         assert main(command) == 2
-        assert "pass base=... if it lies elsewhere" in capsys.readouterr().err
+        assert "pass base=... if it is elsewhere" in capsys.readouterr().err
         assert main([*command, "--base", str(tmp_path / "moved")]) == 0
         command[-1] = str(tmp_path / "llava-x")
         command[3] = "llava"

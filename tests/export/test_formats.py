@@ -292,7 +292,7 @@ class TestPlaces:
         (tmp_path / "notes" / "mine.txt").write_text("x")
         for place in (base, tmp_path / "notes", tmp_path / "notes" / "mine.txt"):
             before = sorted(tmp_path.rglob("*"))
-            with pytest.raises(FileExistsError, match="is no export and is not replaced"):
+            with pytest.raises(FileExistsError, match="is not an export and will not be replaced"):
                 save(trained, place, overwrite=True)
             assert sorted(tmp_path.rglob("*")) == before
 

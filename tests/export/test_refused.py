@@ -191,12 +191,12 @@ def test_a_pickle_that_runs_code(trained, tmp_path, form):
     ("content", "message"),
     [
         ([torch.ones(2)], "holds a list; expected a dict of tensors"),
-        ({"a": 1}, "holds a dict of something else"),
+        ({"a": 1}, "contains a dict of something else"),
         (
             {"model.mm_projector.weight": torch.ones(2, 2), "model.mm_projector.bias": torch.ones(2)},
             r"a projector of one layer \(LLaVA's mm_projector_type linear",
         ),
-        ({"model.mm_projector.weight": torch.ones(2, 2)}, "is no two-layer projector of LLaVA's"),
+        ({"model.mm_projector.weight": torch.ones(2, 2)}, "is not a two-layer LLaVA projector"),
     ],
 )
 def test_a_bin_of_something_else(tmp_path, content, message):

@@ -67,7 +67,7 @@ def test_a_base_that_is_gone_is_not_looked_for_on_the_hub(trained, base, tmp_pat
     shutil.rmtree(base)
     with pytest.raises(ValueError, match=rf"was trained on the model in {base}, which is not there; pass base="):
         load(out, "cpu")
-    with pytest.raises(ValueError, match=rf"there is nothing at {base}, and it is no hub id"):
+    with pytest.raises(ValueError, match=rf"there is nothing at {base}, and it is not a hub id"):
         load(out, "cpu", base=base)
     for function in (read_config, load_model, load_processor):
         with pytest.raises(ValueError, match="there is nothing at"):

@@ -124,7 +124,7 @@ def test_internvl_with_a_last_norm_and_with_another_layer() -> None:
         attach(model, processor, ZipConfig(dominant=256, contextual=0, layer=layer))
         attachment = attached(model)
         close(torch.stack(attachment.project(attachment.compress(**INTERNVL.image_inputs(inputs)))), expected)
-        with pytest.raises(ValueError, match="vision_feature_layer=1 was asked for"):
+        with pytest.raises(ValueError, match="vision_feature_layer=1 was requested"):
             model.model.get_image_features(inputs["pixel_values"], vision_feature_layer=1)
 
 

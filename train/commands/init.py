@@ -154,7 +154,7 @@ def render_config(arguments: argparse.Namespace, model: Model, records: int, bud
     batch, epochs, steps = plan_steps(records)
     rate = next(rate for least, rate in LEARNING_RATES if model.hidden >= least)
     share = (
-        " (a share of an image's tokens)" if isinstance(budget.dominant, float) else ", CLS included where there is one"
+        " (a share of an image's tokens)" if isinstance(budget.dominant, float) else ", CLS included if there is one"
     )
     every = max(1, steps // 10)
 

@@ -70,7 +70,9 @@ def watching(tower: nn.Module, watcher: Callable[[Call], None]) -> Iterator[None
         id(m.config): m.config for m in tower.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
     }
     if not configs:
-        raise ValueError(f"the attention of {type(tower).__name__} can't be watched: it is no encoder of transformers'")
+        raise ValueError(
+            f"the attention of {type(tower).__name__} can't be captured: it is not an encoder from transformers"
+        )
     AttentionInterface.register(_NAME, _watched)  # adds a name; what other names stand for stays as it is
     before = {key: config._attn_implementation_internal for key, config in configs.items()}
     try:
@@ -138,7 +140,7 @@ def _shares(calls: list[Tensor], encoder_rows: bool) -> Tensor:
 
 
 def attention_map(attachment: Attachment, inputs: dict[str, Any]) -> Tensor:
-    """``(tiles, N, N)`` attention of the layer that is read, mean over heads: row = the query. CLS included where there is one.
+    """``(tiles, N, N)`` attention of the layer that is read, mean over heads: row = the query. CLS included if there is one.
 
     Raises:
         ValueError: where no such map exists: an encoder whose layer attends within windows or merges patches afterwards.

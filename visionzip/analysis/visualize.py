@@ -53,7 +53,7 @@ def visualize(
     """
     attachment = attached(model)
     if attachment is None:
-        raise ValueError("nothing is attached to this model, so nothing is left out; give a budget to look at")
+        raise ValueError("nothing is attached to this model, so no tokens are left out; give a budget")
     target, folder = places(out)
     if image_files.is_video(path):
         name = Path(path).name

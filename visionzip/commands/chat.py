@@ -127,7 +127,7 @@ class Terminal:
         elif word == "/help":
             print((__doc__ or "").split("In the chat:\n")[1].rstrip())
         else:
-            raise ValueError(f"{word} is no command; there are /image, /budget, /reset, /help and /exit")
+            raise ValueError(f"{word} is not a command; there are /image, /budget, /reset, /help and /exit")
 
     def budget_words(self) -> str:
         from visionzip.attach import attached

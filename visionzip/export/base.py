@@ -156,7 +156,7 @@ def read(path: str | os.PathLike[str]) -> Trained:
     found = recognise(place)
     if found is None:
         known = "; ".join(f"{name}: {entry.summary}" for name, entry in FORMATS)
-        raise ValueError(f"{path} is no export of a projector. Known formats: {known}")
+        raise ValueError(f"{path} is not an export. Known formats: {known}")
     check_complete(place)
     return found.read(place)
 

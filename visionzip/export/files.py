@@ -36,7 +36,9 @@ def free(out: str | os.PathLike[str], *, overwrite: bool = False, ours: bool = T
         if not overwrite:
             raise FileExistsError(f"{out} is there already and not empty; choose another place, or remove it first")
         if not target.is_dir() or not ours:
-            raise FileExistsError(f"{out} is no export and is not replaced; choose another place, or remove it first")
+            raise FileExistsError(
+                f"{out} is not an export and will not be replaced; choose another path, or remove it first"
+            )
     return target
 
 

@@ -61,13 +61,11 @@ With Hugging Face's version of the base model: `visionzip.load("{here}")` (`pip 
         if stored.keys() == {f"{PREFIX}weight", f"{PREFIX}bias"}:
             raise ValueError(
                 f"{file} is a projector of one layer (LLaVA's mm_projector_type linear, of its first version); Hugging Face's "
-                f"LLaVA has two (mlp2x_gelu), so there is no model here that it fits"
+                f"LLaVA has two (mlp2x_gelu), so no supported model has such a projector"
             )
         missing, unknown = sorted(NAMES.keys() - stored), sorted(stored.keys() - NAMES)
         if missing or unknown:
-            raise ValueError(
-                f"{file} is no two-layer projector of LLaVA's: missing {missing[:4]}, unknown {unknown[:4]}"
-            )
+            raise ValueError(f"{file} is not a two-layer LLaVA projector: missing {missing[:4]}, unknown {unknown[:4]}")
         check_shapes(stored, str(file))
         tensors = {NAMES[name]: value.contiguous() for name, value in stored.items()}
         header = open_header(read_note(file.parent), tensors, file, file.parent / NOTE)

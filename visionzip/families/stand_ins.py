@@ -54,7 +54,7 @@ class MediaFeatures:
         reads = self.family.layer(self.config)
         if asked is not None and asked not in (reads, self.family.stock_layer):
             raise ValueError(
-                f"vision_feature_layer={asked} was asked for, but this model is attached to layer {reads}; "
+                f"vision_feature_layer={asked} was requested, but this model is attached to layer {reads}; "
                 f"attach it with ZipConfig(layer={asked})"
             )
 
