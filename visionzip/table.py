@@ -80,7 +80,7 @@ def read_scores(place: str | os.PathLike[str]) -> tuple[dict[str, float], bool]:
     path = Path(place)
     files = [path] if path.is_file() else sorted(path.rglob("*results.json"), key=lambda file: file.stat().st_mtime)
     if not files:
-        raise ValueError(f"there is no result file of lmms-eval in {place} (*results.json; run it with --output_path)")
+        raise ValueError(f"there is not a result file of lmms-eval in {place} (*results.json; run it with --output_path)")
     tasks: dict[str, dict[str, Any]] = {}
     full = False
     for file in files:
@@ -89,7 +89,7 @@ def read_scores(place: str | os.PathLike[str]) -> tuple[dict[str, float], bool]:
             tasks |= {task: dict(measured) for task, measured in content["results"].items()}
             full = "full=true" in str(content.get("config", {}).get("model_args", "")).lower()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} is no result file of lmms-eval ({type(error).__name__}: {error})") from error
+            raise ValueError(f"{file} is not a result file of lmms-eval ({type(error).__name__}: {error})") from error
     scores: dict[str, float] = {}
     for benchmark in BENCHMARKS:
         run = next((name for name in benchmark.tasks if name in tasks), None)
@@ -103,7 +103,7 @@ def read_scores(place: str | os.PathLike[str]) -> tuple[dict[str, float], bool]:
         if task not in known and first is not None and "_stderr" not in first:
             scores[task] = 100 * results[first]
     if not scores:
-        raise ValueError(f"{place} holds no score: its results are of {', '.join(tasks) or 'no task'}")
+        raise ValueError(f"{place} contains no score: its results are of {', '.join(tasks) or 'no task'}")
     return scores, full
 
 

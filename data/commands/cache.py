@@ -3,8 +3,8 @@
   visionzip cache --config configs/llava-1.5-7b/ft-64.yaml data.cache=/data/tokens-64
   torchrun --nproc_per_node 8 -m data.cache --config ... data.cache=...        one process for each GPU
 
-Interrupted or damaged, the same command goes on or repairs. Several processes share the work; several nodes write into one shared
-folder, or each into its own, whose shards are then copied together.
+The same command continues an interrupted cache and repairs a damaged one. Several processes share the work; several nodes write into one
+shared folder, or each into a separate one, whose shards are then copied together.
 """
 
 from __future__ import annotations

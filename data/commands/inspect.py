@@ -1,10 +1,10 @@
-"""look at a run's data before renting GPUs
+"""check a run's data before renting GPUs
 
   visionzip data --config configs/llava-1.5-7b/ft-64.yaml
   visionzip data --config configs/llava-1.5-7b/ft-64.yaml --all data.max_length=1024
 
-Makes items exactly as training does (no weights are loaded), says how long they are, what would be rejected and why, and shows a
-few with the supervised part in colour. Ends with 1 where a run would stop because too much is bad.
+Makes items exactly as training does (no weights are loaded), reports their lengths, which records would be rejected and why, and shows a
+few with the supervised part in colour. The exit code is 1 if a run would stop because too many records are bad.
 """
 
 from __future__ import annotations

@@ -104,10 +104,10 @@ def test_refusals(tmp_path, capsys):
     results(tmp_path / "less" / "x_results.json", {"pope": {"pope_accuracy": 0.8}})
     for arguments, message in (
         ([tmp_path / "nowhere"], "there is no result file of lmms-eval in"),
-        ([tmp_path / "bad_results.json"], "is no result file of lmms-eval (JSONDecodeError"),
+        ([tmp_path / "bad_results.json"], "is not a result file of lmms-eval (JSONDecodeError"),
         ([tmp_path / "less"], "pope has no pope_f1_score among its results"),
-        ([tmp_path / "numbers_results.json"], "is no result file of lmms-eval (TypeError"),
-        ([results(tmp_path / "o" / "x_results.json", {})], "holds no score: its results are of no task"),
+        ([tmp_path / "numbers_results.json"], "is not a result file of lmms-eval (TypeError"),
+        ([results(tmp_path / "o" / "x_results.json", {})], "contains no score: its results are of no task"),
         ([good, "--full", "other"], "--full other: expected one of x_results.json"),
         ([f"a={good}", f"a={good}"], "two results are called a"),
     ):

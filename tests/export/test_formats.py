@@ -303,7 +303,7 @@ class TestPlaces:
             save(str(tmp_path / "nowhere"), tmp_path / "x")
 
     def test_not_an_export(self, base, tmp_path):
-        with pytest.raises(ValueError, match=r"no export of a projector. Known formats: llava: .*safetensors: "):
+        with pytest.raises(ValueError, match=r"is not an export. Known formats: llava: .*safetensors: "):
             save(str(base), tmp_path / "x", "peft")
 
     def test_unknown_format(self, trained, tmp_path):

@@ -3,7 +3,7 @@
   visionzip evaluate --config configs/tiny-llava/demo.yaml model.projector=runs/demo/projector
   torchrun --nproc_per_node 8 -m train.evaluate --config ... model.projector=...                    a share of them for each GPU
 
-One table by question type. Without `model.projector` the first two are compared.
+One table by question type. Without `model.projector`, full tokens and training-free compression are compared.
 """
 
 from __future__ import annotations

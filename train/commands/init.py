@@ -3,8 +3,8 @@
   visionzip init data/tiny-llava runs/demo/data/train.json --images runs/demo/data/images
   visionzip init llava-hf/llava-1.5-7b-hf my/records.json --eval my/held-out.json --budget 64 --out my/run.yaml
 
-Budget, learning rate and batch size are chosen to suit the model and the number of records; each line says why. The data file is
-looked into, no weights are read, nothing is asked, and a file that is there already is not overwritten.
+Budget, learning rate and batch size are chosen to suit the model and the number of records; each line says why. The first records
+of the data file are checked; no weights are read, nothing is prompted for, and an existing file is not overwritten.
 """
 
 from __future__ import annotations

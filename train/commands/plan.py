@@ -2,8 +2,8 @@
 
   visionzip plan --config configs/llava-1.5-7b/ft-64.yaml --gpus 8 --gpu-memory 24
 
-Sizes come from the model's config alone; no weights are read. Where the model is not on this machine, a `model.json` (its
-`config.json`) beside the run's config is used.
+Sizes come from the model's config alone; no weights are read. If the model is not on this machine, a `model.json` (its
+`config.json`) next to the run's config is used.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""run a config over selectors, budgets, seeds and other keys, and compare what came of it
+"""run a config over selectors, budgets, seeds and other keys, and compare the results
 
   visionzip sweep --config configs/tiny-llava/sweep.yaml --out runs/sweep selector=visionzip,divprune budget=8,16 seed=0,1,2
 
 `selector`, `budget` and `seed` are axes; so is any key of the config with several values (`trainer.learning_rate=1e-3,3e-3`,
-`train.distill.weight=0.5,1.0`); other `key=value` are put over the file, as for `train.py`. A budget is a number of tokens, split
-as the config's own budget of that total, else as in the paper (16 is 13+3), or both numbers (`budget=13+3`).
+`train.distill.weight=0.5,1.0`); other `key=value` arguments override the file, as for `train.py`. A budget is a number of tokens, split
+as in the config's budget if that has the same total, else as in the paper (16 is 13+3), or both numbers (`budget=13+3`).
 
-Visual tokens are computed once a selector and budget, training images and held-out ones, and read by all cells. Full tokens are
-measured once, training-free ones once a selector and budget. The same command again runs what is missing: finished cells are
+Visual tokens of training and held-out images are computed once per selector and budget and read by all cells. Full tokens are
+evaluated once, training-free ones once per selector and budget. The same command runs the missing cells: finished cells are
 kept, and a changed config, model or data file makes new ones. In OUT: `sweep.md`, `sweep.json`, `sweep.png`, `cells/`, `tokens/`.
 """
 

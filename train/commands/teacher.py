@@ -1,11 +1,11 @@
-"""ask the uncompressed model the training questions, for compressed runs to learn from
+"""compute the uncompressed model's answers to the training questions, for distillation
 
   visionzip teacher --config configs/tiny-llava/demo.yaml train.distill.cache=runs/demo/teacher
-  torchrun --nproc_per_node 8 -m train.teacher --config ...                         a share of the records for each GPU
+  torchrun --nproc_per_node 8 -m train.teacher --config ...                         records shared among the GPUs
 
-Every record goes through the untouched model once, with all its visual tokens and its whole conversation; of each supervised token
-the `train.distill.top_k` likeliest words are kept. A run that learns from them asks for the same model, data layout and settings,
-and leaves out a record whose image or answer has changed since. Interrupted, the same command goes on.
+Every record goes through the uncompressed model once, with all visual tokens and the whole conversation; for each supervised token
+the `train.distill.top_k` likeliest tokens are stored. A run that uses them must have the same model, data layout and settings,
+and rejects records whose image or answer has changed since. The same command continues an interrupted run.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
   visionzip analyze data/tiny-llava photos/ --out runs/attention
 
-Concentration per layer, attention held by a budget (and the budgets that hold 80, 90 and 95 %), agreement between layers: a
-table, plots and JSON. Measurements are kept, so the same command continues where it was stopped.
+Concentration per layer, attention covered by a budget (and the budgets that cover 80, 90 and 95 %), agreement between layers: a
+table, plots and JSON. Measurements are saved, so the same command continues an interrupted run.
 """
 
 from __future__ import annotations

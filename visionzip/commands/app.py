@@ -4,8 +4,8 @@
   visionzip app llava-hf/llava-1.5-7b-hf --image photo.jpg --port 7861
   visionzip app runs/demo/projector --public-url https://look.example.org     behind a reverse proxy
 
-Only this machine can reach it, unless --host says otherwise. Requests for other host names, and those that other web sites make
-a browser send, are refused.
+Only this machine can reach the app, unless --host says otherwise. Requests for other host names or from other web sites are
+refused.
 """
 
 from __future__ import annotations

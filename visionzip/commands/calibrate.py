@@ -3,8 +3,8 @@
   visionzip calibrate data/tiny-llava runs/demo/data/images --mean 16 --dominant 27 --contextual 3
   visionzip calibrate llava-hf/llava-1.5-7b-hf photos/ --mean 64 --dominant 128 --contextual 10 --measure coverage
 
-Prints the `zip:` section of a config. --dominant is the most an image keeps (CLS included); all images have the same number of
-contextual tokens. The mean is over the images given here, so give images like those that will be used.
+Prints the `zip:` section of a config. --dominant is the maximum an image keeps (CLS included); all images have the same number of
+contextual tokens. The mean is over the images given here, so use images like those that the model will see.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""talk with a compressed model about images; each is encoded once, every turn reuses the cache
+"""talk with a compressed model about images; each image is encoded once, every turn reuses the cache
 
   visionzip chat runs/demo/projector --image photo.jpg
   visionzip chat llava-hf/llava-1.5-7b-hf --dominant 54 --contextual 10

@@ -3,7 +3,7 @@
   visionzip export runs/demo --format merged --out runs/demo-merged
   visionzip export runs/ft-64 --format llava --out llava-v1.5-7b-visionzip-64
 
-A run's directory stands for all that the run trained: a projector, LoRA with it, or a whole model.
+A run directory stands for everything that the run trained: a projector, a projector with LoRA, or a whole model.
 """
 
 from __future__ import annotations

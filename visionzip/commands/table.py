@@ -3,7 +3,7 @@
   visionzip table full=runs/eval/full free=runs/eval/free-64 ft=runs/eval/ft-64 --budget 64
 
 Each argument is a result file or a directory (searched for *results.json), with a label before `=` if you like. Shares are
-of the run with all tokens (--model_args full=true), or of the published uncompressed scores where there is none.
+relative to the run with all tokens (--model_args full=true), or to the published uncompressed scores if there is none.
 """
 
 from __future__ import annotations

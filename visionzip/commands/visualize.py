@@ -1,4 +1,4 @@
-"""draw what is kept of images, tiles and video frames, as PNGs and one HTML page
+"""draw which patches of images, tiles and video frames are kept, as PNGs and one HTML page
 
   visionzip visualize data/tiny-llava photos/ --out runs/look.html
   visionzip visualize llava-hf/llava-1.5-7b-hf photo.jpg --dominant 54 --contextual 10

@@ -53,7 +53,7 @@ model = PeftModel.from_pretrained(base_model, "{here}")
         stored, _ = read_safetensors(path / WEIGHTS)
         strange = [name for name in stored if not name.startswith(PREFIX)]
         if strange:
-            raise ValueError(f"{path / WEIGHTS} holds {strange[0]}; expected names that start with {PREFIX}")
+            raise ValueError(f"{path / WEIGHTS} contains {strange[0]}; expected names that start with {PREFIX}")
         tensors = {name.removeprefix(PREFIX): value for name, value in stored.items()}
         header = open_header(facts, tensors, path, path / NOTE)
         check_settings(facts.get("adapter"), config, path)
