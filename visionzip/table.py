@@ -80,7 +80,7 @@ def read_scores(place: str | os.PathLike[str]) -> tuple[dict[str, float], bool]:
     path = Path(place)
     files = [path] if path.is_file() else sorted(path.rglob("*results.json"), key=lambda file: file.stat().st_mtime)
     if not files:
-        raise ValueError(f"there is not a result file of lmms-eval in {place} (*results.json; run it with --output_path)")
+        raise ValueError(f"there is no result file of lmms-eval in {place} (*results.json; run it with --output_path)")
     tasks: dict[str, dict[str, Any]] = {}
     full = False
     for file in files:
