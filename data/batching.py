@@ -1,4 +1,4 @@
-"""Micro-batches of like lengths: a step's samples stay the same, only who stands beside whom changes.
+"""Micro-batches of similar lengths: the samples of a step stay the same, only their grouping changes.
 
 The loss is a mean over the supervised tokens of the whole step, so how its samples are cut into micro-batches changes nothing but
 the padding. Sorted by length and cut by a budget of padded tokens, a batch has next to none of it; no attention mask is needed

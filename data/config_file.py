@@ -80,7 +80,7 @@ def read_config_file(path: str | Path, overrides: Sequence[str] = ()) -> dict[st
 
 
 def parse(schema: type[T], plain: dict[str, Any], source: str = "config", mistakes: Iterable[str] = ()) -> T:
-    """A plain dict → `schema`. Types are strict: `"4"` is no number, and nothing is guessed.
+    """A plain dict → `schema`. Types are strict: `"4"` is not a number, and nothing is guessed.
 
     Args:
         mistakes: what the caller found beyond that (`dotted.path: what is wrong`), reported where validation fails.

@@ -82,7 +82,7 @@ def zero_stage(deepspeed: dict[str, Any] | None) -> int:
 
 
 def check_liger(given: dict[str, Any]) -> None:
-    """Raises ValueError where Liger's kernels are asked for and not installed; the Trainer would say so with a traceback."""
+    """Raises ValueError if Liger's kernels are requested but not installed; the Trainer would say so with a traceback."""
     from transformers.utils import is_liger_kernel_available
 
     if given.get("use_liger_kernel") and not is_liger_kernel_available():
@@ -109,7 +109,7 @@ def accumulation(section: TrainerSection, world_size: int) -> dict[str, Any]:
     """`gradient_accumulation_steps` that makes the asked global batch with this many processes.
 
     Raises:
-        ValueError: when the global batch is no multiple of processes × per-device batch.
+        ValueError: when the global batch is not a multiple of processes × per-device batch.
     """
     extra = dict(section.model_extra or {})
     if section.global_batch_size is None:

@@ -36,7 +36,7 @@ class Exit(IntEnum):
 
 
 class RunEnded(Exception):
-    """Ends every rank with one message and an exit code of its own."""
+    """Ends every rank with one message and an exit code."""
 
     def __init__(self, code: Exit, message: str) -> None:
         super().__init__(message)

@@ -14,7 +14,7 @@ from train.ending import Exit, RunEnded
 
 
 def run_guarded(action: Callable[[], int]) -> int:
-    """Exit code of `action`; what goes wrong is said once, in a sentence where it is an expected kind of wrong."""
+    """Exit code of `action`; an error is reported once, in one sentence if the error is an expected one."""
     rank = os.environ.get("RANK", "0")
     try:
         return action()

@@ -1,4 +1,4 @@
-"""What a run is: stored with every checkpoint, and compared with the run that wants to go on from one.
+"""What a run is: stored with every checkpoint, and compared with the run that resumes from it.
 
 Three groups, by what a difference means (`compare`):
 
@@ -129,7 +129,7 @@ def check_ranks_agree(seen: dict[str, Any], world_size: int) -> None:
 
 
 def compare(resume: Resume, identity: dict[str, Any]) -> list[str]:
-    """Compare a checkpoint with the run that wants to go on from it.
+    """Compare a checkpoint with the run that resumes from it.
 
     Returns:
         A line for everything that takes effect from the checkpoint on.

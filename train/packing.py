@@ -80,7 +80,7 @@ def pack(
 
 
 def pack_batch(inputs: dict[str, Any], labels: Tensor, prefix: Any = None) -> tuple[dict[str, Any], Tensor]:
-    """`pack`, without the beginning that a `train.prefix.Prefix` holds, where all rows have it."""
+    """`pack`, without the beginning that is in a `train.prefix.Prefix`, if all rows have it."""
     if prefix is None or not prefix.starts(inputs, labels):
         return pack(inputs, labels)
     length = len(prefix.beginning)

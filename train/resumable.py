@@ -1,4 +1,4 @@
-"""A Trainer that saves checkpoints of what trains (train/checkpoint.py), and goes on from one under any ZeRO stage and number of
+"""A Trainer that saves checkpoints of the trainable state (train/checkpoint.py), and resumes from one under any ZeRO stage and number of
 processes."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, the same on every rank."""
+"""Which checkpoint a run resumes from, the same on every rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train.ending import Exit, RunEnded
 
 @dataclass
 class Resume:
-    """The checkpoint that a run goes on from, as every rank knows it. Only rank 0 can read the directory."""
+    """The checkpoint that a run resumes from, as every rank knows it. Only rank 0 can read the directory."""
 
     path: str
     progress: dict[str, Any]

@@ -123,7 +123,7 @@ def start_process(config: RunConfig) -> Any:
 
 
 def build(config: RunConfig, args: Any, stop: StopRequest, watchdog: Watchdog) -> Run:
-    """The compressed model with what trains set free, and what goes with it."""
+    """The compressed model with its trainable parts unfrozen, and what goes with it."""
     from transformers import set_seed
 
     model, processor = build_model(config)
@@ -138,7 +138,7 @@ def build(config: RunConfig, args: Any, stop: StopRequest, watchdog: Watchdog) -
 
 
 def find_start(run: Run, identity: dict[str, Any]) -> Resume | None:
-    """The checkpoint that the run goes on from, if there is one; says so.
+    """The checkpoint that the run resumes from, if there is one; logs it.
 
     Raises:
         RunEnded: it is of another run, or of settings that can't change.

@@ -214,7 +214,7 @@ def plot(
 
 
 def log_summary(config: Any, out: Path) -> None:
-    """Table and plot as a run of their own in the cells' group on W&B. Whatever W&B does, the files are there."""
+    """Table and plot as a separate run in the cells' group on W&B. The files do not depend on W&B."""
     import logging
 
     from train.callbacks import mode_of

@@ -1,4 +1,4 @@
-"""Runs as processes of their own, forked from one that has imported everything: they start at once and fail alone."""
+"""Runs as separate processes, forked from one that has imported everything: they start at once, and a failure affects only one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PRELOADED = (
 
 @dataclass
 class Task:
-    """Something to be done in a process of its own; what it prints goes to `log`."""
+    """A task for a separate process; its output goes to `log`."""
 
     name: str
     action: Callable[[RunConfig], int]
@@ -37,7 +37,7 @@ class Task:
 
 
 def run_all(tasks: Sequence[Task], jobs: int, tell: Callable[[Task, int, float], None]) -> int:
-    """Do all tasks, `jobs` at a time, and go on where one fails; returns how many did.
+    """Run all tasks, `jobs` at a time, and continue if one fails; returns how many failed.
 
     Each is a process forked from one that has imported everything, so it starts at once, and dies alone. With several GPUs
     they take turns.
@@ -86,7 +86,7 @@ def interrupt(number: int, frame: Any) -> None:
 
 
 def perform(task: Task, gpu: int | None) -> None:
-    """In a process of its own: do it, and leave with its exit code."""
+    """In a separate process: run the task, and exit with its code."""
     task.log.parent.mkdir(parents=True, exist_ok=True)
     log = os.open(task.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, 1)

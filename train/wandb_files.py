@@ -54,7 +54,7 @@ def history(path: Path) -> list[dict[str, Any]]:
 
 
 def logged_steps(output_dir: str | Path, run_id: str) -> set[int]:
-    """Training steps that the offline files of a run hold."""
+    """Training steps in the offline files of a run."""
     files = sorted(Path(output_dir).glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"))
     rows = [row for file in files for row in history(file)]
     return {int(row["train/global_step"]) for row in rows if "train/loss" in row and "train/global_step" in row}

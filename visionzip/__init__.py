@@ -19,7 +19,7 @@ _HOME = {name: file for file, names in _FILES.items() for name in names}
 
 
 class _Package(ModuleType):
-    """Imports what is asked for when it is asked for: torch and transformers take seconds, and ``visionzip --help`` needs neither."""
+    """Imports each name on first use: torch and transformers take seconds, and ``visionzip --help`` needs neither."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in _HOME:

@@ -1,4 +1,4 @@
-"""How many tokens an image needs: the budget stops early where few patches already hold what is asked for.
+"""How many tokens an image needs: fewer where few patches already reach the threshold.
 
 Decided by the image alone, before anything is selected, so every selector and merge works with it and the tokens stay a pure
 function of the image. Shapes as in `visionzip.compress`: ``B`` images, ``P`` patches (CLS not counted).

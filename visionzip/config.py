@@ -10,7 +10,7 @@ Measure = Literal["attention", "coverage"]
 
 
 class Adaptive(BaseModel):
-    """Per-image budgets: an image keeps as few dominant tokens as hold `threshold` of what is measured.
+    """Per-image budgets: an image keeps the fewest dominant tokens that reach `threshold` of the measure.
 
     `ZipConfig.dominant` is then the most an image keeps; contextual tokens are the same number for all. A threshold that
     gives a wanted mean is found by ``visionzip calibrate``.

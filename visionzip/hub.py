@@ -25,7 +25,7 @@ def push(
     """Upload an export with its model card (made here where there is none) and return the address of the commit.
 
     Raises:
-        ValueError: when `directory` is no export, or a damaged one, or the hub refuses.
+        ValueError: when `directory` is not an export, or a damaged one, or the hub refuses.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 

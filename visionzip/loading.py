@@ -156,9 +156,9 @@ def save(
         `out`.
 
     Raises:
-        FileExistsError: when there is something at `out` already, and `overwrite` is not set or it is no export.
+        FileExistsError: when there is something at `out` already, and `overwrite` is not set or it is not an export.
         OSError: when the disk is full or can't be written; nothing is left at `out` then, or what was there.
-        ValueError: when the format can't hold what was trained, a weight is not finite, or `source` is no export.
+        ValueError: when the format can't store what was trained, a weight is not finite, or `source` is not an export.
     """
     form = FORMATS[format]
     if write:

@@ -21,7 +21,7 @@ from visionzip.intercept import Interceptions
 def keep_mask(input_ids: Tensor, token: int, stock: int, budget: int) -> Tensor:
     """Which places of ``(B, L)`` stay: of every `stock` placeholders in a row of them the first `budget`.
 
-    A run that is no multiple of `stock` already has its budget (a prompt made by an attached processor) and stays whole.
+    A run that is not a multiple of `stock` already has its budget (a prompt made by an attached processor) and stays whole.
     """
     image = input_ids == token
     starts = image & ~torch.nn.functional.pad(image, (1, 0))[:, :-1]

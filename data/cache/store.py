@@ -1,4 +1,4 @@
-"""All shards of a folder behind one sorted index, which lies on disk and is mapped: no process holds it in memory."""
+"""All shards of a folder behind one sorted index on disk, which is memory-mapped: no process loads it."""
 
 from __future__ import annotations
 

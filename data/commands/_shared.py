@@ -1,4 +1,4 @@
-"""What all commands of `data` have in common: how a config is named, how integers are checked, how a failure is told."""
+"""What all commands of `data` have in common: how a config is named, how integers are checked, how a failure is reported."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The commands of the program, one file each: a docstring whose first line is the summary, `add_arguments`, `run`.
 
-`run(arguments)` returns an exit code (`train.ending.Exit`); what goes wrong has been said by then.
+`run(arguments)` returns an exit code (`train.ending.Exit`); errors have been printed by then.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class Analysis:
     lines: list[dict[str, Any]]
     skipped: dict[str, str] = field(default_factory=dict)
     resumed: int = 0
-    maps: list[np.ndarray] = field(default_factory=list)  # of one picture: (rows, columns) a layer
+    maps: list[np.ndarray] = field(default_factory=list)  # of one image: (rows, columns) per layer
 
 
 def analyze(
@@ -128,7 +128,7 @@ def measure(attachment: Attachment, name: str, picture: Any) -> dict[str, Any]:
 
 
 def layer_maps(attachment: Attachment, picture: Any) -> list[np.ndarray]:
-    """The attention of each layer on the patches of a picture (its first tile), ``(rows, columns)``, where it has such a shape."""
+    """The attention of each layer on the patches of an image (its first tile), ``(rows, columns)``, where it has such a shape."""
     inputs = image_inputs(attachment.processor, picture, attachment.config.pad_images)
     layers = attention_by_layer(attachment, inputs)
     grid = trace(attachment.model, picture).tiles[0].grid
@@ -141,7 +141,7 @@ def layer_maps(attachment: Attachment, picture: Any) -> list[np.ndarray]:
 
 
 def summary(analysis: Analysis) -> dict[str, Any]:
-    """Means and spreads over the pictures: what ``analysis.json`` holds."""
+    """Means and spreads over the images: the content of ``analysis.json``."""
     lines = analysis.lines
     layers = len(lines[0]["top"])
 

@@ -26,7 +26,7 @@ _NAME = "visionzip_watched"
 
 @dataclass(frozen=True)
 class Call:
-    """One call of one layer's attention. ``B`` pictures (or 1, with windows one after another), ``H`` heads, ``N`` tokens."""
+    """One call of one layer's attention. ``B`` images (or 1, with windows one after another), ``H`` heads, ``N`` tokens."""
 
     module: nn.Module
     queries: Tensor  # (B, H, N, d)
@@ -131,7 +131,7 @@ def attention_by_layer(attachment: Attachment, inputs: dict[str, Any], every_lay
 
 
 def _shares(calls: list[Tensor], encoder_rows: bool) -> Tensor:
-    """Several calls of one layer are batches of pictures (same ``N``, with CLS) or windows of one (joined by their size)."""
+    """Several calls of one layer are batches of images (same ``N``, with CLS) or windows of one (joined by their size)."""
     if encoder_rows or all(len(call) > 1 for call in calls):
         found = torch.cat(calls)
     else:

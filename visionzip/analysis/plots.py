@@ -13,7 +13,7 @@ from visionzip.analysis.trace import Tile
 
 
 def histogram(tiles: Sequence[Tile], what: str = "image") -> Any:
-    """How the attention is spread over the patches, and what of it the kept ones hold. Tiles or frames are taken together.
+    """How the attention is distributed over the patches, and how much the kept ones receive. Tiles or frames are taken together.
 
     Raises:
         ValueError: where there are no scores.
@@ -40,7 +40,7 @@ def histogram(tiles: Sequence[Tile], what: str = "image") -> Any:
 
 
 def budget_curve(tile: Tile) -> Any:
-    """How much of the attention the best 0, 1, 2 … patches of a tile hold, and where its budget stands.
+    """How much of the attention the best 0, 1, 2 … patches of a tile receive, and the position of its budget.
 
     Raises:
         ValueError: where there are no scores.

@@ -1,4 +1,4 @@
-"""How few tokens hold most of the attention: measures on shares, one row per image or tile.
+"""How few tokens receive most of the attention: measures on shares, one row per image or tile.
 
 Everywhere ``P`` patches, ``L`` layers; shares are non-negative and sum to 1 over the patches. Source of the questions: the
 paper's figures 2 (attention sits on a few tokens) and 5 (it concentrates as it goes deeper).
@@ -21,7 +21,7 @@ def cumulative(shares: Tensor) -> Tensor:
 
 
 def budget_for(shares: Tensor, level: float) -> Tensor:
-    """The least number of patches that hold at least `level` of the attention: ``(…, P)`` → ``(…,)`` int64."""
+    """The smallest number of patches that receive at least `level` of the attention: ``(…, P)`` → ``(…,)`` int64."""
     # The last places of a sum of float32 shares are rounding; without the allowance 100 % might never be reached.
     return (cumulative(shares) < level - 1e-6).sum(dim=-1)
 

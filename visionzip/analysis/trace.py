@@ -84,7 +84,7 @@ class Tile:
 
     @property
     def held(self) -> float | None:
-        """Share of the attention on patches that the kept patches hold."""
+        """Share of the attention on patches that the kept patches receive."""
         return None if self.attention is None else float(self.attention[self.kept_mask].sum())
 
     def again(self, config: ZipConfig) -> Tile:
@@ -107,7 +107,7 @@ class Trace:
 
     @property
     def held(self) -> float | None:
-        """Mean over tiles of the share of attention that the kept patches hold."""
+        """Mean over tiles of the share of attention that the kept patches receive."""
         shares = [tile.held for tile in self.tiles if tile.held is not None]
         return sum(shares) / len(shares) if shares else None
 

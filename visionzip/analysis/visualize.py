@@ -94,7 +94,7 @@ def places(out: str | Path) -> tuple[Path, Path]:
 
 
 def _section(one: Trace, folder: Path, theme: str, result: Result, model: str) -> str:
-    """One picture: its PNGs written, its part of the page returned."""
+    """One image: its PNGs written, its part of the page returned."""
     kind = "frame" if image_files.is_video(one.name) else "tile"
     what = kind if len(one.tiles) > 1 else "image"
     rows = []

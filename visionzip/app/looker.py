@@ -57,7 +57,7 @@ class Looker:
         """Read an image and run the encoder on it.
 
         Raises:
-            ValueError: for what is no readable image.
+            ValueError: if the image can't be read.
         """
         picture = decode_image(path)
         with self.lock:

@@ -121,7 +121,7 @@ def _is_loopback(name: str) -> bool:
 
 
 class Server:
-    """A page that is being served, from a thread of its own. `address` is where."""
+    """A page that is being served, from a separate thread. `address` is where."""
 
     def __init__(self, page: Any, host: str, port: int, public_urls: Sequence[str] = ()) -> None:
         import uvicorn

@@ -37,7 +37,7 @@ def build(looker: Looker, title: str, picture: str | None = None) -> Any:
         return [heat, draw.kept(tile, SIDE), draw.merged(tile, SIDE), words]
 
     def opened(path: str | None, selector: str, merge: str) -> list[Any]:
-        """A new picture: run the encoder, set the sliders to what there is, draw."""
+        """A new image: run the encoder, set the sliders to what there is, draw."""
         if not path:
             return [None, *[gr.skip()] * 3, None, None, None, "", None, None, None, ""]
         try:

@@ -76,7 +76,7 @@ def count(text: str) -> int:
 
 
 def load(arguments: argparse.Namespace, **options: Any) -> tuple[Any, Any]:
-    """Model and processor, attached with the budget asked for. `options` go to ``from_pretrained``.
+    """Model and processor, attached with the requested budget. `options` go to ``from_pretrained``.
 
     A projector may be looked at under another budget than it was trained with, so that is attached after the projector's
     own checks.

@@ -1,4 +1,4 @@
-"""What was trained, apart from any model, and what a file format must offer to hold it."""
+"""What was trained, apart from any model, and what a file format must offer to store it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Trained:
         return {name for name in self.adapters if name.startswith(tuple(f"{module}." for module in self.modules))}
 
     def only_projector(self, what: str) -> dict[str, Tensor]:
-        """The projector, for a format that holds nothing else.
+        """The projector, for a format that contains nothing else.
 
         Raises:
             ValueError: when something would be lost.
@@ -192,7 +192,7 @@ def run_result(path: str | os.PathLike[str]) -> Path:
 
 
 def check_complete(place: Path) -> None:
-    """Raise ``ValueError`` for a run's folder that holds only a part of what was trained together."""
+    """Raise ``ValueError`` for a run directory that contains only a part of what was trained together."""
     run = (place if place.is_dir() else place.parent).parent
     if is_run(run) and place != run:
         part, whole = (place if place.is_dir() else place.parent), run_result(run)

@@ -1,7 +1,7 @@
 """`merged`: a whole model directory for from_pretrained, with its processor, that compresses by itself
 
 ``AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True)`` runs a small file in the directory, which hands
-over to the two classes below. They are no subclasses of a model: transformers would skip its key conversions for a class
+over to the two classes below. They are not subclasses of a model: transformers would skip its key conversions for a class
 outside its own package and leave the head at random values. They load the stock class and attach.
 """
 

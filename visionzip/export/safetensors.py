@@ -1,6 +1,6 @@
 """`safetensors`: the projector alone, float32, in projector.safetensors (default)
 
-The header is the file's own metadata, whose values have to be strings; what is no string is stored as JSON.
+The header is the file's own metadata, whose values have to be strings; other values are stored as JSON.
 """
 
 from __future__ import annotations
