@@ -57,5 +57,5 @@ def show(result: dict[str, Any]) -> str:
     ]
     title = f"{result['preset']}: tokens through the LLM / tokens' time taken by all ranks, of the samples' own tokens; {result['steps']} steps"
     return (
-        f"{title}\n\n{measure.table(['ranks', 'accumulation', 'samples a step', 'random', 'length', 'packed'], rows)}"
+        f"{title}\n\n{measure.table(['ranks', 'accumulation', 'samples per step', 'random', 'length', 'packed'], rows)}"
     )

@@ -277,7 +277,7 @@ def show(result: dict[str, Any]) -> str:
         ])  # fmt: skip
     headers = [
         "variant",
-        "s a step",
+        "s per step",
         "samples/s",
         "tokens/s",
         "of plain",
