@@ -175,7 +175,7 @@ class TestTerminal:
         code, printed = talk("what is this", "/budget 12", "what", "/reset", "how many", arguments=["--image", "a.png"])
         assert code == 0
         assert "8 visual tokens (5 dominant + 3 contextual) per image. /help says" in printed.out
-        assert f"picture: 8 of 16 tokens · prompt {14 + SYSTEM} tokens · first token after" in printed.out
+        assert f"image: 8 of 16 tokens · prompt {14 + SYSTEM} tokens · first token after" in printed.out
         assert (
             "12 visual tokens (10 dominant + 2 contextual) per image; the images so far are encoded again."
             in printed.out
@@ -196,7 +196,7 @@ class TestTerminal:
         assert len(wrong) == len(expected)
         for line, part in zip(wrong, expected, strict=True):
             assert part in line
-        assert "picture: 8 of 16 tokens" in printed.out
+        assert "image: 8 of 16 tokens" in printed.out
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

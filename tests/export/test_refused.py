@@ -190,7 +190,7 @@ def test_a_pickle_that_runs_code(trained, tmp_path, form):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([torch.ones(2)], "holds a list; expected a dict of tensors"),
+        ([torch.ones(2)], "contains a list; expected a dict of tensors"),
         ({"a": 1}, "contains a dict of something else"),
         (
             {"model.mm_projector.weight": torch.ones(2, 2), "model.mm_projector.bias": torch.ones(2)},
