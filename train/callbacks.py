@@ -72,8 +72,8 @@ class Speed:
             "tokens_per_second": totals.tokens / seconds,
             "pictures_per_second": totals.pictures / seconds,
             "supervised_tokens": totals.supervised,
-            "tokens_per_picture": self.tokens,
-            "tokens_per_picture_before": self.of_tokens,
+            "tokens_per_image": self.tokens,
+            "tokens_per_image_before": self.of_tokens,
         }
 
 

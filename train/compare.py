@@ -8,7 +8,7 @@ from data.config_file import config_errors
 from data.processes import own_device
 from train.build import build_model
 from train.config import ConfigError, RunConfig
-from train.held_out import score, tokens_a_picture
+from train.held_out import score, tokens_per_image
 from train.scores import Scores
 from visionzip import detach
 from visionzip.export import loaded_into
@@ -27,7 +27,7 @@ def compare_models(config: RunConfig, rank: int = 0, world_size: int = 1) -> tup
     model, processor = build_model(base)
     model.to(own_device())
     with config_errors("eval"):
-        tokens = tokens_a_picture(model, processor, config)
+        tokens = tokens_per_image(model, processor, config)
     results = {}
     if start is not None:  # first: a projector that can't be loaded ends it before anything is asked
         with ExitStack() as loaded:

@@ -16,7 +16,7 @@ from train.cached import check_cache
 from train.callbacks import replace_text
 from train.config import RunConfig
 from train.digest import describe_processor, digest
-from train.held_out import score, tokens_a_picture
+from train.held_out import score, tokens_per_image
 from train.result_checks import check_answers
 from train.scores import Scores
 from train.setup import Run
@@ -39,7 +39,7 @@ def count_tokens(run: Run) -> tuple[int, int]:
     with config_errors("eval"):
         if section.cache is not None:
             check_cache(run.config, run.model, run.processor, section.cache)
-        return tokens_a_picture(run.model, run.processor, run.config)
+        return tokens_per_image(run.model, run.processor, run.config)
 
 
 def evaluate_base(run: Run, base: dict[str, str]) -> dict[str, Scores]:

@@ -186,7 +186,7 @@ def gather(answered: dict[int, dict[str, Any] | None], world_size: int) -> Score
     return scores
 
 
-def tokens_a_picture(model: Any, processor: Any, config: RunConfig) -> tuple[int, int]:
+def tokens_per_image(model: Any, processor: Any, config: RunConfig) -> tuple[int, int]:
     """Visual tokens (compressed, full) of the first held-out image; 0 where there is none.
 
     With per-image budgets their mean over the first `IMAGES_COUNTED` images.

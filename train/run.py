@@ -28,7 +28,7 @@ from train.result_checks import check_loss
 from train.resume import Resume, find_resume
 from train.scores import Scores
 from train.setup import Run, Tokens, build_batches, build_data, note_rejected, open_rejects, size_of
-from train.trainable import choose, count, describe_trained
+from train.trainable import count, describe_trained, free_parameters
 from train.trainer import Hooks, ProjectorTrainer
 from train.wandb_page import Look
 from train.words import count_of
@@ -129,7 +129,7 @@ def build(config: RunConfig, args: Any, stop: StopRequest, watchdog: Watchdog) -
     model, processor = build_model(config)
     set_seed(config.seed)  # adapters are drawn before the Trainer seeds; loading draws too, but not under every stage
     try:
-        trains = choose(model, config.train)
+        trains = free_parameters(model, config.train)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if config.trainer.deepspeed == "off":
@@ -198,8 +198,8 @@ def start_wandb(run: Run, tokens: Tokens) -> Wandb | None:
     facts = {
         "world_size": run.world_size,
         "trainable_parameters": count(run.model),
-        "tokens_per_picture": tokens[0],
-        "tokens_per_picture_before": tokens[1],
+        "tokens_per_image": tokens[0],
+        "tokens_per_image_before": tokens[1],
     }
     try:
         return Wandb(run.config, run.config.model_dump(mode="json"), facts)

@@ -49,7 +49,7 @@ def write(out: Path, cells: Sequence[Found]) -> str:
     groups = grouped(cells)
     full = next((results["full"] for *_, results in cells if "full" in results), None)
     of_tokens, questions = (next((results[key] for *_, results in cells), 0) for key in ("of_tokens", "questions"))
-    text = table(groups, full, of_tokens, questions)
+    text = render_markdown(groups, full, of_tokens, questions)
     facts = {
         "full": full,
         "of_tokens": of_tokens,
@@ -122,7 +122,7 @@ def difference(best: Group, other: Group) -> tuple[float, float]:
     return float(gap.mean()), math.sqrt(over_pictures + over_seeds)
 
 
-def table(groups: Sequence[Group], full: float | None, of_tokens: int, questions: int) -> str:
+def render_markdown(groups: Sequence[Group], full: float | None, of_tokens: int, questions: int) -> str:
     """Markdown: a row a group, best first at each budget; in bold what lies within two standard errors of the best."""
     names = list(dict.fromkeys(name for group in groups for name in group.axes if name != "budget"))
     head = ["tokens", *names, "training-free", "fine-tuned", "seeds", "gain", "behind the best"]

@@ -11,7 +11,7 @@ from train.config import LoraSection, TrainSection
 from visionzip.families import family_for
 
 
-def choose(model: nn.Module, section: TrainSection) -> list[str]:
+def free_parameters(model: nn.Module, section: TrainSection) -> list[str]:
     """Freeze everything, then unfreeze what the config names; returns the names that train, in the model's order.
 
     Adapters are put into the model in place, so that the model stays the one that was attached (a PEFT wrapper around it

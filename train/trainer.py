@@ -64,7 +64,7 @@ class Hooks:
 
 
 class ProjectorTrainer(ResumableTrainer):
-    """Trains an attached model whose trainable names were chosen (`train.trainable.choose`).
+    """Trains an attached model whose trainable names were chosen (`train.trainable.free_parameters`).
 
     Args:
         batches: the sampler of this process: yields lists of indices, has `set_epoch`, and gives every process the same

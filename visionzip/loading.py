@@ -11,7 +11,7 @@ import torch
 
 from visionzip.attach import attach, attached, unwrap
 from visionzip.config import ZipConfig
-from visionzip.export.base import FORMATS, RESULTS, Format, Trained, read, recognise
+from visionzip.export.base import FORMATS, RESULTS, Format, Trained, read_export, recognise
 from visionzip.export.card import write_card
 from visionzip.export.files import free, staged
 from visionzip.export.header import check_belongs
@@ -52,7 +52,9 @@ def load(
     """
     place, target, dtype = local_copy(path), usable_device(device), known_dtype(dtype)
     form = recognise(place)
-    trained = read(place) if form is not None or Path(place).is_file() else None  # of a file, says what was expected
+    trained = (
+        read_export(place) if form is not None or Path(place).is_file() else None
+    )  # of a file, says what was expected
     whole = form is not None and form.whole and base is None
     source = base_of(place, form, trained, base)
     try:
@@ -165,7 +167,7 @@ def save(
         free(out, overwrite=overwrite, ours=recognise(out) is not None)  # before a model is loaded for nothing
     if isinstance(source, str | os.PathLike):
         place = local_copy(source)
-        trained = read(place)
+        trained = read_export(place)
         model = None
         if form.whole or (trained.adapters and form.name != "peft"):
             model, processor = load(place, "cpu", base=base, force=force, trust_remote_code=trust_remote_code)

@@ -9,7 +9,7 @@ import pytest
 from tests.tiny import tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, cli, save
 from visionzip.cli import library_commands, main
-from visionzip.export import read
+from visionzip.export import read_export
 
 ROOT = Path(__file__).parents[2]
 OURS = (
@@ -133,7 +133,7 @@ class TestExport:
             printed = capsys.readouterr().out.splitlines()
             assert printed[0] == f"{out}  ({name})"
             assert {line.split()[0] for line in printed[1:]} == {path.name for path in out.iterdir()}
-            read(out)
+            read_export(out)
 
     def test_help_lists_every_format(self, capsys):
         """Read from the formats' files, so that a new one is listed by being there."""

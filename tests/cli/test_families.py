@@ -6,7 +6,7 @@ import torch
 from tests.families.case import cases, picture
 from visionzip import attach, save
 from visionzip.chat import Chat
-from visionzip.export import load_into, read
+from visionzip.export import load_into, read_export
 from visionzip.inputs import batch_prompts, text_inputs
 from visionzip.projector import projector_state
 
@@ -47,7 +47,7 @@ def test_what_was_trained_comes_back(family, tmp_path, name):
     _, model, _ = family
     out = save(model, tmp_path / "out", name)
     state = projector_state(model)
-    stored = read(out).projector
+    stored = read_export(out).projector
     assert stored.keys() == state.keys()
     assert all(torch.equal(stored[key], value) for key, value in state.items())
     load_into(model, out)

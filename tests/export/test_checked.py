@@ -18,7 +18,7 @@ from tests.export.reseal import rewrite
 from tests.export.test_refused import FILES, key
 from tests.tiny import tiny_llava, tiny_processor
 from visionzip import attach, load, save
-from visionzip.export import load_into, read, save_projector
+from visionzip.export import load_into, read_export, save_projector
 from visionzip.export.files import staged
 from visionzip.inspect import describe
 
@@ -73,7 +73,7 @@ def test_values_that_are_not_finite(export, value, tmp_path):
         state[key(state, "2.weight")][1, 2] = value
 
     rewrite(file, spoil)  # with a checksum that is right: it was written so
-    for use in (read, lambda path: load(path, "cpu"), lambda path: save(path, tmp_path / "again")):
+    for use in (read_export, lambda path: load(path, "cpu"), lambda path: save(path, tmp_path / "again")):
         with pytest.raises(ValueError, match=r"linear_2.weight contains 1 values that are not finite"):
             use(out)
 
@@ -101,7 +101,7 @@ def test_a_changed_budget(export):
         note["zip"]["dominant"] = 6
         (out / "visionzip.json").write_text(json.dumps(note))
     with pytest.raises(ValueError, match="was changed after it was written"):
-        read(out)
+        read_export(out)
 
 
 def test_the_settings_of_an_adapter(adapted, tmp_path):
@@ -219,5 +219,5 @@ def test_what_a_killed_writer_left_is_removed_and_what_it_was_replacing_restored
     (tmp_path / f".out.new.{os.getppid()}").mkdir()  # another writer, alive
     with pytest.raises(FileExistsError, match="not empty"), staged(out):
         pass
-    assert read(out).header.metadata == {"steps": 1}
+    assert read_export(out).header.metadata == {"steps": 1}
     assert sorted(path.name for path in tmp_path.iterdir()) == [f".out.new.{os.getppid()}", "base", "out"]

@@ -12,7 +12,7 @@ import visionzip
 from tests.export.conftest import BUDGET, add_lora, answers
 from tests.tiny import tiny_llava, tiny_processor
 from visionzip import attach, attached, load, save
-from visionzip.export import FORMATS, load_into, read, recognise
+from visionzip.export import FORMATS, load_into, read_export, recognise
 from visionzip.projector import fingerprint, projector_state
 
 NAMES = ("safetensors", "llava", "merged", "peft")
@@ -37,7 +37,7 @@ class TestRoundTrip:
     def test_read_gives_back_what_was_trained(self, trained, tmp_path, name):
         out = written(trained, tmp_path, name, metadata={"steps": 7, "data": ["shapes"]})
         assert recognise(out).name == name
-        back = read(out)
+        back = read_export(out)
         dtype = torch.float16 if name == "llava" else torch.float32
         assert same(back.projector, projector_state(trained), dtype)
         assert back.header.zip == BUDGET
@@ -97,11 +97,11 @@ def test_any_format_converts_into_any_other(trained, tmp_path, here, there):
     first = written(trained, tmp_path, here, metadata={"steps": 7})
     second = save(first, tmp_path / f"llava-2-{there}", there, **OPTIONS.get(there, {}))
     dtype = torch.float16 if "llava" in (here, there) else torch.float32
-    back = read(second)
+    back = read_export(second)
     assert same(back.projector, projector_state(trained), dtype)
     told = {"zip": BUDGET, "fingerprint": fingerprint(trained), "metadata": {"steps": 7}}
     assert {name: getattr(back.header, name) for name in told} == told
-    assert back.header.base_model == read(first).header.base_model == trained.config._name_or_path
+    assert back.header.base_model == read_export(first).header.base_model == trained.config._name_or_path
     if there != "llava":
         load(second, "cpu")
 
@@ -115,7 +115,7 @@ def test_a_projector_keeps_its_precision_in_a_merged_half_precision_model(base, 
     save(model, tmp_path / "a", processor=processor)
     for number, name in enumerate(("merged", "peft", "safetensors")):
         save(tmp_path / "a" if number == 0 else tmp_path / str(number - 1), tmp_path / str(number), name)
-        assert same(read(tmp_path / str(number)).projector, exact)
+        assert same(read_export(tmp_path / str(number)).projector, exact)
     assert load(tmp_path / "0", "cpu")[0].dtype == torch.bfloat16
 
 
@@ -124,7 +124,7 @@ class TestAdapters:
         model, processor = load(written(adapted, tmp_path, "peft"), "cpu")
         assert torch.equal(answers(model, processor), answers(adapted, attached(adapted).processor))
         again = save(model, tmp_path / "again", "peft")
-        one, two = read(tmp_path / "llava-peft"), read(again)
+        one, two = read_export(tmp_path / "llava-peft"), read_export(again)
         assert len(one.adapters) == 8
         assert same(one.adapters, two.adapters)
         assert same(one.projector, two.projector)
@@ -169,7 +169,7 @@ class TestAdapters:
                 merged[n("2.bias")],
             ),
         )
-        assert same(read(written(trained, tmp_path, "safetensors")).projector, merged)
+        assert same(read_export(written(trained, tmp_path, "safetensors")).projector, merged)
         # as an adapter it stays one, on the projector it was trained on
         source = attached(trained).model.config._name_or_path
         other = tiny_llava()
@@ -178,7 +178,7 @@ class TestAdapters:
         model, processor = load(written(trained, tmp_path, "peft"), "cpu")
         assert torch.equal(answers(model, processor), answers(trained, attached(trained).processor))
         save(tmp_path / "llava-peft", tmp_path / "merged", "merged")
-        assert same(read(tmp_path / "merged").projector, merged)
+        assert same(read_export(tmp_path / "merged").projector, merged)
 
 
 def n(rest):
@@ -199,7 +199,7 @@ class TestPeftWithoutThisToolkit:
         assert torch.equal(answers(wrapped, attached(wrapped).processor), expected)
         assert same(projector_state(wrapped), projector_state(model))
         again = save(wrapped, tmp_path / "again", "peft", processor=processor)
-        assert same(read(again).adapters, read(out).adapters)
+        assert same(read_export(again).adapters, read_export(out).adapters)
 
 
 class TestMergedCompressesByItself:

@@ -14,7 +14,7 @@ from tests.export.reseal import rewrite
 from tests.families.case import cases
 from tests.tiny import tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, attached, load, save
-from visionzip.export import load_into, read
+from visionzip.export import load_into, read_export
 from visionzip.projector import projector_state
 
 FILES = {
@@ -159,7 +159,7 @@ def test_a_file_truncated(export):
     for left in (0, 1, 10, 100, len(content) // 2, len(content) - 1):
         file.write_bytes(content[:left])
         with pytest.raises(ValueError, match="damaged"):
-            read(out)
+            read_export(out)
     with pytest.raises(ValueError, match="damaged"):
         load(out, "cpu")
 
@@ -179,7 +179,7 @@ def test_a_pickle_that_runs_code(trained, tmp_path, form):
         torch.save(content, out / "mm_projector.bin")
     else:
         (out / "mm_projector.bin").write_bytes(pickle.dumps(content, protocol=form))
-    for use in (read, lambda path: load(path, "cpu")):
+    for use in (read_export, lambda path: load(path, "cpu")):
         with pytest.raises(
             ValueError, match=r"is a pickle that could run code when read \((posix\.system|a bare.*)\); nothing was run"
         ):
@@ -202,7 +202,7 @@ def test_a_pickle_that_runs_code(trained, tmp_path, form):
 def test_a_bin_of_something_else(tmp_path, content, message):
     torch.save(content, tmp_path / "mm_projector.bin")
     with pytest.raises(ValueError, match=message):
-        read(tmp_path)
+        read_export(tmp_path)
 
 
 def test_a_bin_of_llavas_own_says_nothing_of_its_origin(trained, base, tmp_path, caplog):
@@ -227,24 +227,24 @@ class TestNotes:
     def test_no_json(self, note):
         note.write_text("{")
         with pytest.raises(ValueError, match=r"visionzip.json can't be read as JSON"):
-            read(note.parent)
+            read_export(note.parent)
 
     def test_not_an_object(self, note):
         note.write_text("[]")
         with pytest.raises(ValueError, match="contains a list; expected a JSON object"):
-            read(note.parent)
+            read_export(note.parent)
 
     def test_a_budget_that_is_none(self, note):
         content = json.loads(note.read_text())
         content["zip"]["dominant"] = -4
         note.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=r"visionzip.json: zip.*dominant=-4 can't be met"):
-            read(note.parent)
+            read_export(note.parent)
 
     def test_wrong_type(self, note):
         note.write_text(json.dumps({**json.loads(note.read_text()), "fingerprint": 3}))
         with pytest.raises(ValueError, match=r"visionzip.json: fingerprint: "):
-            read(note.parent)
+            read_export(note.parent)
 
     def test_in_a_safetensors_header(self, trained, tmp_path):
         out = save(trained, tmp_path / "st") / FILES["safetensors"]
@@ -254,7 +254,7 @@ class TestNotes:
             header = opened.metadata()
         save_file(load_file(out), out, metadata={**header, "zip": "{"})
         with pytest.raises(ValueError, match="has a header that can't be read: zip: "):
-            read(out)
+            read_export(out)
 
 
 class TestPeft:
@@ -269,17 +269,17 @@ class TestPeft:
     def test_another_kind(self, out):
         self.change(out, peft_type="IA3")
         with pytest.raises(ValueError, match="of type 'IA3'; expected LORA"):
-            read(out)
+            read_export(out)
 
     def test_no_weights(self, out):
         (out / "adapter_model.safetensors").rename(out / "adapter_model.bin")
         with pytest.raises(ValueError, match=r"no adapter_model.safetensors; adapters are read from safetensors only"):
-            read(out)
+            read_export(out)
 
     def test_names_of_something_else(self, out):
         rewrite(out / "adapter_model.safetensors", lambda state: state.__setitem__("x", torch.ones(1)))
         with pytest.raises(ValueError, match=r"contains x; expected names that start with base_model.model."):
-            read(out)
+            read_export(out)
 
     def test_a_key_of_another_version_of_peft(self, out, tmp_path):
         self.change(out, from_the_future=True)

@@ -9,7 +9,7 @@ from train.config import parse_config
 from train.outcome import export
 from visionzip import attach, attached, load, save
 from visionzip.cli import main
-from visionzip.export import load_into, loaded_into, read, run_result
+from visionzip.export import load_into, loaded_into, read_export, run_result
 from visionzip.inspect import describe
 from visionzip.projector import projector_state
 
@@ -44,7 +44,7 @@ def test_a_projector(trained, finish):
     run = finish(trained)
     assert [path.name for path in run.iterdir() if path.is_dir()] == ["projector"]
     assert torch.equal(answers(*load(run, "cpu")), answers(trained, attached(trained).processor))
-    assert read(run).header.metadata == {"steps": 3}
+    assert read_export(run).header.metadata == {"steps": 3}
 
 
 def test_lora_and_projector_go_together(adapted, finish, tmp_path, capsys):
@@ -88,7 +88,7 @@ def test_a_part_of_what_was_trained_is_refused(adapted, finish):
     alone = attach(tiny_llava(), tiny_processor(), BUDGET)
     alone.config._name_or_path = adapted.config._name_or_path
     save(alone, run / "projector")
-    for use in (read, lambda path: load(path, "cpu")):
+    for use in (read_export, lambda path: load(path, "cpu")):
         for place in (run / "projector", run / "projector" / "projector.safetensors"):
             with pytest.raises(ValueError, match=r"only a part of what .*run trained.*; use .*run/adapter"):
                 use(place)
@@ -105,7 +105,7 @@ def test_a_run_that_has_not_finished(finish, trained):
     for step in (4, 12):
         (run / f"checkpoint-{step}").mkdir()
     with pytest.raises(ValueError, match=r"start it again and it continues from checkpoint-12$"):
-        read(run)
+        read_export(run)
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["linear_1", "linear_2"]])

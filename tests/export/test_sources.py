@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.export.conftest import BUDGET
 from tests.tiny import tiny_llava, tiny_processor
 from visionzip import attach, load, save
-from visionzip.export import read
+from visionzip.export import read_export
 from visionzip.pretrained import load_model, load_processor, read_config
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,7 @@ def test_a_local_base_is_stored_absolute(trained, base, tmp_path, monkeypatch):
     monkeypatch.chdir(base.parent)
     trained.config._name_or_path = "base"
     out = save(trained, tmp_path / "elsewhere" / "out", metadata={"steps": 1})
-    assert read(out).header.base_model == str(base)
+    assert read_export(out).header.base_model == str(base)
     monkeypatch.chdir("/")
     load(out, "cpu")
     card = (out / "README.md").read_text()

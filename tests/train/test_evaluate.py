@@ -19,7 +19,7 @@ from train.build import build_model
 from train.commands import start
 from train.compare import compare_models
 from train.config import EvalSection, load_config, parse_config
-from train.held_out import NumberedQuestions, gather, generate, score, tokens_a_picture
+from train.held_out import NumberedQuestions, gather, generate, score, tokens_per_image
 from train.metrics import normalise
 from train.scores import LABELS, Scores, render_scores, won_back
 from visionzip import Attachment
@@ -130,7 +130,7 @@ def test_tokens_of_a_picture_are_counted_on_the_gpu(
 
     monkeypatch.setattr(Attachment, "token_counts", counted)
     monkeypatch.setattr(held_out_module, "own_device", lambda: torch.device("meta"))
-    assert tokens_a_picture(model, processor, config) == (8, 16)
+    assert tokens_per_image(model, processor, config) == (8, 16)
     assert set(seen) == {"meta"}
 
 

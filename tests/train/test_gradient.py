@@ -17,7 +17,7 @@ from train.config import parse_config
 from train.ending import StopRequest, Watchdog
 from train.run import Hooks, build, build_trainer
 from train.setup import Run, build_data
-from train.trainable import choose
+from train.trainable import free_parameters
 
 
 def program(workspace: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[Run, Any]:
@@ -33,7 +33,7 @@ def plain_gradient(workspace: Path, output: Path, indices: list[int]) -> tuple[f
     """Each sample alone, all logits, transformers' own loss formula: mean over all supervised tokens."""
     config = parse_config(config_of(workspace, output))
     model, processor = build_model(config)
-    choose(model, config.train)
+    free_parameters(model, config.train)
     dataset = build_dataset(config.data, processor, 0)
     collate, total, tokens = dataset.collator(), torch.zeros(()), 0
     for index in indices:

@@ -15,7 +15,7 @@ from tests.families.case import Case, cases
 from train import build
 from train.build import build_model, not_quantized
 from train.config import RunConfig, TrainSection, parse_config
-from train.trainable import choose
+from train.trainable import free_parameters
 from visionzip.families import family_for
 
 
@@ -46,7 +46,7 @@ def test_beside_a_quantised_llm_the_trainer_lets_train(
     model.is_quantized, model.hf_quantizer = True, Trainable()
     with pytest.raises(ValueError, match="purely quantized"):
         validate_quantization_for_training(model)
-    assert choose(model, TrainSection.model_validate(section))
+    assert free_parameters(model, TrainSection.model_validate(section))
     validate_quantization_for_training(model)
 
 

@@ -17,7 +17,7 @@ from tests.train.workspace import ROOT, Ranks, config_of, environment, write_con
 from train.commands import start
 from train.config import ConfigError
 from train.sweep_cells import make_cells, parse_axes, split_budget
-from train.sweep_results import Group, agreement, difference, table
+from train.sweep_results import Group, agreement, difference, render_markdown
 from train.tasks import visible_gpu
 from visionzip import ZipConfig
 
@@ -146,12 +146,12 @@ def test_the_error_of_a_difference_is_over_pictures_and_seeds() -> None:
     assert gap == pytest.approx(2.5 / 4)
     assert error == pytest.approx((pictures + seeds) ** 0.5)
     best.behind, (other.behind, other.behind_error) = None, (gap, error)
-    text = table([best, other], 0.9, 81, 4)
+    text = render_markdown([best, other], 0.9, 81, 4)
     assert "| 8 | a | 50.0 | **87.5 ± 17.7** | 2 | +37.5 |  |" in text
     assert "| 8 | b | 60.0 | 25.0 ± 0.0 | 2 | -35.0 | 62.5 ± 17.7 |" in text
     assert "one seed" not in text
     other.seeds = 1
-    assert "one seed" in table([best, other], 0.9, 81, 4)
+    assert "one seed" in render_markdown([best, other], 0.9, 81, 4)
 
 
 @pytest.mark.parametrize(

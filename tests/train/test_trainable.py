@@ -16,7 +16,7 @@ from tests.train.test_resume import far, saving
 from tests.train.workspace import Ranks, config_of, equal, losses, projector
 from train.build import build_model, master_precision, quantization
 from train.config import ConfigError, LoraSection, ModelSection, TrainSection, parse_config
-from train.trainable import check, choose, count, linear_layers
+from train.trainable import check, count, free_parameters, linear_layers
 
 PROJECTOR = 32 * 48 + 48 + 48 * 48 + 48
 
@@ -36,7 +36,7 @@ def section(**changes: Any) -> TrainSection:
 def test_parts(model: nn.Module, parts: list[str], starts: tuple[str, ...]) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    names = choose(model, section(parts=parts))
+    names = free_parameters(model, section(parts=parts))
     expected = [name for name, _ in model.named_parameters() if name.startswith(starts)]
     assert names == expected
     assert [name for name, p in model.named_parameters() if p.requires_grad] == expected
@@ -47,14 +47,14 @@ def test_parts(model: nn.Module, parts: list[str], starts: tuple[str, ...]) -> N
 def test_a_head_tied_to_the_embedding() -> None:
     model = tiny_llava()
     model.lm_head.weight = model.model.language_model.embed_tokens.weight
-    names = choose(model, section(parts=["llm"]))
+    names = free_parameters(model, section(parts=["llm"]))
     assert all(name.startswith("model.language_model.") for name in names)
     assert model.lm_head.weight.requires_grad
 
 
 def test_lora_on_both(model: nn.Module) -> None:
     lora = LoraSection(on=["projector", "llm"], r=2, alpha=4, targets=["q_proj", "linear_1"])
-    names = choose(model, section(parts=[], lora=lora.model_dump()))
+    names = free_parameters(model, section(parts=[], lora=lora.model_dump()))
     assert names
     assert all("lora_" in name for name in names)
     assert {name.split(".lora_")[0] for name in names} == {
@@ -65,7 +65,7 @@ def test_lora_on_both(model: nn.Module) -> None:
 
 
 def test_lora_beside_a_projector_trained_in_full(model: nn.Module) -> None:
-    names = choose(model, section(parts=["projector"], lora={"on": ["llm"], "r": 2}))
+    names = free_parameters(model, section(parts=["projector"], lora={"on": ["llm"], "r": 2}))
     assert sum("lora_" not in name for name in names) == 4
     assert not any("vision_tower" in name or "lm_head" in name for name in names)
     with pytest.raises(ValueError, match="no linear layer called"):
@@ -73,9 +73,9 @@ def test_lora_beside_a_projector_trained_in_full(model: nn.Module) -> None:
 
 
 def test_the_count_is_checked(model: nn.Module) -> None:
-    choose(model, section(expect_parameters=PROJECTOR))
+    free_parameters(model, section(expect_parameters=PROJECTOR))
     with pytest.raises(ValueError, match=rf"{PROJECTOR:,} parameters would train"):
-        choose(model, section(expect_parameters=PROJECTOR + 1))
+        free_parameters(model, section(expect_parameters=PROJECTOR + 1))
     allowed = {name for name, p in model.named_parameters() if p.requires_grad}
     model.lm_head.weight.requires_grad_(True)
     with pytest.raises(RuntimeError, match=r"1 parameters too many \['lm_head.weight'\]"):
@@ -84,7 +84,7 @@ def test_the_count_is_checked(model: nn.Module) -> None:
 
 def test_masters_are_float32(model: nn.Module) -> None:
     model.bfloat16()
-    choose(model, section())
+    free_parameters(model, section())
     master_precision(model)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}

@@ -156,9 +156,9 @@ def losses(output: Path) -> list[float]:
 
 
 def projector(output: Path) -> dict[str, torch.Tensor]:
-    from visionzip.export import read
+    from visionzip.export import read_export
 
-    return read(output).projector
+    return read_export(output).projector
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

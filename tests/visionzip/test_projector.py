@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import visionzip
 from tests.tiny import picture, tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, load
-from visionzip.export import load_into, read, save_projector
+from visionzip.export import load_into, read_export, save_projector
 from visionzip.export.header import digest_of
 from visionzip.export.safetensors import FILE, unpack
 from visionzip.projector import projector_state
@@ -144,7 +144,7 @@ class TestDamaged:
     def test_someone_elses_file(self, path, trained):
         self.rewrite(path, lambda _, header: header.pop("format"))
         with pytest.raises(ValueError, match="expected a projector"):
-            read(path)
+            read_export(path)
 
     def test_nothing_there(self, trained, tmp_path):
         with pytest.raises(FileNotFoundError, match="there is nothing at"):
@@ -163,7 +163,7 @@ def test_a_failed_write_leaves_the_old_file(trained, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_projector(trained, tmp_path / "out")
     assert path.read_bytes() == before
-    assert json.loads(json.dumps(read(path).header.zip.model_dump())) == BUDGET.model_dump()
+    assert json.loads(json.dumps(read_export(path).header.zip.model_dump())) == BUDGET.model_dump()
 
 
 @torch.no_grad()

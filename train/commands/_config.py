@@ -26,7 +26,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def read(arguments: argparse.Namespace, also: Sequence[str] = ()) -> RunConfig:
+def read_config(arguments: argparse.Namespace, also: Sequence[str] = ()) -> RunConfig:
     """The config that the command line names.
 
     Raises:

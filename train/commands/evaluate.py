@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    config = _config.read(arguments)
+    config = _config.read_config(arguments)
     import torch
 
     from train.compare import compare_models

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    config = _config.read(arguments)
+    config = _config.read_config(arguments)
     sizes = measure_model(model_without_weights(config, Path(arguments.config).parent), config)
     length = arguments.length or sizes.visual + TEXT
     print(

@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def teach(arguments: argparse.Namespace) -> int:
-    config = _config.read(arguments)
+    config = _config.read_config(arguments)
     from data.processes import rank_and_world
     from train.launch import quiet
     from train.teacher_answers import ask_teacher

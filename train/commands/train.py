@@ -29,13 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Ends the process after a run, whose threads and process group would keep it."""
     if arguments.print_config:
-        return run_guarded(lambda: print(to_yaml(_config.read(arguments)), end="") or 0)
+        return run_guarded(lambda: print(to_yaml(_config.read_config(arguments)), end="") or 0)
     leave(run_guarded(lambda: train(arguments)))
     return 0
 
 
 def train(arguments: argparse.Namespace) -> int:
-    config = _config.read(arguments)
+    config = _config.read_config(arguments)
     from train.run import run  # DeepSpeed and the rest take seconds: a mistake in the config is said before
 
     return run(config)

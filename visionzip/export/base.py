@@ -142,7 +142,7 @@ def recognise(path: str | os.PathLike[str]) -> Format | None:
     return next((entry for _, entry in FORMATS if entry.recognises(place)), None)
 
 
-def read(path: str | os.PathLike[str]) -> Trained:
+def read_export(path: str | os.PathLike[str]) -> Trained:
     """What was trained, from a file or directory of any format, or from a run directory.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from visionzip.export.base import LORA, Trained, read
+from visionzip.export.base import LORA, Trained, read_export
 from visionzip.export.header import Header, check_belongs
 from visionzip.fingerprint import gathered
 from visionzip.projector import projector_state, put_state, required
@@ -34,7 +34,7 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], *, force: bool = F
         FileNotFoundError, ValueError: no export, damaged, trained for something else, or with adapters.
         ImportError: adapters need peft.
     """
-    trained = read(path)
+    trained = read_export(path)
     if trained.adapters and not adapters:
         raise ValueError(
             f"{path} contains {len(trained.adapters)} adapter tensors beside the projector. Export it as merged first "
