@@ -15,6 +15,7 @@ LIBRARY = [
         "config",
         "budgets",
         "version",
+        "words",
         "intercept",
         "images",
         "video",

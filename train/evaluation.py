@@ -20,8 +20,8 @@ from train.held_out import score, tokens_per_image
 from train.result_checks import check_answers
 from train.scores import Scores
 from train.setup import Run
-from train.words import count_of
 from visionzip import attach, detach
+from visionzip.words import count_of
 
 QUESTIONS = {"template", "max_length", "max_pixels", "pad_images", "frames", "subset_seed"}
 """Keys of `data` that say how held-out questions are made, too."""

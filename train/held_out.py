@@ -19,9 +19,9 @@ from train import random_state
 from train.config import EvalSection, RunConfig
 from train.metrics import METRICS
 from train.scores import ALL, Scores, runs_on
-from train.words import count_of
 from visionzip import Attachment, attached
 from visionzip.fingerprint import gathered
+from visionzip.words import count_of
 
 IMAGES_COUNTED = 200
 """Images whose visual tokens are counted for a mean."""

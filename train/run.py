@@ -31,9 +31,9 @@ from train.setup import Run, Tokens, build_batches, build_data, note_rejected, o
 from train.trainable import count, describe_trained, free_parameters
 from train.trainer import Hooks, ProjectorTrainer
 from train.wandb_page import Look
-from train.words import count_of
 from visionzip import attached
 from visionzip.loading import RESULTS
+from visionzip.words import count_of
 
 
 def run(config: RunConfig) -> int:

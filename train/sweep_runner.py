@@ -14,7 +14,7 @@ from train.sweep_cells import Cell
 from train.sweep_results import log_summary, write
 from train.tasks import Task, run_all
 from train.teacher_answers import ask_teacher
-from train.words import count_of
+from visionzip.words import count_of
 
 COMPLETE = "complete"
 """A file in the folder of a cache that was filled to the end."""

@@ -34,10 +34,10 @@ from train.config import ConfigError, RunConfig
 from train.distill import most_likely
 from train.labels import predicted_tokens, supervised
 from train.loss import rows_of_head
-from train.words import count_of
 from visionzip import attached, detach
 from visionzip.families import family_for
 from visionzip.fingerprint import differences, fingerprint
+from visionzip.words import count_of
 
 MANIFEST = "teacher.json"
 FORMAT = "visionzip-teacher/1"

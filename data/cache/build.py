@@ -25,6 +25,7 @@ from data.processes import own_device, rank_and_world
 from data.sample import Rejection
 from visionzip import Attachment, attach, attached
 from visionzip.inputs import ImageInputs
+from visionzip.words import count_of
 
 
 class Builder:
@@ -165,7 +166,7 @@ def build_cache(config: PipelineConfig, batch: int = 64, workers: int = 4) -> No
     seconds = time.perf_counter() - start
     size = sum(path.stat().st_size for path in folder.glob(f"*{SUFFIX}")) / 1e9
     print(
-        f"process {process} of {processes}: {builder.read} images, {len(builder.written)} computed, {builder.reused} there already, "
+        f"process {process} of {processes}: {count_of(builder.read, 'image')}, {len(builder.written)} computed, {builder.reused} there already, "
         f"{seconds:.1f} s; the cache holds {len(Store(folder, cache_at(folder)))} entries in {size:.2f} GB"
     )
 

@@ -38,7 +38,7 @@ def test_the_command(model_folder, pictures, tmp_path, capsys):
     facts = json.loads((out / "analysis.json").read_text())
     assert facts["skipped"].keys() == BAD.keys()
     assert main(arguments) == 0
-    assert "3 images were measured before" in capsys.readouterr().out
+    assert "measured before: 3 images" in capsys.readouterr().out
 
 
 def test_budgets_are_those_of_the_scores(ready, pictures, tmp_path):

@@ -16,7 +16,7 @@ from train.metrics import METRICS
 from train.report import results as facts_of
 from train.result_checks import check_answers, check_loss
 from train.scores import Scores, describe_ran_on, describe_scores, runs_on
-from train.words import count_of
+from visionzip.words import count_of
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from train.guard import run_guarded
 from visionzip.budgets import format_budget, parse_budget, suitable_budget
 from visionzip.config import ZipConfig
 from visionzip.pretrained import load_processor, read_config
+from visionzip.words import count_of
 
 LOOKED_AT = 16
 """Records that are read to see whether the file can be used."""
@@ -69,7 +70,7 @@ def init(arguments: argparse.Namespace) -> int:
     with replacing(arguments.out) as file:
         file.write(text.encode())
     print(
-        f"{arguments.out}: {format_budget(budget or model.budget)} visual tokens, {records:,} records\n"
+        f"{arguments.out}: {format_budget(budget or model.budget)} visual tokens, {count_of(records, 'record')}\n"
         f"next: visionzip data --config {arguments.out}   (what would be used and rejected)\n"
         f"      visionzip train --config {arguments.out}"
     )
@@ -171,7 +172,7 @@ def render_config(arguments: argparse.Namespace, model: Model, records: int, bud
     )
     trust = "  trust_remote_code: true\n" if arguments.trust_remote_code else ""
     output = arguments.output_dir or f"runs/{arguments.out.stem}"
-    return f"""# {records:,} records for {arguments.model}. Every key: visionzip train --help
+    return f"""# {count_of(records, "record")} for {arguments.model}. Every key: visionzip train --help
 #
 #   visionzip data --config {arguments.out}         what would be used and rejected
 #   visionzip plan --config {arguments.out}         whether it fits into memory

@@ -14,7 +14,7 @@ from pathlib import Path
 from train.commands import _config
 from train.guard import run_guarded
 from train.memory import TEXT, list_plans, measure_model, model_without_weights, render_plans
-from train.words import count_of
+from visionzip.words import count_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

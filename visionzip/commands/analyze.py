@@ -12,6 +12,7 @@ import argparse
 import sys
 
 from visionzip.commands import _model
+from visionzip.words import count_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     found = analyze(model, arguments.path, arguments.out, limit=arguments.limit)
     files = write(found, arguments.theme, arguments.model)  # before anything is printed: whoever reads may have gone
     if found.resumed:
-        print(f"{found.resumed} images were measured before")
+        print(f"measured before: {count_of(found.resumed, 'image')}")
     print(render_summary(summary(found)))
     for name, reason in found.skipped.items():
         print(f"skipped {name}: {reason}", file=sys.stderr)
