@@ -110,4 +110,6 @@ def test_code_that_comes_with_a_model_runs_only_where_it_is_trusted(trusted, pla
     assert done.stdout == ""
     if not trusted:
         assert len(done.stderr.splitlines()) == 1, done.stderr
-        assert done.stderr.rstrip().endswith("--trust-remote-code runs its code")
+        assert done.stderr.rstrip().endswith(
+            "pass trust_remote_code=True (--trust-remote-code; model.trust_remote_code=true in a config) if you trust it"
+        ), done.stderr
