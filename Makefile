@@ -27,7 +27,7 @@ REAL := configs/smol-llava/ft-32.yaml
 real: setup
 	@$(BIN)/python -m scripts.make_smol_llava --out runs/real/model
 	@$(BIN)/python -m data.commands.stamps --out runs/real/data --train 1500
-	@OMP_NUM_THREADS=2 $(BIN)/python -m data.commands.cache --config $(REAL)
+	@OMP_NUM_THREADS=2 $(BIN)/python -m data.cache --config $(REAL)
 	@DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/deepspeed --log_level error --num_accelerators 2 train.py --config $(REAL) trainer.resume=null
 
 # Two workers for two cores; what starts processes of its own is spread over both.
