@@ -27,6 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from visionzip.export.files import sync
 from visionzip.manifest import digest_of, find_damage
 
 NAME = re.compile(r"^checkpoint-(\d+)$")
@@ -82,11 +83,11 @@ class Writer:
         manifest: dict[str, Any] = {"format": FORMAT, "files": self._files}
         manifest["sha256"] = digest_of(manifest)
         write_through(self.aside / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
-        sync_directory(self.aside)
+        sync(self.aside)
         if self.final.exists():  # damaged, or left over: this run started from an older checkpoint, or anew
             discard(self.final)
         os.rename(self.aside, self.final)
-        sync_directory(self.final.parent)
+        sync(self.final.parent)
         return self.final
 
     def abandon(self) -> None:
@@ -99,14 +100,6 @@ def write_through(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def discard(path: Path) -> None:

@@ -187,7 +187,7 @@ def test_wrong_folders_are_one_line(files, tmp_path, capsys, arguments, message)
     given = [word.format(empty=tmp_path / "empty", root=files[0]) for word in arguments]
     assert main(["--out", str(tmp_path / "out"), "--train", "1", *given]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ")
+    assert error.startswith("data.commands.stamps: ")
     assert message in error
 
 
