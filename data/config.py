@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, field_validator, model_validator
 
 from data import formats
 from data.config_file import ConfigError, Section, parse, read_config_file
 from data.formats.common import Columns
+from data.precision import suitable_dtype
 from visionzip.config import ZipConfig
 from visionzip.images import MAX_PIXELS
 from visionzip.prompts import template_names
@@ -37,7 +37,9 @@ class ModelSection(Section):
         "bfloat16",
         description="of the frozen weights; auto: bfloat16 if the GPU or CPU supports it, else float32",
     )
-    attn_implementation: str | None = Field(None, description="sdpa, flash_attention_2 …; null: transformers' choice")
+    attn_implementation: str | None = Field(
+        None, description="sdpa, flash_attention_2, eager …; null: transformers' choice"
+    )
     quantization: Literal["8bit", "4bit"] | None = Field(None, description="of the frozen LLM, bitsandbytes, GPU only")
     projector: str | None = Field(None, description="start from this fine-tuned projector in place of the model's own")
     force_projector: bool = Field(False, description="… although it was trained with something else")
@@ -48,23 +50,13 @@ class ModelSection(Section):
         """Here and not later: what a cache or a run was made with is compared by its name."""
         if value != "auto":
             return value
-        return "bfloat16" if torch.cuda.is_available() or multiplies_bfloat16() else "float32"
+        return suitable_dtype()
 
     @property
     def source_options(self) -> dict[str, Any]:
         """Arguments that every `from_pretrained` of this model gets. `trust_remote_code` is among them even where it is False:
         left out, transformers asks on the terminal."""
         return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
-
-
-def multiplies_bfloat16(cpuinfo: str | Path = "/proc/cpuinfo") -> bool:
-    """The processor has instructions for products of bfloat16; without them it is many times slower than float32."""
-    try:
-        lines = Path(cpuinfo).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # not Linux
-        return False
-    flags = next((line for line in lines if line.startswith("flags")), "").split()
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def _one_of(value: str, names: list[str], what: str) -> str:

@@ -29,10 +29,10 @@ SPLITS = ("train", "eval", "unseen")
 SIDE = 224
 
 #: Rounds of a conversation in ``train``. The more there are, the more is answered by an earlier answer rather than by the image.
-ROUNDS = 4
+ROUNDS = 5
 
 _MANIFEST = "stamps.json"
-_VERSION = 2  # raise it when scenes or questions change, so that folders written before are made anew
+_VERSION = 3  # raise it when scenes or questions change, so that folders written before are made anew
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def conversation(scene: StampScene, split: str, variant: int = 0) -> list[Round]
     rng = random.Random(f"questions {scene.seed} {variant}" if variant else f"questions {scene.seed}")
     types = list(UNSEEN_TYPES if split == "unseen" else TYPES)
     if split == "train":
-        types += ["what", "where", "caption"]
+        types += ["what", "where", "count", "caption"]
         rng.shuffle(types)
     asked = [made for name in types if (made := _ask(name, scene, rng, split != "unseen")) is not None]
     rounds = list({made.question: made for made in asked}.values())  # a question twice teaches to copy the answer

@@ -44,7 +44,9 @@ class TrainerSection(BaseModel):
     )
 
     torch_compile: bool = Field(
-        False, description="compile the norms and MLPs of the LLM's layers, once for every length; not under ZeRO-3"
+        False,
+        description="compile the norms and MLPs of the LLM's layers (whole layers under model.attn_implementation=eager), "
+        "once for every length; not under ZeRO-3",
     )
     torch_compile_backend: str = Field("inductor", description="as in torch.compile")
     torch_compile_mode: str | None = Field(None, description="as in torch.compile")

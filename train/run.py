@@ -13,7 +13,7 @@ from train.arguments import training_arguments
 from train.build import build_model, master_precision
 from train.callbacks import Bar, Metrics, RecordConfig, Speed, Wandb
 from train.checkpoint import list_checkpoints, step_of
-from train.compiled import compile_parts
+from train.compiled import compile_parts, describe_compiled
 from train.config import ConfigError, RunConfig
 from train.ending import Exit, RunEnded, StopRequest, Watchdog
 from train.evaluation import count_tokens, evaluate, evaluate_base
@@ -252,7 +252,8 @@ def announce(run: Run, trainer: ProjectorTrainer, dataset: Any, tokens: Tokens) 
     )
     if tokens[1]:
         run.say(f"{tokens[0]} of {tokens[1]} visual tokens per image")
-    compiled = ["norms and MLPs compiled"] if run.config.trainer.torch_compile else []
+    llm = run.model.get_submodule(attached(run.model).family.llm)  # type: ignore[union-attr]
+    compiled = [describe_compiled(llm)] if run.config.trainer.torch_compile else []
     run.say("; ".join([*trainer.layout.describe(), *compiled]))
 
 

@@ -65,6 +65,32 @@ def test_loss_and_gradient_are_those_of_the_model_as_it_was(model, fresh_compile
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+def test_under_eager_attention_whole_layers_once_for_every_length(model, fresh_compiler):  # noqa: F811
+    from train.loss import summed_loss
+
+    llm: Any = model.model.language_model
+    llm.set_attn_implementation("eager")
+    projector = list(model.model.multi_modal_projector.parameters())
+
+    def found(rows: int) -> tuple[float, torch.Tensor]:
+        inputs, labels = batch(rows, seed=rows)
+        loss = summed_loss(model, model.lm_head, inputs, labels, PaddedRows(masked=False))
+        return loss.item(), torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, projector)])
+
+    before = {rows: found(rows) for rows in (3, 2, 4)}
+    assert compiled_parts(llm) == list(llm.layers)
+    compile_parts(llm, backend="aot_eager")
+    graphs = []
+    for rows, (loss, gradient) in before.items():
+        compiled = found(rows)
+        graphs.append(counters["stats"]["unique_graphs"])
+        assert compiled[0] == pytest.approx(loss, rel=1e-5)
+        assert (compiled[1] - gradient).norm() / gradient.norm() < 1e-5
+    assert graphs[0] == graphs[-1] == 1
+    uncompile_parts(llm)
+    assert found(3)[0] == before[3][0]
+
+
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 def test_of_every_family_all_but_attention(case: Case) -> None:
     model = attach(case.model("sdpa"), case.processor(), case.budget)  # noqa: F811
