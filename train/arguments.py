@@ -18,6 +18,7 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "lr_scheduler_type": "cosine",
     "optim": "adamw_torch",
+    "ddp_find_unused_parameters": False,  # every step uses all that trains: a batch without images gets a blank one
 }
 """In place of those of `TrainingArguments`."""
 

@@ -53,7 +53,7 @@ def config_in(folder: Path) -> dict:
     config["zip"] = {"dominant": 3, "contextual": 2}  # of 9 patches
     config["model"]["dtype"] = "float32"
     config["eval"]["max_questions"] = 8
-    config["trainer"] |= {"max_steps": 3, "hang_timeout": 120.0}
+    config["trainer"] |= {"max_steps": 3, "hang_timeout": 120.0, "torch_compile_backend": "aot_eager"}
     config["wandb"] = {"enabled": False}
     return config
 
