@@ -1,5 +1,7 @@
 """Each selector against a slow version that follows the words of its docstring, and the promises all of them make."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -46,7 +48,40 @@ def slow_vispruner(tokens, scores, keep):
 
 
 def slow_cover(tokens, weights, keep):
-    likeness = [[min(max(cosine(a, b), 0.0), 1.0) for b in tokens] for a in tokens]
+    return slow_facility([[min(max(cosine(a, b), 0.0), 1.0) for b in tokens] for a in tokens], weights, keep)
+
+
+def slow_mmtok(tokens, scores, keep):
+    raised = [[math.exp(cosine(a, b) / 0.2) for b in tokens] for a in tokens]
+    return slow_facility([[value / sum(row) for value in row] for row in raised], [1.0] * len(tokens), keep)
+
+
+def slow_dpp(tokens, relevance, keep):
+    """By determinants of the kernel, as long as there is one that is not 0."""
+    kernel = torch.tensor(
+        [[float(r * s) * cosine(a, b) for b, s in zip(tokens, relevance, strict=True)]
+         for a, r in zip(tokens, relevance, strict=True)], dtype=torch.float64,
+    )  # fmt: skip
+    chosen = []
+    while len(chosen) < keep:
+        volume = torch.linalg.det(kernel[chosen][:, chosen]) if chosen else 1.0
+        gains = {}
+        for i in (i for i in range(len(tokens)) if i not in chosen):
+            some = [*chosen, i]
+            gains[i] = round(1e4 * float(torch.linalg.det(kernel[some][:, some]) / volume)) if volume > 1e-12 else 0
+        if max(gains.values()) <= 0:  # what is chosen spans all
+            return chosen + sorted(gains, key=lambda i: (-relevance[i], i))[: keep - len(chosen)]
+        chosen.append(max(gains, key=lambda i: (gains[i], -i)))
+    return chosen
+
+
+def slow_cdpruner(tokens, scores, keep):
+    spread = max(max(scores) - min(scores), 1e-12)
+    return slow_dpp(tokens, [(score - min(scores)) / spread for score in scores], keep)
+
+
+def slow_facility(likeness, weights, keep):
+    """Rows are covered by columns."""
     mean = max(sum(weights) / len(weights), 1e-12)
     weights = [w / mean for w in weights]
     chosen = []
@@ -55,7 +90,7 @@ def slow_cover(tokens, weights, keep):
         def value(subset):
             return sum(w * max((likeness[i][j] for j in subset), default=0.0) for i, w in enumerate(weights))
 
-        rest = [j for j in range(len(tokens)) if j not in chosen]
+        rest = [j for j in range(len(weights)) if j not in chosen]
         chosen.append(
             max(rest, key=lambda j: round(1e4 * (value([*chosen, j]) - value(chosen))))
         )  # the first of equals
@@ -68,6 +103,9 @@ SLOW = {
     "vispruner": slow_vispruner,
     "coverage": lambda tokens, scores, keep: slow_cover(tokens, [1.0] * len(tokens), keep),
     "focus": lambda tokens, scores, keep: slow_cover(tokens, scores, keep),
+    "mmtok": slow_mmtok,
+    "dpp": lambda tokens, scores, keep: slow_dpp(tokens, [1.0] * len(tokens), keep),
+    "cdpruner": slow_cdpruner,
 }
 
 
@@ -152,4 +190,4 @@ def test_duplicates_are_what_diverse_selectors_leave_out():
     features = Features(tokens, tokens, scores, False)
     copies = {name: int((entry.choose(features, 8) < 10).sum()) for name, entry in SELECTORS}
     assert copies["visionzip"] == 8
-    assert copies["divprune"] == copies["coverage"] == copies["focus"] == 1
+    assert copies["divprune"] == copies["coverage"] == copies["focus"] == copies["dpp"] == 1

@@ -14,7 +14,8 @@ from visionzip.selectors.base import Features, selector
 def greedy_cover(likeness: Tensor, weights: Tensor, keep: int) -> Tensor:
     """Maximise ``Σ_i weight_i · max_{j taken} likeness_ij`` greedily, which is within 1 − 1/e of the best subset.
 
-    Shapes: likeness ``(B, P, P)`` in [0, 1], weights ``(B, P)`` → ``(B, keep)`` ascending. O(N²) a step.
+    Shapes: likeness ``(B, P, P)`` in [0, 1], how well each patch (rows) is covered by each (columns); weights ``(B, P)`` →
+    ``(B, keep)`` ascending. O(N²) a step.
     """
     chosen = [best for best, _ in cover(likeness, weights, keep)]
     return (
@@ -36,15 +37,20 @@ def cover(likeness: Tensor, weights: Tensor, keep: int) -> Iterator[tuple[Tensor
         gain = (gain * 1e4).round_()
         best = gain.masked_fill(taken, -1.0).argmax(dim=1, keepdim=True)
         taken.scatter_(1, best, True)
-        row = likeness.gather(1, best.unsqueeze(-1).expand(-1, -1, patches)).squeeze(1)
-        covered = torch.maximum(covered, row)
+        by_best = likeness.gather(2, best.unsqueeze(1).expand(-1, patches, -1)).squeeze(2)
+        covered = torch.maximum(covered, by_best)
         yield best, covered
+
+
+def cosines(features: Features) -> Tensor:
+    """``(B, P, P)``: cosine of patches' tokens."""
+    tokens = F.normalize(features.hidden_states[:, features.cls :].float(), dim=-1)
+    return tokens @ tokens.transpose(1, 2)
 
 
 def likeness(features: Features) -> Tensor:
     """``(B, P, P)``: cosine of patches' tokens, negative ones as 0."""
-    tokens = F.normalize(features.hidden_states[:, features.cls :].float(), dim=-1)
-    return (tokens @ tokens.transpose(1, 2)).clamp_(0.0, 1.0)
+    return cosines(features).clamp_(0.0, 1.0)
 
 
 @selector("coverage", needs_scores=False)
