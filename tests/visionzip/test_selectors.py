@@ -161,6 +161,15 @@ def test_promises(name, problem):
         assert torch.equal(SELECTORS[name].choose(alone, keep)[0], chosen[i])
 
 
+@pytest.mark.parametrize("name", [name for name, entry in SELECTORS if entry.nested])
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(problem=problems(), fewer=st.integers(0, 26))
+def test_a_smaller_budget_of_a_nested_selector_is_the_beginning_of_a_larger_one(name, problem, fewer):
+    features, keep = problem
+    smaller = min(fewer, keep)
+    assert torch.equal(SELECTORS[name].rank(features, smaller), SELECTORS[name].rank(features, keep)[:, :smaller])
+
+
 @pytest.mark.parametrize("name", [name for name, entry in SELECTORS if not entry.needs_scores])
 def test_no_attention_where_none_is_needed(name):
     features = features_of(0, 2, 17, True)

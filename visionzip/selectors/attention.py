@@ -7,12 +7,12 @@ from torch import Tensor
 from visionzip.selectors.base import Features, selector
 
 
-@selector("visionzip", needs_scores=True)
+@selector("visionzip", needs_scores=True, nested=True)
 def choose(features: Features, keep: int) -> Tensor:
     """The `keep` highest scores. O(N log N); equal scores are taken in raster order, so that every device agrees.
 
-    Shapes: scores ``(B, N)`` → patch indices ``(B, keep)``, ascending.
+    Shapes: scores ``(B, N)`` → patch indices ``(B, keep)``, the highest first.
     """
     assert features.scores is not None  # needs_scores
     scores = features.scores[:, features.cls :]
-    return scores.argsort(dim=-1, descending=True, stable=True)[:, :keep].sort(dim=-1).values
+    return scores.argsort(dim=-1, descending=True, stable=True)[:, :keep]

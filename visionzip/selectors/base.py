@@ -53,22 +53,30 @@ def joined(parts: list[Features]) -> Features:
 class Selector:
     """A way to choose patches.
 
-    `choose(features, keep)` returns ``(B, keep)`` int64 patch indices (0 = first patch, CLS not counted), ascending,
-    without repetition, and the same on every call.
+    `rank(features, keep)` returns ``(B, keep)`` int64 patch indices (0 = first patch, CLS not counted), without repetition, and
+    the same on every call. Of a `nested` selector they come in an order that does not depend on `keep`: what a smaller budget
+    keeps is the beginning of what a larger one does.
     """
 
     name: str
-    choose: Callable[[Features, int], Tensor]
+    rank: Callable[[Features, int], Tensor]
     needs_scores: bool
+    nested: bool = False
+
+    def choose(self, features: Features, keep: int) -> Tensor:
+        """`rank`'s patches in raster order: ascending."""
+        return self.rank(features, keep).sort(dim=1).values
 
 
 SELECTORS: Registry[Selector] = Registry("selector", "visionzip.selectors")
 
 
-def selector(name: str, *, needs_scores: bool) -> Callable[[Callable[[Features, int], Tensor]], Selector]:
-    """Register a function `choose(features, keep)` as the selector `name`."""
+def selector(
+    name: str, *, needs_scores: bool, nested: bool = False
+) -> Callable[[Callable[[Features, int], Tensor]], Selector]:
+    """Register a function `rank(features, keep)` as the selector `name`. `nested` is a promise about its order: see `Selector`."""
 
-    def register(choose: Callable[[Features, int], Tensor]) -> Selector:
-        return SELECTORS.register(name)(Selector(name, choose, needs_scores))
+    def register(rank: Callable[[Features, int], Tensor]) -> Selector:
+        return SELECTORS.register(name)(Selector(name, rank, needs_scores, nested))
 
     return register

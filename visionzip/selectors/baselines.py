@@ -18,7 +18,7 @@ def _scramble(values: Tensor) -> Tensor:
     return values ^ (values >> 16)
 
 
-@selector("random", needs_scores=False)
+@selector("random", needs_scores=False, nested=True)
 def random(features: Features, keep: int) -> Tensor:
     """Another random subset for every image, and the same one whenever that image is seen.
 
@@ -31,7 +31,7 @@ def random(features: Features, keep: int) -> Tensor:
     places = _scramble(torch.arange(1, digest.shape[1] + 1, device=digest.device))
     seed = _scramble(_scramble(digest + places).sum(dim=1, keepdim=True))  # (B, 1)
     order = _scramble(seed + places)
-    return order.argsort(dim=1, stable=True)[:, :keep].sort(dim=1).values
+    return order.argsort(dim=1, stable=True)[:, :keep]
 
 
 @selector("uniform", needs_scores=False)

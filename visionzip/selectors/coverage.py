@@ -15,12 +15,10 @@ def greedy_cover(likeness: Tensor, weights: Tensor, keep: int) -> Tensor:
     """Maximise ``Σ_i weight_i · max_{j taken} likeness_ij`` greedily, which is within 1 − 1/e of the best subset.
 
     Shapes: likeness ``(B, P, P)`` in [0, 1], how well each patch (rows) is covered by each (columns); weights ``(B, P)`` →
-    ``(B, keep)`` ascending. O(N²) a step.
+    ``(B, keep)``, the first taken first. O(N²) a step.
     """
     chosen = [best for best, _ in cover(likeness, weights, keep)]
-    return (
-        torch.cat(chosen, dim=1).sort(dim=1).values if chosen else likeness.new_zeros(len(weights), 0, dtype=torch.long)
-    )
+    return torch.cat(chosen, dim=1) if chosen else likeness.new_zeros(len(weights), 0, dtype=torch.long)
 
 
 def cover(likeness: Tensor, weights: Tensor, keep: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -53,14 +51,14 @@ def likeness(features: Features) -> Tensor:
     return cosines(features).clamp_(0.0, 1.0)
 
 
-@selector("coverage", needs_scores=False)
+@selector("coverage", needs_scores=False, nested=True)
 def coverage(features: Features, keep: int) -> Tensor:
     """Every patch counts the same. Submodular coverage (Nemhauser et al. 1978) of the tokens by cosine. O(K·N²)."""
     near = likeness(features)
     return greedy_cover(near, near.new_ones(near.shape[:2]), keep)
 
 
-@selector("focus", needs_scores=True)
+@selector("focus", needs_scores=True, nested=True)
 def focus(features: Features, keep: int) -> Tensor:
     """Importance and coverage in one: a patch counts as much as attention points at it, and is covered by its likes.
 

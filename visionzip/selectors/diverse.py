@@ -9,7 +9,7 @@ from torch import Tensor
 from visionzip.selectors.base import Features, selector
 
 
-@selector("divprune", needs_scores=False)
+@selector("divprune", needs_scores=False, nested=True)
 def choose(features: Features, keep: int) -> Tensor:
     """Greedy max–min distance of the tokens themselves (cosine); needs no attention at all.
 
@@ -29,4 +29,4 @@ def choose(features: Features, keep: int) -> Tensor:
         taken.scatter_(1, best, True)
         row = distance.gather(1, best.unsqueeze(-1).expand(-1, -1, patches)).squeeze(1)
         nearest = row if step == 0 else torch.minimum(nearest, row)
-    return chosen.sort(dim=1).values
+    return chosen

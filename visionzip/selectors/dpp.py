@@ -21,7 +21,7 @@ def greedy_map(tokens: Tensor, relevance: Tensor, keep: int) -> Tensor:
     1709.05135) take from a Cholesky factor. Factors are rounded to 1e-4, the first of equals is taken; where the chosen ones
     span all the rest (every determinant is 0), the more relevant first.
 
-    Shapes: tokens ``(B, P, D)``, relevance ``(B, P)`` in [0, 1] → ``(B, keep)`` ascending.
+    Shapes: tokens ``(B, P, D)``, relevance ``(B, P)`` in [0, 1] → ``(B, keep)``, the first taken first.
     """
     left = F.normalize(tokens.float(), dim=-1)
     batch, patches, width = left.shape
@@ -36,17 +36,17 @@ def greedy_map(tokens: Tensor, relevance: Tensor, keep: int) -> Tensor:
         length = axis.norm(dim=-1, keepdim=True)
         axis = torch.where(length > 1e-3, axis / length.clamp(min=1e-3), torch.zeros_like(axis))
         left = left - (left @ axis.transpose(1, 2)) * axis
-    return chosen.sort(dim=1).values
+    return chosen
 
 
-@selector("dpp", needs_scores=False)
+@selector("dpp", needs_scores=False, nested=True)
 def dpp(features: Features, keep: int) -> Tensor:
     """The process conditioned on nothing: all patches are equally relevant. O(K·N·D)."""
     tokens = features.hidden_states[:, features.cls :]
     return greedy_map(tokens, torch.ones(tokens.shape[:2], device=tokens.device), keep)
 
 
-@selector("cdpruner", needs_scores=True)
+@selector("cdpruner", needs_scores=True, nested=True)
 def cdpruner(features: Features, keep: int) -> Tensor:
     """Conditioned on the attention a patch gets, scaled to [0, 1] over the image as the paper scales the question's relevance.
 

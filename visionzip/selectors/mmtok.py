@@ -10,7 +10,7 @@ from visionzip.selectors.coverage import cosines, greedy_cover
 TEMPERATURE = 0.2  # of similarities between visual tokens; the authors' default
 
 
-@selector("mmtok", needs_scores=False)
+@selector("mmtok", needs_scores=False, nested=True)
 def choose(features: Features, keep: int) -> Tensor:
     """Greedy maximum coverage of all patches; how well a patch is covered by each is a softmax of the cosines.
 
