@@ -1,10 +1,10 @@
-# Three commands: `make demo`, `make real` and `make test`. All set up .venv first, once.
+# `make demo`, `make real`, `make test`, `make docs`. All set up .venv first, once.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.set-up
 
-.PHONY: setup demo real test test-browser lint
+.PHONY: setup demo real test test-browser docs lint
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt requirements-eval.txt
@@ -39,6 +39,11 @@ test-browser: setup
 	@command -v chromedriver >/dev/null || { echo "Chromium and its driver are needed: apt-get install chromium chromium-driver"; exit 1; }
 	@$(BIN)/pip install -q -c constraints.txt selenium
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/app/browser_app.py
+
+# The pages of docs/ and the reference of the public API as a site in runs/site; a broken link fails.
+docs: setup
+	@$(BIN)/python -c 'import material, mkdocstrings' 2>/dev/null || $(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 lint: setup
 	@$(BIN)/ruff check .
