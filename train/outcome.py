@@ -14,7 +14,7 @@ from train.ending import Exit, RunEnded
 from train.finished import record_finish
 from train.scores import Scores, describe_scores
 from train.setup import Run, Tokens
-from train.trainable import count, describe_trained
+from train.trainable import count_parameters, describe_trained
 from train.trainer import ProjectorTrainer
 from train.wandb_page import end_of_run
 from visionzip.loading import save_result
@@ -25,7 +25,7 @@ def leave_behind(
     run: Run, trainer: ProjectorTrainer, scores: dict[str, Scores], tokens: Tokens, wandb: Wandb | None
 ) -> None:
     """Export, report, tables. Collective."""
-    facts = report.results(scores, *tokens, run.config.seed, count(run.model))
+    facts = report.results(scores, *tokens, run.config.seed, count_parameters(run.model))
     metadata = {
         "results": {key: value for key, value in facts.items() if key not in ("by_type", "ran_on")},
         "data": [source.label for source in run.config.data.sources],

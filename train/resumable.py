@@ -20,7 +20,7 @@ from train import checkpoint, random_state
 from train.ending import Exit, RunEnded, Watchdog
 from train.resume import Resume
 from train.state import MasterState, shape_of
-from train.trainable import check
+from train.trainable import check_trainable
 
 ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 """What a DeepSpeed engine counts."""
@@ -74,7 +74,7 @@ class ResumableTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Wrap the model without the Trainer's own loading: the base model is whole at that point and can be evaluated."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        check(self.plain, set(self.trains))
+        check_trainable(self.plain, set(self.trains))
         self.masters = MasterState(self.plain, self.model_wrapped, self.optimizer)
         self.before_training(self)
         if self.resume is not None:

@@ -28,7 +28,7 @@ from train.result_checks import check_loss
 from train.resume import Resume, find_resume
 from train.scores import Scores
 from train.setup import Run, Tokens, build_batches, build_data, note_rejected, open_rejects, size_of
-from train.trainable import count, describe_trained, free_parameters
+from train.trainable import count_parameters, describe_trained, free_parameters
 from train.trainer import Hooks, ProjectorTrainer
 from train.wandb_page import Look
 from visionzip import attached
@@ -197,7 +197,7 @@ def start_wandb(run: Run, tokens: Tokens) -> Wandb | None:
         return None
     facts = {
         "world_size": run.world_size,
-        "trainable_parameters": count(run.model),
+        "trainable_parameters": count_parameters(run.model),
         "tokens_per_image": tokens[0],
         "tokens_per_image_before": tokens[1],
     }
@@ -240,7 +240,7 @@ def tell_finished(config: RunConfig, step: int) -> None:
 def announce(run: Run, trainer: ProjectorTrainer, dataset: Any, tokens: Tokens) -> None:
     """What will train, in which batches, on what."""
     args = run.args
-    trainable, total = count(run.model), count(run.model, trainable=False)
+    trainable, total = count_parameters(run.model), count_parameters(run.model, trainable=False)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * run.world_size
     size = size_of(dataset)
     samples = "streamed samples" if size is None else count_of(size, "sample")

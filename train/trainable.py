@@ -33,10 +33,10 @@ def free_parameters(model: nn.Module, section: TrainSection) -> list[str]:
     allowed = {name for name, parameter in model.named_parameters() if id(parameter) in chosen}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in allowed)
-    check(model, allowed)
-    if section.expect_parameters not in (None, count(model)):
+    check_trainable(model, allowed)
+    if section.expect_parameters not in (None, count_parameters(model)):
         raise ValueError(
-            f"train.expect_parameters is {section.expect_parameters:,} but {count(model):,} parameters would train"
+            f"train.expect_parameters is {section.expect_parameters:,} but {count_parameters(model):,} parameters would train"
         )
     if getattr(model, "is_quantized", False):
         # The Trainer refuses quantised models without adapters; here only parts that are not quantised train.
@@ -93,7 +93,7 @@ def describe_trained(section: TrainSection) -> list[str]:
     return [*section.parts, *(f"LoRA on {part}" for part in (section.lora.on if section.lora else []))]
 
 
-def check(model: nn.Module, allowed: set[str]) -> None:
+def check_trainable(model: nn.Module, allowed: set[str]) -> None:
     """Raises RuntimeError unless exactly `allowed` has requires_grad."""
     training = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if training != allowed:
@@ -103,10 +103,10 @@ def check(model: nn.Module, allowed: set[str]) -> None:
         )
 
 
-def count(model: nn.Module, trainable: bool = True) -> int:
+def count_parameters(model: nn.Module, trainable: bool = True) -> int:
     """Number of parameters, counted whole also where ZeRO-3 shards them."""
-    return sum(size(p) for p in model.parameters() if p.requires_grad or not trainable)
+    return sum(count_elements(p) for p in model.parameters() if p.requires_grad or not trainable)
 
 
-def size(parameter: torch.Tensor) -> int:
+def count_elements(parameter: torch.Tensor) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -12,7 +12,7 @@ from tests.train.workspace import ROOT, config_of
 from train.commands import start
 from train.config import load_config, parse_config
 from train.memory import GIB, activation_bytes, list_plans, measure_model, memory, model_without_weights, render_plans
-from train.trainable import count, free_parameters
+from train.trainable import count_parameters, free_parameters
 
 SEVEN = ROOT / "configs" / "llava-1.5-7b"
 
@@ -50,7 +50,7 @@ def test_trained_parameters_are_those_that_would_train(workspace: Path, tmp_path
         model = AutoModelForImageTextToText.from_pretrained(workspace / "model")
         total = sum(p.numel() for p in model.parameters())
         free_parameters(model, config.train)
-        assert (planned.trained, planned.total) == (count(model), total)
+        assert (planned.trained, planned.total) == (count_parameters(model), total)
 
 
 def test_activations_against_what_autograd_keeps(workspace: Path, tmp_path: Path) -> None:

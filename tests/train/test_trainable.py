@@ -16,7 +16,7 @@ from tests.train.test_resume import far, saving
 from tests.train.workspace import Ranks, config_of, equal, losses, projector
 from train.build import build_model, master_precision, quantization
 from train.config import ConfigError, LoraSection, ModelSection, TrainSection, parse_config
-from train.trainable import check, count, free_parameters, linear_layers
+from train.trainable import check_trainable, count_parameters, free_parameters, linear_layers
 
 PROJECTOR = 32 * 48 + 48 + 48 * 48 + 48
 
@@ -41,7 +41,7 @@ def test_parts(model: nn.Module, parts: list[str], starts: tuple[str, ...]) -> N
     assert names == expected
     assert [name for name, p in model.named_parameters() if p.requires_grad] == expected
     if parts == ["projector"]:
-        assert count(model) == PROJECTOR
+        assert count_parameters(model) == PROJECTOR
 
 
 def test_a_head_tied_to_the_embedding() -> None:
@@ -61,7 +61,7 @@ def test_lora_on_both(model: nn.Module) -> None:
         "model.multi_modal_projector.linear_1",
         *(f"model.language_model.layers.{layer}.self_attn.q_proj" for layer in range(2)),
     }
-    assert count(model) == 2 * (32 + 48) + 2 * 2 * (48 + 48)
+    assert count_parameters(model) == 2 * (32 + 48) + 2 * 2 * (48 + 48)
 
 
 def test_lora_beside_a_projector_trained_in_full(model: nn.Module) -> None:
@@ -79,7 +79,7 @@ def test_the_count_is_checked(model: nn.Module) -> None:
     allowed = {name for name, p in model.named_parameters() if p.requires_grad}
     model.lm_head.weight.requires_grad_(True)
     with pytest.raises(RuntimeError, match=r"1 parameters too many \['lm_head.weight'\]"):
-        check(model, allowed)
+        check_trainable(model, allowed)
 
 
 def test_masters_are_float32(model: nn.Module) -> None:
