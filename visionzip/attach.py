@@ -125,7 +125,11 @@ def attach(model: nn.Module, processor: Any = None, config: ZipConfig | None = N
         raise ValueError(f"config is a {type(config).__name__}; expected a ZipConfig")
     base = unwrap(model)
     family = family_for(base)
-    SELECTORS[config.selector]
+    if SELECTORS[config.selector].pools and not family.controls:
+        raise ValueError(
+            f"{type(base).__name__} does not support selector={config.selector}, which is a control for LLaVA-1.5; choose one of "
+            f"{', '.join(name for name, entry in SELECTORS if not entry.pools)}"
+        )
     if config.adaptive is not None and not family.per_image_budgets:
         raise ValueError(
             f"{type(base).__name__} does not support per-image budgets (adaptive); LLaVA-1.5 and LLaVA-NeXT do. Leave "

@@ -19,6 +19,7 @@ from visionzip.config import ZipConfig
 from visionzip.intercept import Scoped
 from visionzip.merges import MERGES, Groups
 from visionzip.selectors import SELECTORS, Features
+from visionzip.selectors.pooled import pool
 
 DROPPED = -1
 
@@ -89,6 +90,8 @@ def _compress(features: Features, dominant: int, contextual: int, selector: str,
     batch, total = features.hidden_states.shape[:2]
     if not features.cls <= dominant <= total or not 0 <= contextual <= total - dominant:
         raise ValueError(f"dominant={dominant} + contextual={contextual} of {total} tokens can't be kept")
+    if SELECTORS[selector].pools:
+        return _pool(features, dominant, contextual, selector)
     patches = SELECTORS[selector].choose(features, dominant - features.cls)
     kept = F.pad(patches + features.cls, (features.cls, 0))  # CLS is token 0
     rest = complement(kept, total)  # (B, R)
@@ -107,6 +110,18 @@ def _compress(features: Features, dominant: int, contextual: int, selector: str,
     else:
         slots.scatter_(1, rest[:, groups.targets], groups.group[:, groups.targets] + dominant)
     return Compressed(torch.cat((tokens, merged), dim=1), kept, rest[:, groups.targets], slots)
+
+
+def _pool(features: Features, dominant: int, contextual: int, selector: str) -> Compressed:
+    """The cells of a control in place of tokens; each stands where its middle patch does, and CLS is dropped."""
+    count, cls = dominant + contextual, features.cls
+    patches = features.hidden_states[:, cls:]
+    if count > patches.shape[1]:
+        raise ValueError(f"{selector} makes no more tokens than there are patches: {count} of {patches.shape[1]}")
+    tokens, cell = pool(patches, count)
+    middles = SELECTORS[selector].choose(features, count) + cls
+    slots = F.pad(cell.expand(len(tokens), -1), (cls, 0), value=DROPPED)
+    return Compressed(tokens, middles[:, :dominant], middles[:, dominant:], slots)
 
 
 def group_rest(metric: Tensor, rest: Tensor, contextual: int) -> Groups:

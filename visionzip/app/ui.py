@@ -132,7 +132,12 @@ def build(looker: Looker, title: str, picture: str | None = None) -> Any:
                 )
                 with gr.Row():
                     selector = gr.Dropdown(
-                        SELECTORS.names(), value=looker.config.selector, label="Selector", min_width=120
+                        [
+                            name for name, entry in SELECTORS if not entry.scales
+                        ],  # what is scaled has to be encoded again
+                        value=looker.config.selector,
+                        label="Selector",
+                        min_width=120,
                     )
                     merge = gr.Dropdown(MERGES.names(), value=looker.config.merge, label="Merge", min_width=120)
             with gr.Column(scale=3):

@@ -47,7 +47,15 @@ class Encoder(ABC):
         """Width of the widest activation of a token, inside the MLPs."""
         return tower.config.intermediate_size
 
-    def encode(self, tower: Any, pixel_values: Tensor, layer: Layer, *, scores: bool = True) -> Features:
+    def encode(
+        self,
+        tower: Any,
+        pixel_values: Tensor,
+        layer: Layer,
+        *,
+        scores: bool = True,
+        grid: tuple[int, int] | None = None,
+    ) -> Features:
         """Run the encoder up to the layer that is read.
 
         Args:
@@ -55,17 +63,28 @@ class Encoder(ABC):
             layer: as in ``hidden_states[layer]`` (0 = embeddings, -1 = last output); for several, their hidden states
                 are joined on the last axis and keys and scores come from the deepest.
             scores: compute ``Features.scores``; a selector that needs no attention does without.
+            grid: read the images scaled down to so many rows and columns of patches.
 
         Raises:
-            ValueError: for a layer that can't be read, see `layers_run`.
+            ValueError: for a layer that can't be read, see `layers_run`; for a `grid` where only one size can be read.
         """
         slices = pixel_values.split(self.at_once(tower, pixel_values))
         with in_own_precision(tower, pixel_values.device):
+            if grid is not None:
+                patch = tower.config.patch_size
+                parts = [scale_down(part, grid[0] * patch, grid[1] * patch) for part in slices]
+                return joined([self.read_resized(tower, part, layer, scores) for part in parts])
             return joined([self.read(tower, part, layer, scores) for part in slices])
 
     @abstractmethod
     def read(self, tower: Any, pixel_values: Tensor, layer: Layer, scores: bool) -> Features:
         """`encode` for as many images as go through at once."""
+
+    def read_resized(self, tower: Any, pixel_values: Tensor, layer: Layer, scores: bool) -> Features:
+        """`read` for images of another size than the encoder's own, its positions interpolated."""
+        raise ValueError(
+            f"{type(tower).__name__} reads images of one size only; choose a selector that does not scale them"
+        )
 
     def at_once(self, tower: Any, pixel_values: Tensor) -> int:
         """Images that go through the encoder together: all of them on an accelerator, `SLICE_BYTES` of them on a CPU."""
@@ -121,6 +140,14 @@ def in_own_precision(module: nn.Module, device: torch.device) -> AbstractContext
     """
     kind = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     return without_autocast(device) if kind in (torch.bfloat16, torch.float16) else nullcontext()
+
+
+def scale_down(pixel_values: Tensor, height: int, width: int) -> Tensor:
+    """``(B, C, …, …)`` → ``(B, C, height, width)``, antialiased as image processors do."""
+    small = torch.nn.functional.interpolate(
+        pixel_values.float(), size=(height, width), mode="bicubic", align_corners=False, antialias=True
+    )
+    return small.to(pixel_values.dtype)
 
 
 def run_blocks(blocks: Any, hidden_states: Tensor, reads: Sequence[int], *arguments: Any) -> tuple[Tensor, Any, Tensor]:

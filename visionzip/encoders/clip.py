@@ -28,18 +28,26 @@ class ClipEncoder(Encoder):
         return len(tower.encoder.layers)
 
     @torch.no_grad()
-    def read(self, tower: Any, pixel_values: Tensor, layer: Layer, scores: bool) -> Features:
+    def read(self, tower: Any, pixel_values: Tensor, layer: Layer, scores: bool, *, resized: bool = False) -> Features:
         reads = self.layers_run(tower, layer)
-        tokens, block, block_input = run_blocks(tower.encoder.layers, self.embed(tower, pixel_values), reads, None)
+        embedded = (self.embed_resized if resized else self.embed)(tower, pixel_values)
+        tokens, block, block_input = run_blocks(tower.encoder.layers, embedded, reads, None)
         attention = block.self_attn
         normed = block.layer_norm1(block_input)
         keys = split_heads(attention.k_proj(normed), attention.num_heads)  # (B, H, N, d)
         found = self.score(attention, normed, keys) if scores else None
         return Features(tokens, keys.mean(dim=1), found, has_cls=self.has_cls)
 
+    def read_resized(self, tower: Any, pixel_values: Tensor, layer: Layer, scores: bool) -> Features:
+        return self.read(tower, pixel_values, layer, scores, resized=True)
+
     def embed(self, tower: Any, pixel_values: Tensor) -> Tensor:
         """``(B, 3, height, width)`` → ``(B, N, D)``, what the first layer takes."""
         return tower.pre_layrnorm(tower.embeddings(pixel_values))
+
+    def embed_resized(self, tower: Any, pixel_values: Tensor) -> Tensor:
+        """`embed` for images of another size: positions are interpolated."""
+        return tower.pre_layrnorm(tower.embeddings(pixel_values, interpolate_pos_encoding=True))
 
     def score(self, attention: Any, normed: Tensor, keys: Tensor) -> Tensor:
         """``(B, N)``: what CLS attends to. `normed` ``(B, N, D)`` is the layer's input, `keys` ``(B, H, N, d)``."""

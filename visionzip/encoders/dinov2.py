@@ -47,6 +47,9 @@ class Dinov2Encoder(Encoder):
             self.without_registers(tower, tokens), self.without_registers(tower, keys.mean(dim=1)), found, has_cls=True
         )
 
+    def read_resized(self, tower: Any, pixel_values: Tensor, layer: Layer, scores: bool) -> Features:
+        return self.read(tower, pixel_values, layer, scores)
+
     def registers(self, tower: Any) -> int:
         return getattr(tower.config, "num_register_tokens", 0)
 

@@ -22,6 +22,9 @@ class SiglipEncoder(ClipEncoder):
     def embed(self, tower: Any, pixel_values: Tensor) -> Tensor:
         return tower.embeddings(pixel_values)
 
+    def embed_resized(self, tower: Any, pixel_values: Tensor) -> Tensor:
+        return tower.embeddings(pixel_values, interpolate_pos_encoding=True)
+
     def score(self, attention: Any, normed: Tensor, keys: Tensor) -> Tensor:
         return attention_received(split_heads(attention.q_proj(normed), attention.num_heads), keys, attention.scale)
 

@@ -53,6 +53,8 @@ class Family(ABC):
     needs_placeholders: ClassVar[bool] = True
     #: supports per-image budgets (`ZipConfig.adaptive`)
     per_image_budgets: ClassVar[bool] = False
+    #: supports the controls that select nothing (`Selector.pools`)
+    controls: ClassVar[bool] = False
     #: an image alone in its prompt and the same one beside others go through the encoder in two ways
     alone_differs: ClassVar[bool] = False
     #: positions are 0, 1, 2 … and attention is causal: leaving out the mask of right padding, or the tokens of a prefix whose keys
@@ -145,16 +147,23 @@ class Family(ABC):
 
     # The way of an image
 
-    def encode(self, config: ZipConfig, pixel_values: Tensor, module: nn.Module | None = None) -> Features:
+    def encode(
+        self,
+        config: ZipConfig,
+        pixel_values: Tensor,
+        module: nn.Module | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Features:
         """``(B, C, height, width)`` → features, with scores where the selector (or somebody who looks on) needs them.
 
         Args:
             module: the encoder, for families that have several; default: `encoder_module`.
+            grid: rows and columns of patches to scale the images down to.
         """
         adaptive = config.adaptive is not None and config.adaptive.needs_scores
         scores = SELECTORS[config.selector].needs_scores or adaptive or listened()
         module = self.encoder_module if module is None else module
-        return encoder_for(module).encode(module, pixel_values, self.layer(config), scores=scores)
+        return encoder_for(module).encode(module, pixel_values, self.layer(config), scores=scores, grid=grid)
 
     @abstractmethod
     def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:

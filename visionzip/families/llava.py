@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,19 +12,25 @@ from visionzip.compress import compress_to_budget
 from visionzip.config import ZipConfig
 from visionzip.families.base import FAMILIES, Family, VisualTokens
 from visionzip.families.stand_ins import FixedCount, TokenCount
+from visionzip.selectors import SELECTORS
+from visionzip.selectors.pooled import scaled_grid
 
 
 class Llava(Family):
     """``(B, 3, height, width)`` → K tokens per image: CLS, dominant patches in raster order, contextual tokens."""
 
     per_image_budgets = True
+    controls = True
     plain_positions = True
 
     def budget(self, config: ZipConfig) -> tuple[int, int]:
         """``(dominant, contextual)`` in tokens."""
         encoder = self.encoder
         tokens = encoder.tokens(self.encoder_module)
-        return config.resolve(tokens, reserved=int(encoder.has_cls))
+        dominant, contextual = config.resolve(tokens, reserved=int(encoder.has_cls))
+        if SELECTORS[config.selector].scales:
+            return math.prod(scaled_grid(dominant + contextual)), 0
+        return dominant, contextual
 
     def check(self, config: ZipConfig) -> None:
         layer = self.layer(config)
@@ -35,6 +42,8 @@ class Llava(Family):
             raise ValueError(
                 f"layer={layer} gives tokens {width} wide, but the projector takes {expected} (vision_feature_layer={stock})"
             )
+        if SELECTORS[config.selector].scales and config.adaptive is not None:
+            raise ValueError(f"selector={config.selector} does not support per-image budgets (adaptive); leave it out")
         self.budget(config)
 
     def processor_facts(self, processor: Any) -> dict[str, tuple[Any, Any]]:
@@ -47,10 +56,12 @@ class Llava(Family):
 
     def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:
         with torch.no_grad():
-            features = self.encode(config, image_inputs["pixel_values"])
+            budget = self.budget(config)
+            grid = scaled_grid(sum(budget)) if SELECTORS[config.selector].scales else None
+            features = self.encode(config, image_inputs["pixel_values"], grid=grid)
             if config.adaptive is not None:
                 return [each.tokens[0] for each in compress_each(features, config)]
-            return list(compress_to_budget(features, config).tokens)
+            return list(compress_to_budget(features, config, budget).tokens)
 
     def placeholder_counts(self, config: ZipConfig) -> dict[str, TokenCount]:
         return {"image": FixedCount(sum(self.budget(config)))}

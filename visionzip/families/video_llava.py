@@ -26,6 +26,7 @@ class VideoLlava(Llava):
     """Images: ``(K, D)``; videos: ``(F * K, D)``, frame after frame."""
 
     per_image_budgets = False
+    controls = False
     inputs: ClassVar[dict[str, tuple[str, ...]]] = {
         "image": ("pixel_values", "pixel_values_images"),  # the processor's name is an older one
         "video": ("pixel_values_videos",),

@@ -56,12 +56,19 @@ class Selector:
     `rank(features, keep)` returns ``(B, keep)`` int64 patch indices (0 = first patch, CLS not counted), without repetition, and
     the same on every call. Of a `nested` selector they come in an order that does not depend on `keep`: what a smaller budget
     keeps is the beginning of what a larger one does.
+
+    Attributes:
+        pools: a control: nothing is chosen, all patches are averaged over the cells whose middles `rank` returns, and CLS is left
+            out, as the untouched model does (`visionzip.selectors.pooled`).
+        scales: a control: the encoder reads the image scaled down to as many patches as the budget (`pools` then changes nothing).
     """
 
     name: str
     rank: Callable[[Features, int], Tensor]
     needs_scores: bool
     nested: bool = False
+    pools: bool = False
+    scales: bool = False
 
     def choose(self, features: Features, keep: int) -> Tensor:
         """`rank`'s patches in raster order: ascending."""
@@ -72,11 +79,11 @@ SELECTORS: Registry[Selector] = Registry("selector", "visionzip.selectors")
 
 
 def selector(
-    name: str, *, needs_scores: bool, nested: bool = False
+    name: str, *, needs_scores: bool, nested: bool = False, pools: bool = False, scales: bool = False
 ) -> Callable[[Callable[[Features, int], Tensor]], Selector]:
     """Register a function `rank(features, keep)` as the selector `name`. `nested` is a promise about its order: see `Selector`."""
 
     def register(rank: Callable[[Features, int], Tensor]) -> Selector:
-        return SELECTORS.register(name)(Selector(name, rank, needs_scores, nested))
+        return SELECTORS.register(name)(Selector(name, rank, needs_scores, nested, pools, scales))
 
     return register
