@@ -15,6 +15,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from visionzip.budgets import at_budget, ladder
 from visionzip.config import ZipConfig
 from visionzip.families import Family, VisualTokens, family_for
 from visionzip.images import PaddedImages, pads_images
@@ -136,6 +137,11 @@ def attach(model: nn.Module, processor: Any = None, config: ZipConfig | None = N
             "adaptive out"
         )
     family.check(config)
+    for rung in {ladder(config)[0], ladder(config)[-1]} if config.budgets is not None else ():
+        try:
+            family.check(at_budget(config, rung))
+        except ValueError as error:
+            raise ValueError(f"budgets: {error}") from None
     if processor is not None:
         family.check_processor(processor)
         _free_processor(processor, base)

@@ -30,8 +30,17 @@ _BUDGET = re.compile(rf"({_NUMBER})(?:\+({_NUMBER}))?")
 def split_total(total: int | float, own: ZipConfig | None = None) -> tuple[int | float, int | float]:
     """Dominant and contextual tokens of a budget of `total` tokens, or shares of a total share.
 
-    The split that `own` has for this total, else the paper's proportion: 64 → 54 + 10, 32 → 27 + 5, 16 → 13 + 3, 8 → 7 + 1.
+    The split that `own` has for this total, else the paper's proportion: 64 → 54 + 10, 32 → 27 + 5, 16 → 13 + 3, 8 → 7 + 1. A
+    projector for several budgets (`ZipConfig.budgets`) has the split it names there, whatever budget is in force; without
+    contextual tokens every budget is, and a smaller one is the beginning of a larger one.
     """
+    if own is not None and own.budgets is not None:
+        named = {sum(size): size for size in own.budgets.sizes() if isinstance(size, tuple)}
+        if total in named:
+            return named[int(total)]
+        if not own.budgets.contextual:
+            return total, type(total)(0)
+        own = None
     same_kind = own is not None and type(own.dominant) is type(own.contextual) is type(total)
     if own is not None and same_kind and math.isclose(own.dominant + own.contextual, total):
         return own.dominant, own.contextual
@@ -39,6 +48,46 @@ def split_total(total: int | float, own: ZipConfig | None = None) -> tuple[int |
         return total * (1 - CONTEXTUAL_SHARE), total * CONTEXTUAL_SHARE
     contextual = min(math.floor(total * CONTEXTUAL_SHARE + 0.5), total - 1)
     return total - contextual, contextual
+
+
+def ladder(config: ZipConfig) -> list[tuple[int | float, int | float]]:
+    """``(dominant, contextual)`` of every budget that `config` is trained for, from small to large: tokens, or shares of them.
+
+    One where `ZipConfig.budgets` is None: the fixed budget. `weights` says how often each is drawn.
+    """
+    if config.budgets is None:
+        return [(config.dominant, config.contextual)]
+    return [size if isinstance(size, tuple) else split_total(size, config) for size in config.budgets.sizes()]
+
+
+def weights(config: ZipConfig) -> list[float]:
+    """The probability with which training draws each budget of `ladder`; sums to 1."""
+    return [1.0] if config.budgets is None else config.budgets.weights()
+
+
+def at_budget(config: ZipConfig, budget: tuple[int | float, int | float]) -> ZipConfig:
+    """`config` with another ``(dominant, contextual)`` in force.
+
+    Raises:
+        ValueError: for a budget that no encoder could meet.
+    """
+    dominant, contextual = budget
+    return ZipConfig.model_validate({**config.model_dump(), "dominant": dominant, "contextual": contextual})
+
+
+def is_trained(config: ZipConfig, budget: tuple[int | float, int | float]) -> bool:
+    """Whether `budget` is one that `config` is trained for, or lies between two of them.
+
+    Tokens and shares can't be compared without an image: such a budget counts as trained.
+    """
+    rungs = ladder(config)
+    if budget in rungs:
+        return True
+    totals = [sum(rung) for rung in rungs]
+    if type(sum(budget)) is not type(totals[0]):
+        return True
+    merges = any(contextual for _, contextual in rungs)
+    return len(rungs) > 1 and totals[0] <= sum(budget) <= totals[-1] and (merges or not budget[1])
 
 
 def contextual_for(dominant: int | float, own: ZipConfig) -> int | float:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import itertools
+import math
+import re
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, field_validator, model_validator
 
@@ -27,6 +30,109 @@ class Adaptive(BaseModel):
     @property
     def needs_scores(self) -> bool:
         return self.measure == "attention"
+
+
+class TrainedBudgets(BaseModel):
+    """The budgets that one projector is (to be) trained for: a list, or every number of tokens of a range.
+
+    In a config a list stands for itself: ``budgets: [8, 16, 32, "54+10"]``. With a density: ``{totals: [8, 16], density: [0.7,
+    0.3]}``, or ``{least: 8, most: 128, density: [2, -2]}``.
+
+    Raises:
+        pydantic.ValidationError: (a ``ValueError``) for an empty or unordered list, a range that holds nothing, a density whose sum
+            (of a range: integral) is not 1 or that is negative somewhere.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    totals: list[StrictInt | StrictFloat | str] | None = Field(
+        None, description="budgets in ascending order: numbers of tokens, dominant+contextual (54+10), or shares"
+    )
+    least: StrictInt | None = Field(None, description="smallest number of tokens of a range")
+    most: StrictInt | None = Field(None, description="largest number of tokens of a range")
+    contextual: bool | None = Field(
+        None, description="whether they have contextual tokens; default: whether `zip.contextual` is more than 0"
+    )
+    density: list[float] | None = Field(
+        None,
+        description="how often each is drawn. Of a list: one probability for each (default: all alike). Of a range: the "
+        "coefficients of a polynomial in x, which goes from 0 at the smallest to 1 at the largest (default: 2 - 2x)",
+    )
+
+    @model_validator(mode="after")
+    def _budgets_are_possible(self) -> TrainedBudgets:
+        if self.totals is None:
+            if self.least is None or self.most is None:
+                raise ValueError("expected a list of budgets ([8, 16, 64]), or a range with `least` and `most`")
+            if not 1 <= self.least <= self.most:
+                raise ValueError(f"least={self.least}, most={self.most} is not a range; expected 1 <= least <= most")
+        elif self.least is not None or self.most is not None:
+            raise ValueError("expected either a list of budgets or `least` and `most`, got both")
+        elif not self.totals:
+            raise ValueError(
+                "the list of budgets is empty; name at least one, or leave `budgets` out for a fixed budget"
+            )
+        sizes = [sum(size) if isinstance(size, tuple) else size for size in self.sizes()]
+        if len({type(size) for size in sizes}) > 1 or sizes != sorted(set(sizes)):
+            raise ValueError(
+                f"{self.totals} are not in ascending order; expected numbers of tokens, or shares, from small to large"
+            )
+        if self.density is not None and self.totals is not None and len(self.density) != len(self.totals):
+            raise ValueError(
+                f"density has {len(self.density)} numbers for {len(self.totals)} budgets; expected one for each"
+            )
+        merged = [size for size in self.sizes() if isinstance(size, tuple) and size[1]]
+        if merged and self.contextual is False:
+            raise ValueError(
+                f"{merged[0][0]}+{merged[0][1]} has contextual tokens, but contextual=0 leaves them out of all budgets; write "
+                f"{sum(merged[0])}, or set contextual"
+            )
+        weights = self.weights()
+        if min(weights) < -1e-9 or not math.isclose(sum(weights), 1.0, abs_tol=1e-6):
+            raise ValueError(
+                f"density={self.density} is not a density: "
+                + (f"it sums to {sum(weights):g}" if min(weights) >= -1e-9 else "it is negative for some budgets")
+                + "; expected numbers of at least 0 that sum to 1 (of a range: a polynomial whose integral over 0..1 is 1)"
+            )
+        return self
+
+    def sizes(self) -> list[int | float | tuple[int, int]]:
+        """Each budget, ascending: a number of tokens, a share of them, or ``(dominant, contextual)``.
+
+        Raises:
+            ValueError: for a text that is not ``dominant+contextual``, or a number that keeps nothing.
+        """
+        if self.totals is None:
+            return list(range(self.least or 1, (self.most or 0) + 1))
+        return [_size(total) for total in self.totals]
+
+    def weights(self) -> list[float]:
+        """The probability with which each of `sizes` is drawn. Of a range with ``n`` sizes the ``i``-th has the integral of the
+        density from ``i / n`` to ``(i + 1) / n``: 2 - 2x gives the smallest about twice the mean."""
+        count = len(self.sizes())
+        if self.totals is not None:
+            return list(self.density) if self.density is not None else [1 / count] * count
+        density = self.density if self.density is not None else [2.0, -2.0]
+
+        def below(x: float) -> float:
+            return sum(factor * x ** (power + 1) / (power + 1) for power, factor in enumerate(density))
+
+        edges = [below(place / count) for place in range(count + 1)]
+        return [after - before for before, after in itertools.pairwise(edges)]
+
+
+def _size(total: int | float | str) -> int | float | tuple[int, int]:
+    if isinstance(total, str):
+        found = re.fullmatch(r"\s*([0-9]+)\s*(?:\+\s*([0-9]+)\s*)?", total)
+        if found is None:
+            raise ValueError(f"{total!r} is not a budget; expected a number of tokens (64), 54+10, or a share (0.1)")
+        size: Any = (int(found[1]), int(found[2])) if found[2] else int(found[1])
+    else:
+        size = total
+    first = size[0] if isinstance(size, tuple) else size
+    if first <= 0 or (isinstance(first, float) and first > 1):
+        raise ValueError(f"{total!r} is not a budget; expected at least one token, or a share of at most 1")
+    return size
 
 
 class ZipConfig(BaseModel):
@@ -56,11 +162,32 @@ class ZipConfig(BaseModel):
     adaptive: Adaptive | None = Field(
         None, description="per-image budgets: fewer tokens for images that need fewer; `dominant` is then the maximum"
     )
+    budgets: TrainedBudgets | None = Field(
+        None,
+        description="budgets that one projector is trained for, as a list ([8, 16, 54+10]) or a range with a density; None: for "
+        "`dominant` + `contextual` alone, which otherwise is the budget that is used where none is asked for",
+        exclude_if=lambda budgets: budgets is None,  # what was stored before there were any stays what it is
+    )
     pad_images: bool | Literal["auto"] = Field(
         "auto",
         description="pad images to squares with the mean colour, as LLaVA-1.5 does; auto: where the image processor would "
         "crop them to the middle square",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _budgets_say_whether_they_merge(cls, fields: Any) -> Any:
+        """A list of budgets → its section; what budgets a projector is trained for must not depend on the one in force later."""
+        budgets = fields.get("budgets") if isinstance(fields, dict) else None
+        if isinstance(budgets, TrainedBudgets):
+            budgets = budgets.model_dump()
+        elif isinstance(budgets, list | tuple):
+            budgets = {"totals": list(budgets)}
+        if not isinstance(budgets, dict):
+            return fields
+        if budgets.get("contextual") is None:
+            budgets = {**budgets, "contextual": bool(fields.get("contextual", 1))}
+        return {**fields, "budgets": budgets}
 
     @field_validator("merge")
     @classmethod
@@ -86,6 +213,8 @@ class ZipConfig(BaseModel):
             raise ValueError(
                 f"adaptive.least={self.adaptive.least} is more than dominant={self.dominant}, the most there can be"
             )
+        if self.budgets is not None and self.adaptive is not None:
+            raise ValueError("budgets and adaptive can't be combined: choose a budget, or let a threshold choose")
         return self
 
     def resolve(self, tokens: int, reserved: int = 0, *, cap: bool = False) -> tuple[int, int]:

@@ -5,7 +5,17 @@ import itertools
 import pytest
 
 from visionzip import ZipConfig
-from visionzip.budgets import contextual_for, format_budget, parse_budget, parse_budgets, split_total
+from visionzip.budgets import (
+    at_budget,
+    contextual_for,
+    format_budget,
+    is_trained,
+    ladder,
+    parse_budget,
+    parse_budgets,
+    split_total,
+    weights,
+)
 from visionzip.commands._model import registered_names
 from visionzip.merges import MERGES
 from visionzip.selectors import SELECTORS
@@ -96,6 +106,52 @@ def test_contextual_tokens_to_go_with_another_number_of_dominant_ones():
     assert contextual_for(6, OWN) == 2
     assert contextual_for(6, ZipConfig(dominant=54, contextual=0)) == 0
     assert contextual_for(27, ZipConfig(dominant=0.16, contextual=0.04)) == 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, [(54, 10)]),
+        ({"budgets": [8, "11+5", 32, 64]}, [(7, 1), (11, 5), (27, 5), (54, 10)]),
+        ({"budgets": [8, 64], "dominant": 50, "contextual": 14}, [(7, 1), (54, 10)]),
+        ({"budgets": [8, 64], "contextual": 0}, [(8, 0), (64, 0)]),
+        ({"budgets": {"least": 2, "most": 4}}, [(2, 0), (3, 0), (3, 1)]),
+        ({"budgets": [0.1, 0.64]}, [(0.084375, 0.015625), (0.54, 0.1)]),
+        ({"budgets": [0.1], "contextual": 0.0}, [(0.1, 0.0)]),
+    ],
+)
+def test_the_budgets_that_a_projector_is_trained_for(fields, expected):
+    config = ZipConfig(**fields)
+    assert [pytest.approx(rung) for rung in expected] == ladder(config)
+    assert len(weights(config)) == len(expected)
+    assert sum(weights(config)) == pytest.approx(1)
+    for rung in ladder(config):
+        changed = at_budget(config, rung)
+        assert (changed.dominant, changed.contextual, changed.budgets) == (*rung, config.budgets)
+        assert ladder(changed) == ladder(config)
+
+
+def test_small_budgets_are_drawn_more_often():
+    found = weights(ZipConfig(budgets={"least": 1, "most": 100}))
+    assert found == pytest.approx(
+        [2 / 100 - 2 * (place + 0.5) / 100**2 for place in range(100)]
+    )  # 2 - 2x at each middle
+    assert weights(ZipConfig(budgets={"least": 1, "most": 4, "density": [1]})) == pytest.approx([0.25] * 4)
+    assert weights(ZipConfig(budgets={"totals": [4, 8], "density": [0.9, 0.1]})) == [0.9, 0.1]
+    assert weights(ZipConfig(budgets=[4, 8])) == [0.5, 0.5]
+
+
+def test_a_budget_between_two_trained_ones_is_trained():
+    elastic = ZipConfig(budgets=[8, 16, 64])
+    assert [is_trained(elastic, split_total(total)) for total in (7, 8, 9, 64, 65)] == [False, True, True, True, False]
+    nested = ZipConfig(budgets=[8, 64], contextual=0)
+    assert is_trained(nested, (20, 0))
+    assert not is_trained(nested, (16, 4)), "it never saw a merged token"
+    assert parse_budget("20", nested).contextual == 0
+    fixed = ZipConfig(dominant=13, contextual=3)
+    assert is_trained(fixed, (13, 3))
+    assert not is_trained(fixed, (12, 4))
+    assert is_trained(ZipConfig(budgets=[0.1, 0.3]), (54, 10)), "tokens and shares are not compared"
 
 
 def test_the_names_that_help_lists_are_the_registered_ones():

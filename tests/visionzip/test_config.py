@@ -18,6 +18,24 @@ from visionzip import ZipConfig
         ({"dominant": "many"}, "dominant"),
         ({"merge": "sum"}, "merge"),
         ({"domnant": 3}, "domnant"),
+        ({"budgets": []}, "the list of budgets is empty"),
+        ({"budgets": [16, 8]}, r"\[16, 8\] are not in ascending order"),
+        ({"budgets": [8, "5+3"]}, "are not in ascending order"),
+        ({"budgets": [0.1, 8]}, "are not in ascending order"),
+        ({"budgets": [0]}, "0 is not a budget; expected at least one token"),
+        ({"budgets": ["0+5"]}, "'0\\+5' is not a budget; expected at least one token"),
+        ({"budgets": [1.5]}, "1.5 is not a budget"),
+        ({"budgets": ["many"]}, "'many' is not a budget; expected a number of tokens"),
+        ({"budgets": {"least": 8}}, "expected a list of budgets"),
+        ({"budgets": {"least": 9, "most": 8}}, "least=9, most=8 is not a range"),
+        ({"budgets": {"totals": [8], "most": 8}}, "got both"),
+        ({"budgets": {"totals": [8, 16], "density": [0.5, 0.4]}}, "is not a density: it sums to 0.9"),
+        ({"budgets": {"totals": [8, 16], "density": [1.0]}}, "density has 1 numbers for 2 budgets"),
+        ({"budgets": {"totals": [8, 16], "density": [1.5, -0.5]}}, "it is negative for some"),
+        ({"budgets": {"least": 8, "most": 64, "density": [2, -1]}}, "is not a density: it sums to 1.5"),
+        ({"budgets": {"least": 8, "most": 64, "density": [3, -4]}}, "it is negative for some"),
+        ({"budgets": ["13+3"], "contextual": 0}, "13\\+3 has contextual tokens, but contextual=0"),
+        ({"budgets": [8], "adaptive": {"threshold": 0.5}}, "budgets and adaptive can't be combined"),
     ],
 )
 def test_refused(fields, message):
@@ -72,5 +90,10 @@ def test_round_trip_and_frozen():
     config = ZipConfig(dominant=0.5, contextual=3, merge="mean", layer=-3)
     assert ZipConfig(**config.model_dump()) == config
     assert ZipConfig.model_validate_json(config.model_dump_json()) == config
+    assert "budgets" not in config.model_dump(), "stored as before there were any"
+    for budgets in ([8, "13+3", 32], {"least": 4, "most": 9, "density": [1.0]}, [0.05, 0.2]):
+        config = ZipConfig(budgets=budgets)
+        assert ZipConfig(**config.model_dump()) == config
+        assert ZipConfig.model_validate_json(config.model_dump_json(), strict=True) == config
     with pytest.raises(ValueError, match="frozen"):
         config.dominant = 3
