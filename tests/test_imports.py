@@ -28,7 +28,7 @@ LIBRARY = [
     {"encoders"},
     {"families"},
     {"shorten", "fingerprint", "manifest", "pretrained"},
-    {"attach"},
+    {"attach", "switch"},
     {"projector"},
     {"export", "hub"},
     {"loading", "description", "inspect_runs"},

@@ -11,10 +11,22 @@ if TYPE_CHECKING:
     from visionzip.attach import Attachment, attach, attached, detach, visionzip
     from visionzip.config import ZipConfig
     from visionzip.loading import load, save
+    from visionzip.switch import set_budget
 
-__all__ = ["Attachment", "ZipConfig", "__version__", "attach", "attached", "detach", "load", "save", "visionzip"]
+__all__ = [
+    "Attachment",
+    "ZipConfig",
+    "__version__",
+    "attach",
+    "attached",
+    "detach",
+    "load",
+    "save",
+    "set_budget",
+    "visionzip",
+]
 
-_FILES = {"attach": ("Attachment", "attach", "attached", "detach", "visionzip"), "config": ("ZipConfig",), "loading": ("load", "save")}  # fmt: skip
+_FILES = {"attach": ("Attachment", "attach", "attached", "detach", "visionzip"), "config": ("ZipConfig",), "loading": ("load", "save"), "switch": ("set_budget",)}  # fmt: skip
 _HOME = {name: file for file, names in _FILES.items() for name in names}
 
 

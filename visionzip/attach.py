@@ -9,13 +9,14 @@ exactly what was added.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from visionzip.budgets import at_budget, ladder
+from visionzip.budgets import as_config, at_budget, ladder
 from visionzip.config import ZipConfig
 from visionzip.families import Family, VisualTokens, family_for
 from visionzip.images import PaddedImages, pads_images
@@ -24,6 +25,7 @@ from visionzip.selectors import SELECTORS
 from visionzip.shorten import FitPrompts, PromptCutter, ShortenPrompts
 
 _ATTRIBUTE = "_visionzip"
+_PAUSED = "_visionzip_paused"
 _CONFIG_KEY = "visionzip"
 
 
@@ -38,18 +40,78 @@ class Attachment:
     interceptions: Interceptions = field(default_factory=Interceptions)
     shortener: PromptCutter | None = None
     processor_fits: bool = True  # prompts are made by a processor that was attached too
+    trained: ZipConfig | None = None  # what the projector in the model was trained with; None: nothing was loaded
+    fixed: str = ""  # why the budget can't be changed, where it can't
 
     @property
     def projector_names(self) -> list[str]:
         """Dotted names of the modules that map visual tokens into the LLM: what VisionZip-FT trains."""
         return list(self.family.projectors)
 
-    def compress(self, **image_inputs: Any) -> list[VisualTokens]:
+    def compress(self, budgets: Sequence[Any] | None = None, **image_inputs: Any) -> list[VisualTokens]:
         """Frozen part: image inputs of ``forward`` → for each image its ``(L_i, D)`` tokens. No gradient.
 
         A pure function of the image, so its result can be stored and used again for every epoch, run and rank.
+
+        Args:
+            budgets: one for each entry of the result (`visionzip.budgets.as_config`), where they differ.
+
+        Raises:
+            ValueError: for a budget that can't be met, or a family whose images all have the same.
         """
-        return self.family.compress(self.config, **image_inputs)
+        if budgets is None:
+            return self.family.compress(self.config, **image_inputs)
+        return self.family.compress_each([self.at(budget) for budget in budgets], **image_inputs)
+
+    def at(self, budget: Any) -> ZipConfig:
+        """The config with `budget` in force for one image; None: the config's own budget.
+
+        Raises:
+            ValueError: as `compress`.
+        """
+        if not self.family.mixed_budgets or self.config.adaptive is not None:
+            raise ValueError(
+                f"{type(self.model).__name__} needs one budget for all images of a batch"
+                + (" under zip.adaptive" if self.config.adaptive is not None else "")
+                + "; call set_budget before each batch"
+            )
+        config = as_config(budget, self.config)
+        if config is None:
+            raise ValueError(
+                "an image in a batch can't have all visual tokens; give a number, or set_budget(model, 'all') for the batch"
+            )
+        if config != self.config:
+            self.family.check(config)
+        return config
+
+    def encode(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Inputs of ``forward`` or ``generate`` whose images have budgets (`visionzip.inputs.prompt_inputs`) → the same with
+        ``mm_encoder_outputs`` in place of pixels. Inputs without budgets stay as they are."""
+        budgets = {kind: inputs[f"{kind}_budgets"] for kind in self.family.inputs if f"{kind}_budgets" in inputs}
+        if not budgets:
+            return inputs
+        pixels = self.family.image_inputs(inputs)
+        tokens = self.compress([each for one in budgets.values() for each in one], **pixels)
+        rest = {name: value for name, value in inputs.items() if name not in pixels and not name.endswith("_budgets")}
+        outputs: dict[str, Any] = {}
+        for kind, one in budgets.items():
+            outputs |= self.encoder_outputs(tokens[: len(one)], kind)
+            tokens = tokens[len(one) :]
+        return {**rest, "mm_encoder_outputs": outputs}
+
+    def change(self, config: ZipConfig) -> None:
+        """Put another budget in force, on the model and on its processor. What else `config` says must be as it was.
+
+        Raises:
+            ValueError: when it can't be met; nothing has changed then.
+        """
+        self.family.check(config)
+        for owner, name, value in self.family.patches(self.processor, config):
+            self.interceptions.swap(owner, name, value)
+        if isinstance(self.shortener, ShortenPrompts):
+            self.shortener.budget = sum(self.family.budget(config))
+        self.config = config
+        self.interceptions.swap(self.model.config, _CONFIG_KEY, config.model_dump())
 
     def project(self, visual_tokens: list[VisualTokens]) -> list[Tensor]:
         """Trained part: `compress`'s result → ``(L_i, hidden)`` embeddings per image, with gradient to the projector."""
@@ -158,9 +220,11 @@ def attach(model: nn.Module, processor: Any = None, config: ZipConfig | None = N
     shortens = config.adaptive is not None or (processor is None and stock is not None)
     names = [(owner, name) for owner, name, _ in patches] + ([(base, "generate")] if shortens else [])
     check_free(names, attached(base))
+    earlier = attached(base) or paused(base)
     detach(base)
 
     attachment = Attachment(base, config, family, processor, processor_fits=processor is not None)
+    attachment.trained = earlier.trained if earlier is not None else None
     put = attachment.interceptions
     for owner, name, value in patches:
         put.replace(owner, name, value)
@@ -185,7 +249,20 @@ def detach(model: nn.Module) -> Any:
         if attachment.shortener is not None:
             attachment.shortener.remove()
         attachment.interceptions.undo()
+    unwrap(model).__dict__.pop(_PAUSED, None)
     return model
+
+
+def pause(attachment: Attachment) -> None:
+    """Take compression off, and remember it for `paused`: the model and its processor use all visual tokens, as after `detach`."""
+    base = attachment.model
+    detach(base)
+    Interceptions().replace(base, _PAUSED, attachment)
+
+
+def paused(model: nn.Module) -> Attachment | None:
+    """What was attached to `model` before `pause`."""
+    return unwrap(model).__dict__.get(_PAUSED)
 
 
 def attached(model: nn.Module) -> Attachment | None:
@@ -216,6 +293,27 @@ class Owner:
 
     model: weakref.ref | None
     names: list[str]
+
+    def write(
+        self, processor: Any, kind: str, inputs: Any, index: int, budget: Any
+    ) -> tuple[str, list[tuple[int | float, int | float]]]:
+        """The placeholders of the `index`-th image (or video) at a budget of its own, and that budget for each entry of `compress`.
+
+        Raises:
+            ValueError: as `Attachment.at`; in another process than the model's.
+        """
+        model = self.model() if self.model is not None else None
+        attachment = attached(model) if model is not None else None
+        if attachment is None:
+            raise ValueError(
+                "budgets for single images need the model that the processor was attached with, in this process"
+            )
+        config, family = attachment.at(budget), attachment.family
+        stand_ins = {name: value for _, name, value in family.processor_patches(processor, config)}
+        text = stand_ins[f"replace_{kind}_token"](inputs, index)
+        token = stand_ins[f"replace_{kind}_token"].token
+        entries = text.count(token) // sum(family.budget(config)) if family.by_tile else 1
+        return text, [(config.dominant, config.contextual)] * entries
 
     def __reduce__(self) -> tuple:
         return (Owner, (None, self.names))  # a worker process has the processor alone

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from visionzip.config import ZipConfig
 
@@ -73,6 +74,32 @@ def at_budget(config: ZipConfig, budget: tuple[int | float, int | float]) -> Zip
     """
     dominant, contextual = budget
     return ZipConfig.model_validate({**config.model_dump(), "dominant": dominant, "contextual": contextual})
+
+
+def as_config(budget: Any, own: ZipConfig) -> ZipConfig | None:
+    """A budget as people write it in Python → `own` with that budget in force; None for all visual tokens.
+
+    Args:
+        budget: a number of tokens (32), a share of them (0.1), ``(27, 5)``, a text that `parse_budget` knows (``"27+5"``,
+            ``"all"``), or None for `own`'s.
+
+    Raises:
+        ValueError: when it is none of these.
+    """
+    if budget is None:
+        return own
+    if isinstance(budget, str):
+        return parse_budget(budget, own)
+    if isinstance(budget, tuple) and len(budget) == 2:
+        return at_budget(own, budget)
+    if (
+        not isinstance(budget, int | float)
+        or isinstance(budget, bool)
+        or budget <= 0
+        or (isinstance(budget, float) and budget > 1)
+    ):
+        raise ValueError(f"{budget!r} is not a budget; {EXPECTED}")
+    return at_budget(own, split_total(budget, own))
 
 
 def is_trained(config: ZipConfig, budget: tuple[int | float, int | float]) -> bool:

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from visionzip.attach import Attachment, attach, attached, detach, unwrap
-from visionzip.config import ZipConfig
+from visionzip.attach import Attachment, attached, unwrap
 from visionzip.images import prepare_image
 from visionzip.inputs import ImageInputs, merge_image_inputs, process_images, to_model
+from visionzip.projector import required
 from visionzip.prompts import Message, Slot, usual_template
 from visionzip.shorten import keep_of_each
+from visionzip.switch import set_budget
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Chat:
     _counted: dict[int, tuple[int, int]] = field(default_factory=dict)
     _encoded: dict[int, tuple[int, list[Any]]] = field(default_factory=dict)
     _inputs: dict[int, ImageInputs] = field(default_factory=dict)
+    _budgets: dict[int, Any] = field(default_factory=dict)  # of images that have one of their own
 
     def __post_init__(self) -> None:
         attachment = attached(self.model)
@@ -71,26 +73,36 @@ class Chat:
         self.config, self.family = attachment.config, attachment.family
         self._template = usual_template(self.processor)
 
-    def show(self, picture: Any) -> None:
-        """Put an image (PIL) before the next question; nothing of it is cut off."""
+    def show(self, picture: Any, budget: Any = None) -> None:
+        """Put an image (PIL) before the next question; nothing of it is cut off.
+
+        Args:
+            budget: this image's own (`visionzip.budgets.as_config`), whatever budget is in force; not while all tokens are used.
+
+        Raises:
+            ValueError: for a budget that this image can't have.
+        """
+        if budget is not None:
+            required(self.model).at(budget)
         self.waiting.append(prepare_image(picture, self.processor, self.config.pad_images))
+        if budget is not None:
+            self._budgets[id(self.waiting[-1])] = budget
 
     def reset(self) -> None:
         """Forget the conversation and its images."""
         self.messages, self.pictures, self.waiting, self._counted, self._encoded, self._inputs = [], [], [], {}, {}, {}
+        self._budgets = {}
         self._forget()
 
-    def budget(self, config: ZipConfig | None) -> None:
-        """Go on with another budget, or with all tokens (None). The conversation stays; its images are encoded again.
+    def budget(self, budget: Any) -> None:
+        """Go on with another budget (`visionzip.set_budget`). The conversation stays; its images are encoded again.
 
         Raises:
             ValueError: when the model can't have that budget; the old one stays.
         """
-        if config is None:
-            detach(self.model)
-        else:
-            attach(unwrap(self.model), self.processor, config)
-            self.config = config
+        set_budget(self.model, budget)
+        attachment = attached(self.model)
+        self.config = attachment.config if attachment is not None else self.config
         self._counted, self._encoded, self._inputs = {}, {}, {}
         self._forget()
 
@@ -167,7 +179,8 @@ class Chat:
     def _processed(self, picture: Any) -> ImageInputs:
         """One image through the image processor, and its placeholders; done once a budget."""
         if id(picture) not in self._inputs:
-            self._inputs[id(picture)] = process_images(self.processor, [picture])
+            own = self._own(picture)
+            self._inputs[id(picture)] = process_images(self.processor, [picture], None if own is None else [own])
         return self._inputs[id(picture)]
 
     def _pixels(self, pictures: list[Any]) -> dict[str, Any]:
@@ -178,8 +191,9 @@ class Chat:
     def _visual(self, pictures: list[Any]) -> dict[str, Any]:
         """What ``generate`` takes for some images: pixels, or their tokens where these were needed before."""
         attachment = self._adaptive()
-        if attachment is None:
+        if attachment is None and not any(self._own(picture) is not None for picture in pictures):
             return self._pixels(pictures)
+        attachment = attachment or required(self.model)
         tokens = [each for picture in pictures for each in self._kept(picture)[1]]
         return {"mm_encoder_outputs": attachment.encoder_outputs(tokens)}
 
@@ -188,14 +202,18 @@ class Chat:
         attachment = attached(self.model)
         return attachment if attachment is not None and attachment.config.adaptive is not None else None
 
+    def _own(self, picture: Any) -> Any:
+        """The budget of an image that has one of its own, while anything is compressed."""
+        return self._budgets.get(id(picture)) if attached(self.model) is not None else None
+
     def _kept(self, picture: Any) -> tuple[int, list[Any]]:
-        """(placeholders the processor writes, compressed tokens) of an image with a per-image budget. Encoded once."""
+        """(placeholders the processor writes, compressed tokens) of an image, where budgets differ. Encoded once."""
         if id(picture) not in self._encoded:
-            attachment = self._adaptive()
-            assert attachment is not None
+            attachment, own = required(self.model), self._own(picture)
             pixels = self._pixels([picture])
-            written = sum(most for _, most in self.family.token_counts(self.config, **pixels))
-            self._encoded[id(picture)] = (written, attachment.compress(**pixels))
+            config = self.config if own is None else attachment.at(own)
+            written = sum(most for _, most in self.family.token_counts(config, **pixels))
+            self._encoded[id(picture)] = (written, self.family.compress(config, **pixels))
         return self._encoded[id(picture)]
 
     def _fitted(self, ids: Tensor, pictures: list[Any]) -> Tensor:
@@ -210,7 +228,9 @@ class Chat:
     def _count(self, picture: Any) -> tuple[int, int]:
         """(tokens now, tokens of the untouched model) of one image, all its tiles together."""
         if id(picture) not in self._counted:
-            counted = self.family.token_counts(self.config, **self._pixels([picture]))
+            own = self._own(picture)
+            config = self.config if own is None else required(self.model).at(own)
+            counted = self.family.token_counts(config, **self._pixels([picture]))
             stock, now = (sum(each) for each in zip(*counted, strict=True))
             if self._adaptive() is not None:
                 now = sum(map(len, self._kept(picture)[1]))

@@ -36,19 +36,27 @@ def takes_videos(processor: Any) -> bool:
     return bool(getattr(processor, "video_token", None)) and getattr(processor, "video_processor", None) is not None
 
 
-def process_images(processor: Any, media: Sequence[Image.Image | Frames]) -> ImageInputs:
+def process_images(
+    processor: Any, media: Sequence[Image.Image | Frames], budgets: Sequence[Any] | None = None
+) -> ImageInputs:
     """Run the image (and video) processor over everything one prompt shows, then ask how many placeholders each needs.
 
     Args:
         media: images, prepared by `visionzip.images.prepare_image`; a list of frames is a video.
+        budgets: for each of `media` its budget (`visionzip.budgets.as_config`), None for the one in force. The inputs then say so,
+            for `Attachment.encode`.
 
     Raises:
         ImageError: when the image processor refuses an image.
+        ValueError: for a budget that can't be met, or where budgets can't differ.
     """
     images: list[Image.Image] = []
     videos: list[Frames] = []
     counts: list[tuple[str, int]] = []
-    for each in media:
+    asked: dict[str, list[Any]] = {"image": [], "video": []}
+    if budgets is not None and len(budgets) != len(media):
+        raise ValueError(f"{len(budgets)} budgets were given for {len(media)} images; expected one for each")
+    for each, budget in zip(media, budgets if budgets is not None else [None] * len(media), strict=True):
         if isinstance(each, list) and takes_videos(processor):
             videos.append(each)
             counts.append(("video", 1))
@@ -56,30 +64,69 @@ def process_images(processor: Any, media: Sequence[Image.Image | Frames]) -> Ima
             shown = each if isinstance(each, list) else [each]
             images += shown
             counts.append(("image", len(shown)))
+        asked[counts[-1][0]] += [budget] * counts[-1][1]
     inputs: dict[str, Any] = {}
     image_texts: list[str] = []
     video_texts: list[str] = []
+    chosen: dict[str, Any] = {}
     try:
         if images:
             options = {**getattr(processor, "images_kwargs", {}), "return_tensors": "pt"}
             # A list in a list: some processors go by how many images share a prompt (OneVision tiles only a single one).
             found = processor.image_processor(images=[images], **options)
-            image_texts = [processor.replace_image_token(found, index) for index in range(len(images))]
+            if budgets is not None:
+                image_texts, chosen["image_budgets"] = write_at_budgets(processor, "image", found, asked["image"])
+            else:
+                image_texts = [processor.replace_image_token(found, index) for index in range(len(images))]
             inputs.update(found)
         if videos:
             options = {"do_sample_frames": False, "return_metadata": True, "return_tensors": "pt"}
             found = processor.video_processor(videos=videos, **options)
-            video_texts = [processor.replace_video_token(found, index) for index in range(len(videos))]
+            if budgets is not None:
+                video_texts, chosen["video_budgets"] = write_at_budgets(processor, "video", found, asked["video"])
+            else:
+                video_texts = [processor.replace_video_token(found, index) for index in range(len(videos))]
             found.pop("video_metadata", None)  # when its frames are of: for the placeholders, not for the model
             inputs.update(found)
+    except BudgetError:
+        raise
     except (ValueError, ZeroDivisionError, OverflowError) as error:  # e.g. Qwen refuses 200 times as wide as high
         raise ImageError("image refused", f"by the image processor: {error}") from error
     queues = {"image": iter(image_texts), "video": iter(video_texts)}
     unused = set(getattr(processor, "unused_input_names", ()))
     return ImageInputs(
-        {name: torch.as_tensor(value) for name, value in inputs.items() if name not in unused},
+        {name: torch.as_tensor(value) for name, value in inputs.items() if name not in unused} | chosen,
         ["".join(next(queues[kind]) for _ in range(count)) for kind, count in counts],
     )
+
+
+class BudgetError(ValueError):
+    """A budget that can't be met."""
+
+
+def write_at_budgets(processor: Any, kind: str, found: Any, budgets: Sequence[Any]) -> tuple[list[str], list[Any]]:
+    """The placeholders of each image (or video) at its own budget, and ``(dominant, contextual)`` for each of `compress`'s entries.
+
+    Args:
+        found: what the image or video processor gave.
+
+    Raises:
+        BudgetError: for a budget that can't be met, or where budgets can't differ.
+    """
+    owner = processor.__dict__.get("_visionzip")
+    if owner is None:
+        raise BudgetError(
+            "budgets for single images need a processor that is attached with its model; see visionzip.attach"
+        )
+    texts, chosen = [], []
+    for index, budget in enumerate(budgets):
+        try:
+            text, entries = owner.write(processor, kind, found, index, budget)
+        except ValueError as error:
+            raise BudgetError(str(error)) from None
+        texts.append(text)
+        chosen += entries
+    return texts, chosen
 
 
 def text_inputs(processor: Any, ids: list[int], answers: Tensor | None = None) -> dict[str, Tensor]:
@@ -104,15 +151,17 @@ def prompt_inputs(
     messages: Sequence[Message],
     images: Sequence[Image.Image | Frames] = (),
     pad_images: PadImages = "auto",
+    budgets: Sequence[Any] | None = None,
 ) -> dict[str, Any]:
     """One prompt, up to where the model is to answer the last message: ``input_ids`` (L,), token types and image inputs.
 
     Args:
         messages: their slots count over `images`.
         pad_images: as `ZipConfig.pad_images`.
+        budgets: for each of `images` its budget, as in `process_images`; `Attachment.encode` then has to see the inputs.
 
     Raises:
-        ImageError, PromptError: for an image, or a conversation, that can't be used.
+        ImageError, PromptError, ValueError: for an image, or a conversation, that can't be used.
     """
     processor = template.processor
 
@@ -120,7 +169,7 @@ def prompt_inputs(
         return prepare_image(image, processor, pad_images)
 
     shown = process_images(
-        processor, [list(map(prepared, each)) if isinstance(each, list) else prepared(each) for each in images]
+        processor, [list(map(prepared, each)) if isinstance(each, list) else prepared(each) for each in images], budgets
     )
     return {**text_inputs(processor, template.prompt(messages, shown.placeholders)), **shown.inputs}
 

@@ -35,6 +35,11 @@ class Interceptions:
         owner.__dict__[name] = value  # not setattr: a module would register a submodule
         self.changes.append((owner, name))
 
+    def swap(self, owner: Any, name: str, value: Any) -> None:
+        """Another value for what `replace` put there; on an instance that is not ours (a copy's processor) nothing happens."""
+        if self.holds(owner, name):
+            owner.__dict__[name] = value
+
     def before_forward(self, module: nn.Module, hook: Callable[..., Any], *, prepend: bool = False) -> None:
         """`hook(module, args, kwargs)` sees what `module` is called with, and may give other ``(args, kwargs)``."""
         self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=prepend))

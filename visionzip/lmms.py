@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from visionzip.attach import attach, attached, detach
+from visionzip.attach import attach, attached
 from visionzip.config import ZipConfig
 from visionzip.export.card import budget_words
 from visionzip.inputs import batch_prompts, prompt_inputs, to_model
 from visionzip.loading import load
 from visionzip.prompts import Message, Slot, get_template, question, template_names, usual_template
+from visionzip.switch import set_budget
 
 try:
     from lmms_eval.api.model import lmms
@@ -40,7 +41,9 @@ class VisionZip(lmms):
 
     Args (``--model_args``):
         pretrained: a model, or what was fine-tuned, in any format: directory or hub id.
-        dominant, contextual, selector, merge, layer: what to keep; default: what a projector was trained with.
+        budget: visual tokens per image (64, 54+10, 0.1), or all; default: what a projector was trained with. A projector that was
+            trained for several (`ZipConfig.budgets`) answers at any of them.
+        dominant, contextual, selector, merge, layer: what to keep, in single values.
         full: true runs the same model and projector with all tokens, the reference the paper's shares are taken of.
         base: the model a projector belongs to, where that is not the one it names.
         template: ``chat``, the processor's own; ``llava_v1``, what LLaVA-1.5 (and the paper) was evaluated with, token by token.
@@ -53,6 +56,7 @@ class VisionZip(lmms):
     def __init__(
         self,
         pretrained: str,
+        budget: int | float | str | None = None,
         dominant: int | float | None = None,
         contextual: int | float | None = None,
         selector: str | None = None,
@@ -90,9 +94,12 @@ class VisionZip(lmms):
             attachment = attached(self.model)
             assert attachment is not None
         self.pad_images = attachment.config.pad_images
-        self.budget = "all visual tokens" if full else budget_words(attachment.config)
-        if full:
-            detach(self.model)
+        if budget is not None and (full or dominant is not None or contextual is not None):
+            raise ValueError("--model_args: budget sets dominant, contextual and full; leave those out")
+        if full or budget is not None:
+            set_budget(self.model, "all" if full else budget)
+        attachment = attached(self.model)
+        self.budget = "all visual tokens" if attachment is None else budget_words(attachment.config)
         if template == "chat":  # or what stands in for it where the processor has none
             self.template = usual_template(self.processor)
         else:
@@ -167,7 +174,7 @@ class VisionZip(lmms):
         raise NotImplementedError("tasks of several rounds are not supported by --model visionzip")
 
 
-ARGUMENTS = "pretrained, dominant, contextual, selector, merge, layer, full, base, template, pad_images, dtype, device, attn_implementation"
+ARGUMENTS = "pretrained, budget, dominant, contextual, selector, merge, layer, full, base, template, pad_images, dtype, device, attn_implementation"
 
 
 def _accelerator() -> Any:

@@ -15,7 +15,7 @@ from visionzip.export.base import FORMATS, RESULTS, Format, Trained, read_export
 from visionzip.export.card import write_card
 from visionzip.export.files import free, staged
 from visionzip.export.header import check_belongs
-from visionzip.export.insert import insert, warn_unchecked
+from visionzip.export.insert import insert, note_trained, warn_unchecked
 from visionzip.hub import local_copy
 from visionzip.pretrained import known_dtype, load_model, load_processor, usable_device
 from visionzip.projector import check_finite, plain_state, required
@@ -75,6 +75,7 @@ def load(
     if trained is not None and form is not None and whole:  # its weights are in the model already
         check_belongs(attachment, trained.header, str(path), force=force)
         warn_unchecked(trained.header, str(path))
+        note_trained(attachment, trained.header)
         damage = [] if force else form.problems(Path(place))
         if damage:
             raise ValueError(f"{path}: {'; '.join(damage)}. Export or download it again, or pass force=True (--force)")

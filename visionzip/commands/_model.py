@@ -87,6 +87,7 @@ def load(arguments: argparse.Namespace, **options: Any) -> tuple[Any, Any]:
     import visionzip
     from visionzip.export.base import recognise
     from visionzip.hub import local_copy
+    from visionzip.switch import warn_untrained
 
     if arguments.budget and (arguments.dominant is not None or arguments.contextual is not None):
         raise ValueError("--budget sets dominant and contextual tokens; leave out --dominant and --contextual")
@@ -108,6 +109,7 @@ def load(arguments: argparse.Namespace, **options: Any) -> tuple[Any, Any]:
     changed = with_arguments(attachment.config, arguments)
     if changed != attachment.config:
         visionzip.attach(model, processor, changed)
+    warn_untrained(visionzip.attached(model))
     return model, processor
 
 

@@ -5,6 +5,7 @@
 
 In the chat:
   /image photo.jpg [more.png]   show images before the next question
+  /image scan.png --budget 128  with a budget of their own, whatever the others have
   /budget 64                    keep 64 tokens per image from now on; also 54+10, 0.1 (a share), or all
   /reset                        forget the conversation and its images
   /help, /exit
@@ -104,22 +105,24 @@ class Terminal:
 
     def command(self, line: str) -> None:
         """Raises ValueError for what it does not know."""
-        from visionzip.budgets import parse_budget
-
         try:
             word, *rest = shlex.split(line)
         except ValueError as error:
             raise ValueError(f"{line}: {error}") from None
         if word == "/image":
+            own = None
+            if "--budget" in rest:
+                place = rest.index("--budget")
+                own, rest = " ".join(rest[place + 1 : place + 2]), rest[:place] + rest[place + 2 :]
             if not rest:
                 raise ValueError("/image takes one or more files: /image photo.jpg")
             for picture in [open_image(path) for path in rest]:
-                self.chat.show(picture)
+                self.chat.show(picture, own)
                 self.note(f"{picture.width} × {picture.height} image, shown with the next question.")
         elif word == "/budget":
             if len(rest) != 1:
                 raise ValueError(f"/budget takes one value such as 64, 54+10, 0.1 or all; now: {self.budget_words()}")
-            self.chat.budget(parse_budget(rest[0], self.chat.config))
+            self.chat.budget(rest[0])
             self.note(f"{self.budget_words()}; the images so far are encoded again.")
         elif word == "/reset":
             self.chat.reset()

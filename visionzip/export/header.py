@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from visionzip.attach import Attachment
+from visionzip.budgets import is_trained
 from visionzip.config import ZipConfig
 from visionzip.fingerprint import Fingerprint, check, differences
 from visionzip.projector import check_finite, fingerprint, required
@@ -124,6 +125,10 @@ def mismatches(attachment: Attachment, header: Header) -> list[str]:
     stored, here = header.zip, attachment.config
     if stored is not None and stored != here:
         fields = [name for name in ZipConfig.model_fields if getattr(stored, name) != getattr(here, name)]
+        if stored.budgets is not None and here.budgets in (None, stored.budgets):
+            in_force = (here.dominant, here.contextual)
+            free = {"budgets", *(("dominant", "contextual") if is_trained(stored, in_force) else ())}
+            fields = [name for name in fields if name not in free]
         wrong += [f"ZipConfig.{name}: {getattr(stored, name)} there, {getattr(here, name)} here" for name in fields]
     return wrong + (differences(fingerprint(attachment.model), header.fingerprint) if header.fingerprint else [])
 

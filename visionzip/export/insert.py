@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from visionzip.attach import Attachment
+from visionzip.config import ZipConfig
 from visionzip.export.base import LORA, Trained, read_export
 from visionzip.export.header import Header, check_belongs
 from visionzip.fingerprint import gathered
@@ -54,7 +56,7 @@ def loaded_into(model: nn.Module, path: str | os.PathLike[str], *, force: bool =
     attachment = required(model)
     if any(LORA.search(name) for name, _ in attachment.model.named_parameters()):
         raise ValueError(f"{path} can't be loaded for a while: the model has adapters already; merge or delete them")
-    before = projector_state(model)
+    before, config, earlier = projector_state(model), attachment.config, attachment.trained
     header = load_into(model, path, force=force)
     try:
         yield header
@@ -63,6 +65,8 @@ def loaded_into(model: nn.Module, path: str | os.PathLike[str], *, force: bool =
         if any(LORA.search(name) for name, _ in inner.named_parameters()):
             remove_adapters(inner)
         put_state(attachment, before, "the model's own projector")
+        attachment.change(config)
+        attachment.trained = earlier
 
 
 def insert(model: nn.Module, trained: Trained, source: str, *, force: bool = False) -> None:
@@ -79,6 +83,16 @@ def insert(model: nn.Module, trained: Trained, source: str, *, force: bool = Fal
         insert_adapters(attachment.model, trained, source)
     else:
         put_state(attachment, trained.projector, source)
+    note_trained(attachment, trained.header)
+
+
+def note_trained(attachment: Attachment, header: Header) -> None:
+    """Let the model know which budgets the projector that is now in it was trained for."""
+    stored = header.zip
+    attachment.trained = stored
+    if stored is not None and attachment.config.budgets is None and stored.budgets is not None:
+        config = attachment.config
+        attachment.change(ZipConfig.model_validate({**config.model_dump(), "budgets": stored.budgets}))
 
 
 def warn_unchecked(header: Header, source: str) -> None:

@@ -213,7 +213,12 @@ class CompressedModel:
             )
         strip(model.config)
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False, **hub)
-        return attach(model, processor, ZipConfig(**stored))
+        attach(model, processor, ZipConfig(**stored))
+        required(model).fixed = (
+            "the prompts of a model that from_pretrained loads have a fixed budget, since its processor is loaded apart from it; load "
+            "both with visionzip.load(path), or call attach(model, processor, ...) first"
+        )
+        return model
 
 
 class CompressedProcessor:

@@ -15,6 +15,7 @@ from visionzip.compress import listened
 from visionzip.config import ZipConfig
 from visionzip.encoders import Encoder, Layer, encoder_for
 from visionzip.families.stand_ins import MediaFeatures, Placeholders, TokenCount, TokenCounts
+from visionzip.inputs import merge_image_inputs
 from visionzip.registry import Registry
 from visionzip.selectors import SELECTORS, Features
 
@@ -55,6 +56,10 @@ class Family(ABC):
     per_image_budgets: ClassVar[bool] = False
     #: supports the controls that select nothing (`Selector.pools`)
     controls: ClassVar[bool] = False
+    #: images of one batch can have different budgets: what the model's forward takes has no need of one length
+    mixed_budgets: ClassVar[bool] = True
+    #: `compress` gives an entry for each tile of an image, not for each image
+    by_tile: ClassVar[bool] = False
     #: an image alone in its prompt and the same one beside others go through the encoder in two ways
     alone_differs: ClassVar[bool] = False
     #: positions are 0, 1, 2 … and attention is causal: leaving out the mask of right padding, or the tokens of a prefix whose keys
@@ -168,6 +173,33 @@ class Family(ABC):
     @abstractmethod
     def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:
         """Image inputs of the model's ``forward`` → for each image its ``(L_i, D)`` tokens. No gradient."""
+
+    def split(self, **image_inputs: Any) -> list[dict[str, Any]]:
+        """The inputs of each entry of `compress`'s result alone, images before videos."""
+        found: list[dict[str, Any]] = []
+        for names in self.inputs.values():
+            given = {name: image_inputs[name] for name in names if image_inputs.get(name) is not None}
+            count = len(next(iter(given.values()))) if given else 0
+            found += [{name: value[place : place + 1] for name, value in given.items()} for place in range(count)]
+        return found
+
+    def compress_each(self, configs: list[ZipConfig], **image_inputs: Any) -> list[VisualTokens]:
+        """`compress` with a config for each entry of its result. Images with the same config go through the encoder together.
+
+        Raises:
+            ValueError: where there are not as many configs as entries.
+        """
+        parts = self.split(**image_inputs)
+        if len(parts) != len(configs):
+            raise ValueError(f"{len(configs)} budgets were given for {len(parts)} images; expected one for each")
+        groups: dict[Any, list[int]] = {}
+        for place, config in enumerate(configs):
+            groups.setdefault((config.model_dump_json(), tuple(parts[place])), []).append(place)
+        found: dict[int, VisualTokens] = {}
+        for places in groups.values():
+            together = self.compress(configs[places[0]], **merge_image_inputs([parts[place] for place in places]))
+            found |= dict(zip(places, together, strict=True))
+        return [found[place] for place in range(len(parts))]
 
     def project(self, visual_tokens: list[VisualTokens]) -> list[Tensor]:
         """``(L_i, D)`` an image → ``(L_i, hidden)`` an image, through the projector, in one call."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,12 +28,14 @@ from visionzip.encoders import Layer
 from visionzip.encoders.base import in_own_precision
 from visionzip.families.base import Family, Patch, VisualTokens
 from visionzip.families.stand_ins import FewerPlaceholders, FewerTokenCounts
+from visionzip.families.video import stacked
 from visionzip.selectors import Features
 
 
 class Grouped(Family):
     """``(T, 3, height, width)`` → ``(K, C)`` per tile, dominant groups in raster order, then contextual tokens."""
 
+    by_tile: ClassVar[bool] = True
     #: where the processor says how many placeholders it writes a tile
     count_name: ClassVar[str] = "image_seq_length"
 
@@ -98,7 +100,7 @@ class Grouped(Family):
         return list(self.tiles(config, image_inputs["pixel_values"]))
 
     def encoder_output(self, embeddings: list[Tensor], kind: str = "image") -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(pooler_output=cast(Any, torch.stack(embeddings)))  # they ask for a tensor
+        return stacked(embeddings)  # they ask for a tensor
 
     def processor_patches(self, processor: Any, config: ZipConfig) -> list[Patch]:
         token, cut = self.token(processor)[0], GroupCut(self.groups, sum(self.budget(config)))

@@ -28,6 +28,8 @@ class Idefics3(Grouped):
     llm: ClassVar[str] = "model.text_model"
     frozen: ClassVar[dict[str, str]] = {"encoder": tower, "llm": llm}
     inputs: ClassVar[dict[str, tuple[str, ...]]] = {"image": ("pixel_values", "pixel_attention_mask")}
+    mixed_budgets: ClassVar[bool] = False  # the model splices tiles of one length
+    by_tile: ClassVar[bool] = False
     count_name: ClassVar[str] = "image_seq_len"
 
     @property

@@ -65,6 +65,21 @@ class LlavaNext(Llava):
             kept = compress_to_budget(features, config)
             return [pack_image(part(kept, start, start + count), grid, side, cls) for start, count, grid in images]
 
+    def split(self, **image_inputs: Any) -> list[dict[str, Any]]:
+        pixels = image_inputs.get("pixel_values")
+        if pixels is not None and pixels.dim() == 4:  # flat tiles
+            counts = [rows * columns + 1 for rows, columns in self.layout(image_inputs)]
+            flat_tiles(pixels, counts)
+            padded = pixels.new_zeros(len(counts), max(counts), *pixels.shape[1:])
+            for place, tiles in enumerate(pixels.split(counts)):
+                padded[place, : len(tiles)] = tiles
+            image_inputs = {**image_inputs, "pixel_values": padded}
+        return super().split(**image_inputs)
+
+    def layout(self, image_inputs: dict[str, Any]) -> list[tuple[int, int]]:
+        """The grid of each image, ``(rows, columns)``, the base not counted."""
+        return self.grids(image_inputs["image_sizes"])
+
     @property
     def side(self) -> int:
         """Patches along the side of a tile."""

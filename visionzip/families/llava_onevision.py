@@ -157,6 +157,22 @@ class LlavaOnevision(LlavaNext):
             raise ValueError(f"vision_aspect_ratio={ratio!r}; expected 'anyres_max_<number>'")
         return int(found.group(1))
 
+    def split(self, **image_inputs: Any) -> list[dict[str, Any]]:
+        """One prompt's worth each: an image that is not alone in its prompt stays one that is not."""
+        numbers = image_inputs.get("batch_num_images")
+        parts = super().split(**{**image_inputs, "batch_num_images": None})
+        alone = are_alone(numbers, sum("pixel_values" in part for part in parts))
+        for place, own in enumerate(alone):
+            if numbers is not None:
+                parts[place] = {**parts[place], "batch_num_images": torch.tensor([1 if own else 2])}
+        return parts
+
+    def compress_each(self, configs: list[ZipConfig], **image_inputs: Any) -> list[VisualTokens]:
+        parts = self.split(**image_inputs)
+        if len(parts) != len(configs):
+            return super().compress_each(configs, **image_inputs)  # which says so
+        return [self.compress(config, **part)[0] for config, part in zip(configs, parts, strict=True)]
+
     def layout(self, inputs: dict[str, Any]) -> list[tuple[int, int]]:
         """The grid of each image, ``(rows, columns)``; ``(0, 0)`` for one that shares its prompt with others."""
         sizes = inputs["image_sizes"]

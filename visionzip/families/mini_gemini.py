@@ -37,6 +37,7 @@ class MiniGemini(Family):
     llm: ClassVar[str] = "model.layers"
     frozen: ClassVar[dict[str, str]] = {"encoder": Family.tower, "llm": llm}
     inputs: ClassVar[dict[str, tuple[str, ...]]] = {"image": ("images", "images_aux", "is_video")}
+    mixed_budgets: ClassVar[bool] = False
     needs_placeholders: ClassVar[bool] = False
 
     @property

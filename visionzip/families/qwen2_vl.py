@@ -99,6 +99,15 @@ class Qwen2VL(Family):
             visual_tokens += [_choose(frames, config) for frames in found]
         return visual_tokens
 
+    def split(self, **image_inputs: Any) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for _, pixels, grid in KINDS.values():
+            if image_inputs.get(pixels) is not None:
+                grids = image_inputs[grid]
+                patches = image_inputs[pixels].split(grids.prod(-1).tolist())
+                found += [{pixels: each, grid: grids[place : place + 1]} for place, each in enumerate(patches)]
+        return found
+
     def project(self, visual_tokens: list[VisualTokens]) -> list[Tensor]:
         given = cast(list[dict[str, Tensor]], visual_tokens)
         merged = self._merge(self.projectors[0], [each["groups"] for each in given])
