@@ -81,7 +81,7 @@ def as_config(budget: Any, own: ZipConfig) -> ZipConfig | None:
 
     Args:
         budget: a number of tokens (32), a share of them (0.1), ``(27, 5)``, a text that `parse_budget` knows (``"27+5"``,
-            ``"all"``), or None for `own`'s.
+            ``"all"``), a `ZipConfig` whose budget is meant, or None for `own`'s.
 
     Raises:
         ValueError: when it is none of these.
@@ -90,6 +90,8 @@ def as_config(budget: Any, own: ZipConfig) -> ZipConfig | None:
         return own
     if isinstance(budget, str):
         return parse_budget(budget, own)
+    if isinstance(budget, ZipConfig):
+        budget = (budget.dominant, budget.contextual)
     if isinstance(budget, tuple) and len(budget) == 2:
         return at_budget(own, budget)
     if (

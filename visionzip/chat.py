@@ -95,12 +95,12 @@ class Chat:
         self._forget()
 
     def budget(self, budget: Any) -> None:
-        """Go on with another budget (`visionzip.set_budget`). The conversation stays; its images are encoded again.
+        """Go on with another budget (`visionzip.set_budget`), or with all tokens (None). The conversation stays; its images are encoded again.
 
         Raises:
             ValueError: when the model can't have that budget; the old one stays.
         """
-        set_budget(self.model, budget)
+        set_budget(self.model, "all" if budget is None else budget)
         attachment = attached(self.model)
         self.config = attachment.config if attachment is not None else self.config
         self._counted, self._encoded, self._inputs = {}, {}, {}

@@ -135,7 +135,9 @@ class TestPlugIn:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"budget": 64}, "budget not known; known: pretrained, dominant"),
+            ({"budgets": 64}, "budgets not known; known: pretrained, budget, dominant"),
+            ({"budget": 64, "full": True}, "budget sets dominant, contextual and full"),
+            ({"budget": 64}, "can't be met"),
             ({"template": "v2"}, "template=v2; expected one of chat, llava_v1"),
             ({"dominant": 6, "contextual": 2}, "trained for something else"),
         ],
