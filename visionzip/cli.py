@@ -64,7 +64,11 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     command.add_arguments(inner)
-    arguments = inner.parse_intermixed_args(argv[1:])
+    if getattr(command, "PASSES_ON", False):  # options of another program
+        arguments, others = inner.parse_known_args(argv[1:])
+        arguments.others = others
+    else:
+        arguments = inner.parse_intermixed_args(argv[1:])
     if name not in PROGRAM:  # which says for itself what is printed by which rank
         quiet()
     return guarded(name, command.run, arguments)

@@ -16,6 +16,7 @@ SPECIAL = ("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<globa
 
 class Idefics3Case(Case):
     name = "Idefics3"
+    needs_transformers = "5.20"
     model_class = "Idefics3ForConditionalGeneration"
     checkpoints = ("HuggingFaceM4/Idefics3-8B-Llama3",)
     special = "budget per tile, of groups after the pixel shuffle"

@@ -29,6 +29,7 @@ def without_video(kind: type) -> type:
 
 class SmolVLMCase(Idefics3Case):
     name = "SmolVLM"
+    needs_transformers = "5.20"
     model_class = "SmolVLMForConditionalGeneration"
     checkpoints = ("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "HuggingFaceTB/SmolVLM2-500M-Video-Instruct")
     special = "as Idefics3; 81 or 64 tokens per tile before selection; a video is tiles"

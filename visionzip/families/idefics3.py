@@ -12,12 +12,16 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, cast
 
+import transformers
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from visionzip.config import ZipConfig
 from visionzip.families.base import FAMILIES, VisualTokens
 from visionzip.families.grouped import Grouped
+
+#: of transformers: before it, ``mm_encoder_outputs`` was one tensor for all images, whose numbers of tokens differ here
+NEEDED = (5, 20)
 
 
 class Idefics3(Grouped):
@@ -35,6 +39,14 @@ class Idefics3(Grouped):
     @property
     def side(self) -> int:
         return self.model.config.scale_factor
+
+    def check(self, config: ZipConfig) -> None:
+        if tuple(map(int, transformers.__version__.split(".")[:2])) < NEEDED:
+            raise ValueError(
+                f"{type(self.model).__name__} can be compressed with transformers {'.'.join(map(str, NEEDED))} or newer, this is "
+                f"{transformers.__version__}: pip install -U transformers"
+            )
+        super().check(config)
 
     def join(self, tokens: Tensor) -> Tensor:
         return self.model.model.connector.pixel_shuffle(tokens, self.model.config.scale_factor)

@@ -1,0 +1,144 @@
+"""Families for models without a head: serving engines build the inner model (``AutoModel``) and bring their own head.
+
+A `Family` looks for its modules below ``model.model``; `Outer` gives an inner model that place. Processors are not changed but
+copied, since an engine holds one for all requests, and requests may have budgets of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from visionzip.budgets import EXPECTED, format_budget, parse_budget
+from visionzip.config import ZipConfig
+from visionzip.families import Family, family_for
+from visionzip.images import PaddedImages, pads_images
+
+#: in the config of a model: what to keep of its images, as `visionzip.export.merged` writes it
+CONFIG_KEY = "visionzip"
+
+
+class Outer(nn.Module):
+    """An inner model where a family looks for it: ``outer.model``."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.model = inner
+        self.config = inner.config
+        self.lm_head = nn.Identity()  # tells a whole model from an inner one; never called
+
+
+def family_of(inner: Any) -> Family:
+    """The family of an inner model, such as ``LlavaModel``.
+
+    Raises:
+        ValueError: for a model type that is not supported.
+    """
+    return family_for(Outer(inner))  # type: ignore[arg-type]
+
+
+def family_of_config(config: Any) -> Family:
+    """The same of a model without memory: enough to know how many tokens an image has."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        return family_of(AutoModel.from_config(config))
+
+
+def stored_config(config: Any) -> ZipConfig:
+    """What a model's config says to keep.
+
+    Raises:
+        ValueError: when it says nothing.
+    """
+    stored = getattr(config, CONFIG_KEY, None)
+    if not stored:
+        raise ValueError(
+            f"the config of this model does not say which visual tokens to keep (no entry {CONFIG_KEY!r}); "
+            "write a directory that does: visionzip export … --format merged"
+        )
+    return ZipConfig.model_validate(dict(stored))
+
+
+def with_budget(processor: Any, family: Family, config: ZipConfig) -> Any:
+    """A copy of `processor` that writes as many placeholders as `config` keeps tokens; tokenizer and image processor are shared.
+
+    Raises:
+        ValueError: for a budget that can't be met, or a processor that does not belong to the model.
+    """
+    family.check(config)
+    family.check_processor(processor)
+    changed = copy.copy(processor)
+    for owner, name, value in family.processor_patches(changed, config):
+        owner.__dict__[name] = value
+    if pads_images(changed, config.pad_images):
+        changed.__dict__["_process_images"] = PaddedImages(changed)
+    return changed
+
+
+class Budgets:
+    """The budgets that requests name, and a processor for each.
+
+    Args:
+        processor: as ``AutoProcessor`` gives it; stays as it is.
+        family: of the model.
+        own: what the model keeps where a request names nothing. No request may keep more: an engine reserves memory for the
+            largest image before it sees any.
+    """
+
+    #: budgets that are remembered; requests could name thousands
+    REMEMBERED = 32
+
+    def __init__(self, processor: Any, family: Family, own: ZipConfig) -> None:
+        if own.adaptive is not None:
+            raise ValueError(
+                "per-image budgets (adaptive) can't be served: an engine has to know how many tokens an image has before it is "
+                "encoded; export with a fixed budget (visionzip export … after model.zip.adaptive=null)"
+            )
+        self.own, self.family = own, family
+        self.own_processor = with_budget(processor, family, own)
+        self._other = lru_cache(self.REMEMBERED)(lambda config: with_budget(processor, family, config))
+
+    def config(self, budget: object = None) -> ZipConfig:
+        """What a request keeps that names `budget` (``64``, ``"54+10"``, ``0.1``); None: the model's own.
+
+        Raises:
+            ValueError: when it is not a budget, or larger than the model's own.
+        """
+        if budget is None:
+            return self.own
+        if isinstance(budget, bool) or not isinstance(budget, str | int | float):
+            raise ValueError(f"budget={budget!r} is not a budget; {EXPECTED}")
+        config = parse_budget(str(budget), self.own)
+        if config is None or self._size(config) > self._size(self.own):
+            raise ValueError(
+                f"budget={budget} is more than this server keeps, {format_budget(self.own)} tokens per image; name a smaller one, or "
+                "start it with a larger --budget"
+            )
+        return config
+
+    def _size(self, config: ZipConfig) -> float:
+        """Comparable sizes: tokens where every image has the same number, else as written (a share and a number don't compare)."""
+        try:
+            return sum(self.family.budget(config))
+        except ValueError as error:
+            kinds = {type(value) for each in (config, self.own) for value in (each.dominant, each.contextual) if value}
+            if len(kinds) > 1:
+                raise ValueError(
+                    f"budget={format_budget(config)} and this server's {format_budget(self.own)} can't be compared: give a number of "
+                    "tokens where the server has one, and a share where it has a share"
+                ) from error
+            return config.dominant + config.contextual
+
+    def processor(self, budget: object = None) -> Any:
+        """The processor that writes a request's placeholders.
+
+        Raises:
+            ValueError: as `config`.
+        """
+        config = self.config(budget)
+        return self.own_processor if config == self.own else self._other(config)
