@@ -37,8 +37,8 @@ class PaddedRows:
     @contextmanager
     def lay_out(self, inputs: dict[str, Any], labels: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
         """Collated inputs and labels ``(B, L)`` → those for the model's forward, which has to run inside."""
-        if not self.masked:
-            inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        left_out = (packing.BRANCHES,) if self.masked else (packing.BRANCHES, "attention_mask")
+        inputs = {name: value for name, value in inputs.items() if name not in left_out}
         if self.prefix is not None:
             inputs, labels = self.prefix.take_off(inputs, labels)
         yield inputs, labels
@@ -54,15 +54,17 @@ class PackedRow:
     Attributes:
         llm: the model's LLM, whose attention works sample by sample meanwhile.
         prefix: takes off what all samples begin with.
+        image_token: id of an image's placeholders; needed where samples have several rows (`packing.BRANCHES`).
     """
 
     llm: nn.Module
     prefix: Prefix | None = None
+    image_token: int | None = None
 
     @contextmanager
     def lay_out(self, inputs: dict[str, Any], labels: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
         """Collated inputs and labels ``(B, L)`` → those for the model's forward, which has to run inside."""
-        packed = packing.pack_batch(inputs, labels, self.prefix)
+        packed = packing.pack_batch(inputs, labels, self.prefix, self.image_token)
         with packing.packed_attention(self.llm):
             yield packed
 
@@ -84,7 +86,7 @@ def choose_layout(model: Any, batching: str, prefix: Prefix | None = None, recom
     assert attachment is not None
     llm = model.get_submodule(attachment.family.llm)
     if batching == "packed" and not recomputes and packing.can_pack(model, llm):
-        return PackedRow(llm, prefix)
+        return PackedRow(llm, prefix, attachment.family.image_token_id)
     return PaddedRows(prefix, masked=not attachment.family.plain_positions)
 
 

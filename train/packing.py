@@ -2,6 +2,9 @@
 
 Linear layers, norms and MLPs treat each token by itself, so that padding only costs time there. Attention is computed sample by
 sample (by one variable-length flash kernel on a GPU that has it): no token sees another sample, and no mask is ever formed.
+
+A sample that is there at several budgets has a row for each. What these rows have in common, the text before the first image, is
+then one part of the packed row, and the rest of each row a part that goes on from it: a tree whose branches do not see each other.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from train.labels import IGNORE
-from train.prefix import recomputes_activations
+from train.prefix import SHORTEST, count_shared, count_unsupervised, recomputes_activations
 from visionzip.attach import unwrap
 from visionzip.families import family_for
 
@@ -30,62 +33,135 @@ logger = logging.getLogger(__name__)
 NAME = "visionzip_packed"
 
 
+BRANCHES = "branches"
+"""In a batch: rows of each sample, one after the other, where a sample has several (`data.collate`)."""
+
+
 @dataclass
 class Packed:
-    """Where the samples of a row begin. `prefix`: keys and values ``(1, H, P, d)`` of each layer that all samples see first."""
+    """Where the parts of a row begin. A part is a sample, or where a sample has several rows, their beginning or the rest of one.
+
+    Attributes:
+        lengths: tokens of each part.
+        prefix: keys and values ``(1, H, P, d)`` of each layer that all samples see first.
+        after: for each part the number of the earlier part that it goes on from; None: it begins a sample.
+    """
 
     lengths: list[int]
     prefix: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    after: list[int | None] = field(default_factory=list)
     _tables: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self.after = self.after or [None] * len(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Keys that a part's last token sees, at most."""
+        lengths = self.lengths
+        seen = [n + (0 if a is None else lengths[a]) for n, a in zip(lengths, self.after, strict=True)]
+        return max(seen) + self.before
 
     @property
     def before(self) -> int:
         return self.prefix[0][0].shape[2] if self.prefix else 0
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Starts of queries and of keys ``(B + 1,)`` int32, and for each key its place in [prefix, row]. Made once a batch."""
+        """Starts of queries and of keys ``(parts + 1,)`` int32, and for each key its place in [prefix, row]. Made once a batch."""
         if self._tables is None:
             queries = list(itertools.accumulate(self.lengths, initial=0))
-            keys = [start + number * self.before for number, start in enumerate(queries)]
+            own = [list(range(self.before + a, self.before + b)) for a, b in itertools.pairwise(queries)]
             shared = list(range(self.before))
-            places = [shared + list(range(self.before + a, self.before + b)) for a, b in itertools.pairwise(queries)]
+            places = [
+                shared + ([] if after is None else own[after]) + part
+                for after, part in zip(self.after, own, strict=True)
+            ]
+            keys = list(itertools.accumulate(map(len, places), initial=0))
             flat = torch.tensor([place for each in places for place in each])
             made = torch.tensor(queries, dtype=torch.int32), torch.tensor(keys, dtype=torch.int32), flat
             self._tables = tuple(table.to(device) for table in made)  # type: ignore[assignment]
         return self._tables  # type: ignore[return-value]
 
 
+@dataclass(frozen=True)
+class Part:
+    """Tokens ``start … stop`` of a row; `after`: number of the part before it, see `Packed`."""
+
+    row: int
+    start: int
+    stop: int
+    after: int | None = None
+
+
+def parts_of(lengths: list[int], branches: list[int], shared: Callable[[slice], int]) -> list[Part]:
+    """The parts of a packed row.
+
+    Args:
+        lengths: tokens of each row.
+        branches: how many rows each sample has, one after the other.
+        shared: how many tokens a sample's rows (a slice of all) begin with in common.
+    """
+    parts: list[Part] = []
+    first = 0
+    for count in branches:
+        rows = range(first, first + count)
+        common = shared(slice(first, first + count)) if count > 1 else 0
+        if common >= SHORTEST:
+            beginning = len(parts)
+            parts.append(Part(first, 0, common))
+            parts += [Part(row, common, lengths[row], beginning) for row in rows]
+        else:
+            parts += [Part(row, 0, lengths[row]) for row in rows]
+        first += count
+    return parts
+
+
 def pack(
-    inputs: dict[str, Any], labels: Tensor, prefix: list[tuple[Tensor, Tensor]] | None = None
+    inputs: dict[str, Any],
+    labels: Tensor,
+    prefix: list[tuple[Tensor, Tensor]] | None = None,
+    image_token: int | None = None,
 ) -> tuple[dict[str, Any], Tensor]:
     """Right-padded ``(B, L)`` inputs and labels → the same samples in one row ``(1, T)``, with `packing` for the attention.
 
-    Images stay in the order of the rows, as the model expects them.
+    Images stay in the order of the rows, as the model expects them. Where samples have several rows (`BRANCHES`), the text
+    before the first image is there once for all of a sample's rows.
     """
-    real = inputs["attention_mask"].bool()
-    packed = Packed(real.sum(dim=1).tolist(), prefix or [])
-    first = torch.zeros_like(real)
-    first[:, 0] = True  # nothing before a sample predicts its first token
-    labels = labels.masked_fill(first, IGNORE)[real][None]
-    places = torch.arange(packed.before, packed.before + real.shape[1], device=real.device).expand_as(real)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+
+    def shared(rows: slice) -> int:
+        assert image_token is not None
+        return min(count_shared(ids[rows], ids[rows.start]), count_unsupervised(ids[rows], labels[rows], image_token))
+
+    lengths: list[int] = mask.sum(dim=1).tolist()
+    parts = parts_of(lengths, inputs.get(BRANCHES) or [1] * len(lengths), shared)
+    packed = Packed([part.stop - part.start for part in parts], prefix or [], [part.after for part in parts])
+    width = ids.shape[1]
+    places = torch.cat([torch.arange(part.start, part.stop) for part in parts])
+    rows = torch.repeat_interleave(torch.tensor([part.row for part in parts]), torch.tensor(packed.lengths))
+    flat = (rows * width + places).to(ids.device)
+    # Nothing before a sample predicts its first token.
+    labels = labels.index_fill(1, torch.zeros(1, dtype=torch.long, device=labels.device), IGNORE)
     row = {
-        **inputs,
-        "input_ids": inputs["input_ids"][real][None],
-        "position_ids": places[real][None],
+        **{name: value for name, value in inputs.items() if name != BRANCHES},
+        "input_ids": ids.flatten()[flat][None],
+        "position_ids": (places + packed.before).to(ids.device)[None],
         # Four dimensions: handed through to the attention as it is, which ignores it.
-        "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=real.device),
+        "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
         "packing": packed,
     }
-    return row, labels
+    return row, labels.flatten()[flat][None]
 
 
-def pack_batch(inputs: dict[str, Any], labels: Tensor, prefix: Any = None) -> tuple[dict[str, Any], Tensor]:
+def pack_batch(
+    inputs: dict[str, Any], labels: Tensor, prefix: Any = None, image_token: int | None = None
+) -> tuple[dict[str, Any], Tensor]:
     """`pack`, without the beginning that is in a `train.prefix.Prefix`, if all rows have it."""
     if prefix is None or not prefix.starts(inputs, labels):
-        return pack(inputs, labels)
+        return pack(inputs, labels, image_token=image_token)
     length = len(prefix.beginning)
     shorter = {name: inputs[name][:, length:] for name in ("input_ids", "attention_mask")}
-    return pack({**inputs, **shorter}, labels[:, length:], prefix.layers)
+    return pack({**inputs, **shorter}, labels[:, length:], prefix.layers, image_token)
 
 
 def can_pack(model: nn.Module, llm: nn.Module) -> bool:
@@ -99,7 +175,7 @@ def can_pack(model: nn.Module, llm: nn.Module) -> bool:
 
 @contextmanager
 def packed_attention(llm: Any) -> Iterator[None]:
-    """Inside, the attention of `llm` treats the samples of a row separately."""
+    """Inside, the attention of `llm` treats the parts of a row separately."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend)
@@ -134,12 +210,15 @@ def one_by_one(
 ) -> Tensor:
     out = []
     shared = query.shape[1] != key.shape[1]
-    parts = (tensor.split(packing.lengths, dim=2) for tensor in (query, key, value))
-    for q, k, v in zip(*parts, strict=True):
-        mask = None
+    queries, keys, values = (tensor.split(packing.lengths, dim=2) for tensor in (query, key, value))
+    for number, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
+        mask, after = None, packing.after[number]
+        if after is not None:
+            k, v = torch.cat((keys[after], k), dim=2), torch.cat((values[after], v), dim=2)
         if prefix is not None:
             k, v = torch.cat((prefix[0], k), dim=2), torch.cat((prefix[1], v), dim=2)
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(packing.before)
+        if (seen := k.shape[2] - q.shape[2]) > 0:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(seen)
         out.append(
             functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=shared
@@ -151,20 +230,19 @@ def one_by_one(
 def flash(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, packing: Packed, prefix: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """One kernel for all samples; with fewer queries than keys its causal mask ends at the lower right, as a prefix needs."""
+    """One kernel for all parts; with fewer queries than keys its causal mask ends at the lower right, as a prefix needs."""
     from torch.nn.attention.varlen import varlen_attn
 
     queries, keys, places = packing.tables(query.device)
     query, key, value = (as_rows(tensor) for tensor in (query, key, value))
     if prefix is not None:
+        key, value = (torch.cat((as_rows(before), own)) for before, own in zip(prefix, (key, value), strict=True))
+    if len(places) != query.shape[0]:
         # index_select, not key[places]: the latter's backward sorts the places, which repeat, and waits for the GPU.
-        key, value = (
-            torch.cat((as_rows(before), own)).index_select(0, places)
-            for before, own in zip(prefix, (key, value), strict=True)
-        )
+        key, value = key.index_select(0, places), value.index_select(0, places)
     longest = max(packing.lengths)
     out: Any = varlen_attn(
-        query.contiguous(), key.contiguous(), value.contiguous(), queries, keys, longest, longest + packing.before,
+        query.contiguous(), key.contiguous(), value.contiguous(), queries, keys, longest, packing.longest,
         **causal_options(varlen_attn, query.shape[-1], scaling, shared=query.shape[1] != key.shape[1]),
     )  # fmt: skip
     return out[None]

@@ -10,10 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from data.cache.reader import VISUAL
 from tests.tiny import tiny_llava
-from tests.train.test_loss import IMAGE, batch, beginning, check, model  # noqa: F401
-from train.layout import PackedRow
-from train.packing import Packed, can_pack, flash, one_by_one, pack, packed_attention, variable_length
+from tests.train.test_loss import IMAGE, PAD, batch, beginning, check, model, plain_loss  # noqa: F401
+from train.cached import read_from_cache
+from train.layout import PackedRow, PaddedRows
+from train.loss import summed_loss
+from train.packing import BRANCHES, Packed, can_pack, flash, one_by_one, pack, packed_attention, variable_length
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -50,6 +53,80 @@ def test_no_token_of_padding_goes_through_the_llm(model):  # noqa: F811
         (1, 12),
         (1, real - 12 * rows),
     ]
+
+
+BUDGETS = (3, 7, 12)
+
+
+def several_budgets(system: int, samples: int = 2):
+    """Rows of each sample at each of `BUDGETS`, behind a system prompt of each sample's own, but for its first tokens."""
+    draw = torch.Generator().manual_seed(4)
+    start = torch.randint(5, 20, (12,), generator=torch.Generator().manual_seed(7))
+    ids, labels, pictures = [], [], []
+    for sample in range(samples):
+        before = torch.cat([start, torch.randint(5, 20, (system - 12,), generator=draw)])
+        text = torch.randint(5, 20, (9 + 4 * sample,), generator=draw)
+        for budget in BUDGETS:
+            ids.append(torch.cat([before, torch.full((budget,), IMAGE), text]))
+            labels.append(torch.where(torch.arange(len(ids[-1])) >= len(ids[-1]) - 5, ids[-1], -100))
+            pictures.append(torch.randn(budget, 32, generator=draw))
+    longest = max(map(len, ids))
+    pad = lambda row, value: torch.nn.functional.pad(row, (0, longest - len(row)), value=value)  # noqa: E731
+    inputs = {
+        "input_ids": torch.stack([pad(row, PAD) for row in ids]),
+        "attention_mask": torch.stack([pad(torch.ones_like(row), 0) for row in ids]),
+        VISUAL: pictures,
+    }
+    return inputs, torch.stack([pad(row, -100) for row in labels])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_several_budgets_of_a_sample_are_those_of_each_apart(model, shared, packed):  # noqa: F811
+    """Loss and gradient, also of the LLM's weights, which the shared beginning depends on."""
+    llm = model.model.language_model
+    prefix = beginning(model) if shared else None
+    read_from_cache(model)
+    inner = llm.layers[0].self_attn.q_proj.weight
+    if not shared:
+        inner.requires_grad_(True)
+    inputs, labels = several_budgets(system=30)
+    apart = 0.0
+    for row, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
+        alone = {"input_ids": inputs["input_ids"][row : row + 1, :length], VISUAL: inputs[VISUAL][row : row + 1]}
+        apart += plain_loss(model, alone, labels[row : row + 1, :length])
+    trains = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(apart, trains)
+    seen = []
+    llm.layers[0].mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    together = {**inputs, BRANCHES: [len(BUDGETS)] * 2}
+    layout = PackedRow(llm, prefix, IMAGE) if packed else PaddedRows(prefix, masked=False)
+    loss = summed_loss(model, model.lm_head, together, labels, layout)
+    assert abs(loss - apart) / abs(apart) < 1e-5
+    for a, b in zip(torch.autograd.grad(loss, trains), expected, strict=True):
+        assert (a - b).norm() / b.norm() < 1e-5
+    real, own = int(inputs["attention_mask"].sum()), 30 - 12 * shared
+    if packed:
+        assert seen[-1] == real - 12 * shared * 6 - own * 2 * 2  # of three beginnings of a sample one is left
+
+
+def test_work_is_halved_where_what_stands_before_the_image_is_long(model):  # noqa: F811
+    """P tokens before the image, b visual tokens and T behind them: P + Σb + nT in place of nP + Σb + nT."""
+    inputs, labels = several_budgets(system=60)
+    apart = int(inputs["attention_mask"].sum())
+    row, _ = pack({**inputs, BRANCHES: [3, 3]}, labels, image_token=IMAGE)
+    assert row["input_ids"].shape[1] <= apart / 2
+    positions, packing = row["position_ids"][0], row["packing"]
+    assert packing.after == [None, 0, 0, 0, None, 4, 4, 4]
+    starts = [int(part[0]) for part in positions.split(packing.lengths)]
+    assert starts == [0, 60, 60, 60] * 2, "each branch goes on where the beginning ends"
+
+
+def test_rows_that_have_little_in_common_stay_apart():
+    inputs, labels = several_budgets(system=30, samples=1)
+    inputs["input_ids"][1, 7] = 20 - inputs["input_ids"][1, 7]  # a row that parts from the others after seven tokens
+    row, _ = pack({**inputs, BRANCHES: [3]}, labels, image_token=IMAGE)
+    assert row["packing"].after == [None] * 3
 
 
 def test_a_row_knows_where_its_samples_begin():
@@ -124,14 +201,15 @@ KERNELS = {  # what each torch's kernel can be told
 
 @pytest.mark.parametrize("torch_version", list(KERNELS))
 @pytest.mark.parametrize("before", [0, 3])
-def test_the_variable_length_kernel_is_given_what_one_by_one_computes(monkeypatch, torch_version, before):
+@pytest.mark.parametrize("after", [[None] * 3, [None, None, 0], [None, 0, 0]])
+def test_the_variable_length_kernel_is_given_what_one_by_one_computes(monkeypatch, torch_version, before, after):
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=KERNELS[torch_version]))
     torch.manual_seed(0)
     shared = torch_version == "2.12"
     heads = 2 if shared else 4
     q, k, v = (torch.randn(1, h, 12, 8, requires_grad=True) for h in (4, heads, heads))
     prefix = (torch.randn(1, heads, before, 8), torch.randn(1, heads, before, 8)) if before else None
-    packed, scaling = Packed([4, 1, 7], [prefix] if prefix else []), 8**-0.5 if torch_version == "2.10" else 0.3
+    packed, scaling = Packed([4, 1, 7], [prefix] if prefix else [], after), 8**-0.5 if torch_version == "2.10" else 0.3
     found = flash(q, k, v, scaling, packed, prefix)
     expected = one_by_one(q, k, v, scaling, packed, prefix)
     assert torch.allclose(found, expected, atol=1e-6)
