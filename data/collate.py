@@ -16,12 +16,21 @@ TEXT_KEYS = ("input_ids", "labels", "mm_token_type_ids", "token_type_ids")
 ANSWER_KEYS = ("teacher_words", "teacher_log_probs")  # a row for each predicted token: all rows' one after the other
 
 
+BRANCHES = "branches"
+"""In a batch where samples have several rows: how many each has, one after the other."""
+
+
+class Branches(list[dict[str, Any]]):
+    """A sample at several budgets: an item for each."""
+
+
 class Collator:
     """`input_ids, attention_mask, labels (B, L)` and the image inputs of all rows, concatenated on dim 0.
 
     Padding index and rejected items are left out; `batch["rejections"]` lists the latter, as dicts, where there are any. A batch
     without any image gets one more row, made of a blank image's placeholders and supervised nowhere, with that image's
-    inputs: so every rank runs the projector in every step, which ZeRO and DDP rely on.
+    inputs: so every rank runs the projector in every step, which ZeRO and DDP rely on. `Branches` become a row each; how many
+    belong together is then in ``batch["branches"]``.
     """
 
     def __init__(self, processor: Any, images: LoadImages) -> None:
@@ -34,15 +43,20 @@ class Collator:
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
         rejections = [item.as_dict() for item in items if isinstance(item, Rejection)]
-        rows = [item for item in items if not isinstance(item, Rejection) and item is not NO_SAMPLE]
+        items = [item for item in items if not isinstance(item, Rejection) and item is not NO_SAMPLE]
+        rows = [row for item in items for row in (item if isinstance(item, Branches) else [item])]
+        branches = [len(item) if isinstance(item, Branches) else 1 for item in items]
         if not any(image_keys(row) for row in rows):
             rows.append(self.blank_row())
+            branches.append(1)
         batch: dict[str, Any] = {**self._text(rows), **merge_images(rows)}
         batch |= {
             key: torch.cat([row[key] for row in rows if key in row])
             for key in ANSWER_KEYS
             if any(key in row for row in rows)
         }
+        if any(count > 1 for count in branches):
+            batch[BRANCHES] = branches
         if rejections:
             batch["rejections"] = rejections
         return batch

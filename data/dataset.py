@@ -7,15 +7,16 @@ import copy
 import itertools
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch.utils.data import Dataset
 
 from data.cache.reader import CachedTokens
-from data.collate import Collator, text_item
+from data.collate import Branches, Collator, text_item
 from data.config import DataConfig, SourceConfig
+from data.elastic import Budget, Drawn
 from data.formats import parse
 from data.formats.common import RecordSource, record_id
 from data.images import LoadImages, PixelImages
@@ -139,11 +140,19 @@ class InstructionDataset(Dataset):
     def __len__(self) -> int:
         return self.starts[-1]
 
-    def __getitem__(self, index: int) -> dict[str, Any] | Rejection | NoSample:
+    def __getitem__(self, index: int | Drawn) -> dict[str, Any] | Branches | Rejection | NoSample:
         if index == NO_SAMPLE_INDEX:
             return NO_SAMPLE
+        if isinstance(index, Drawn):
+            return self._at_budgets(index)
         sample = self.sample(index)
         return sample if isinstance(sample, Rejection) else self.guarded(index, sample, self._make)
+
+    def _at_budgets(self, drawn: Drawn) -> dict[str, Any] | Branches | Rejection:
+        sample = self.sample(drawn.index)
+        if isinstance(sample, Rejection):
+            return sample
+        return at_budgets(lambda sample: self.guarded(drawn.index, sample, self._make), sample, drawn.budgets)
 
     def sample(self, index: int) -> Sample | Rejection:
         """Record `index` as a `Sample`, its images not yet read."""
@@ -172,6 +181,17 @@ class InstructionDataset(Dataset):
 
     def collator(self) -> Collator:
         return Collator(self.encoder.processor, self.images)
+
+
+def at_budgets(make: Callable[[Sample], Any], sample: Sample, budgets: Sequence[Budget]) -> Any:
+    """What `make` makes of a sample at each of its budgets: an item, `Branches` where there are several, or a `Rejection`."""
+    budgets = budgets if sample.media else budgets[:1]  # without an image all are the same
+    made = []
+    for budget in budgets:
+        made.append(make(replace(sample, budget=budget)))
+        if isinstance(made[-1], Rejection):
+            return made[-1]
+    return made[0] if len(made) == 1 else Branches(made)
 
 
 def guarded_parse(read: Callable[[], Any], layout: RecordSource, position: int) -> Sample | Rejection:

@@ -41,7 +41,8 @@ class Sample:
     """One conversation. `messages` alternate user and assistant after an optional system message and end with an answer.
 
     `id` is the record's own (`#<position>` where it has none), `source` the name of the data source, `types` one question type
-    a round where the record names them.
+    a round where the record names them, `budget` the (dominant, contextual) at which its images are read, where it is not the one in
+    force (`data.elastic`).
     """
 
     id: str
@@ -49,6 +50,7 @@ class Sample:
     media: list[Media] = field(default_factory=list)
     source: str = ""
     types: list[str] | None = None
+    budget: tuple[int | float, int | float] | None = None
 
 
 class Reject(Exception):

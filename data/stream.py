@@ -17,7 +17,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from data.collate import Collator
 from data.config import DataConfig, SourceConfig
-from data.dataset import Encoder, as_rejection, guarded_parse, single_threaded_tokenizers
+from data.dataset import Encoder, as_rejection, at_budgets, guarded_parse, single_threaded_tokenizers
+from data.elastic import Budget, BudgetDraw
 from data.formats.common import RecordSource
 from data.images import LoadImages
 from data.records import image_root, open_records, reader_of
@@ -78,7 +79,8 @@ def _same(record: Any) -> Any:
 class StreamedDataset(IterableDataset):
     """An endless stream of items and `Rejection`s, mixed by weight.
 
-    `rank` and `world_size` say whose stream this is; the workers of a DataLoader share it among them.
+    `rank` and `world_size` say whose stream this is; the workers of a DataLoader share it among them. With `draw` each sample has
+    a budget, which its place in its consumer's stream decides.
     """
 
     def __init__(
@@ -89,7 +91,9 @@ class StreamedDataset(IterableDataset):
         images: LoadImages | None = None,
         rank: int = 0,
         world_size: int = 1,
+        draw: BudgetDraw | None = None,
     ) -> None:
+        self.draw = draw
         self.config, self.seed, self.rank, self.world_size = config, seed, rank, world_size
         self.sources = [StreamSource(source, config.cache_dir) for source in config.sources]
         self.encoder = Encoder(config, processor, images)
@@ -113,9 +117,16 @@ class StreamedDataset(IterableDataset):
         worker = ((info.id if info else 0) + self.batches) % workers
         skip = -(-(self.batches - worker) // workers) * self.batch_size if self.batches > worker else 0
         consumer, consumers = self.rank * workers + worker, self.world_size * workers
-        for source, number, read in islice(self._mixed(consumer, consumers), skip, None):
+        for place, (source, number, read) in enumerate(
+            islice(self._mixed(consumer, consumers), skip, None), start=skip
+        ):
             sample = guarded_parse(read, source.layout, number)
-            yield sample if isinstance(sample, Rejection) else self._item(source, number, sample)
+            if isinstance(sample, Rejection):
+                yield sample
+            elif self.draw is None:
+                yield self._item(source, number, sample)
+            else:
+                yield self._at_budgets(source, number, sample, self.draw(consumer, place, 1)[0])
 
     def collator(self) -> Collator:
         return Collator(self.encoder.processor, self.encoder.images)
@@ -125,6 +136,9 @@ class StreamedDataset(IterableDataset):
             return self._make(sample)
         except Exception as error:
             return as_rejection(error, sample.id, source.label, number)
+
+    def _at_budgets(self, source: StreamSource, number: int, sample: Sample, budgets: tuple[Budget, ...]) -> Any:
+        return at_budgets(lambda sample: self._item(source, number, sample), sample, budgets)
 
     def _mixed(self, consumer: int, consumers: int) -> Iterator[tuple[StreamSource, int, Read]]:
         """Draw a source by weight, then its next record; a source this consumer has nothing of is left out."""
@@ -167,8 +181,14 @@ def is_streamed(config: DataConfig) -> bool:
 
 
 def build_stream(
-    config: DataConfig, processor: Any, seed: int, rank: int, world_size: int, images: LoadImages | None = None
+    config: DataConfig,
+    processor: Any,
+    seed: int,
+    rank: int,
+    world_size: int,
+    images: LoadImages | None = None,
+    draw: BudgetDraw | None = None,
 ) -> StreamedDataset:
     """The endless data set of a config with streamed sources. See `build_dataset`."""
     single_threaded_tokenizers()
-    return StreamedDataset(config, processor, seed, images, rank, world_size)
+    return StreamedDataset(config, processor, seed, images, rank, world_size, draw)

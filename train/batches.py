@@ -9,11 +9,15 @@ from typing import Protocol
 from torch.utils.data import Sampler
 
 from data.batching import share
+from data.elastic import Drawn, DrawnOrder
 from data.mixture import EpochSampler
 from data.sample import NO_SAMPLE_INDEX
 
+Order = EpochSampler | DrawnOrder
+"""The global order; of a `DrawnOrder` each index comes with its budgets."""
 
-class ShareOfBatches(Sampler[list[int]]):
+
+class ShareOfBatches(Sampler[list[int | Drawn]]):
     """Micro-batches of one process, cut from the one global order that all processes agree on.
 
     A step takes the next ``world × batch × accumulation`` samples of that order, whatever these three are, so a step holds
@@ -21,7 +25,7 @@ class ShareOfBatches(Sampler[list[int]]):
     filled with the no-sample index up to a whole step: every process gets the same number of batches, and no sample comes twice.
     """
 
-    def __init__(self, order: EpochSampler, rank: int, world_size: int, batch: int) -> None:
+    def __init__(self, order: Order, rank: int, world_size: int, batch: int) -> None:
         if len(order) % (world_size * batch):
             raise ValueError(
                 f"an epoch of {len(order)} places is not a multiple of {world_size} processes x {batch} samples"
@@ -34,8 +38,8 @@ class ShareOfBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         return len(self.order) // (self.world_size * self.batch)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        together: list[int] = []
+    def __iter__(self) -> Iterator[list[int | Drawn]]:
+        together: list[int | Drawn] = []
         for index in self.order:
             together.append(index)
             if len(together) == self.world_size * self.batch:
@@ -44,10 +48,10 @@ class ShareOfBatches(Sampler[list[int]]):
 
 
 class LengthOf(Protocol):
-    def __getitem__(self, index: int) -> int: ...
+    def __getitem__(self, index: int | Drawn) -> int: ...
 
 
-class BalancedBatches(Sampler[list[int]]):
+class BalancedBatches(Sampler[list[int | Drawn]]):
     """Micro-batches with about as many tokens each.
 
     A step is still the next ``world × batch × accumulation`` samples of the global order, in as many micro-batches; these have
@@ -57,7 +61,7 @@ class BalancedBatches(Sampler[list[int]]):
 
     def __init__(
         self,
-        order: EpochSampler,
+        order: Order,
         rank: int,
         world_size: int,
         batch: int,
@@ -78,7 +82,7 @@ class BalancedBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         return len(self.order) // (self.world_size * self.batch)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[int | Drawn]]:
         places = iter(self.order)
         while step := list(islice(places, self.world_size * self.batch * self.accumulation)):
             real = [index for index in step if index != NO_SAMPLE_INDEX]

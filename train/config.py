@@ -55,6 +55,12 @@ class TrainSection(Section):
     distill: DistillSection | None = Field(
         None, description="learn from the uncompressed model's answers; null: from the labels alone"
     )
+    budgets_per_sample: int = Field(
+        1,
+        ge=1,
+        description="under zip.budgets, at how many of them a sample is trained in one step, spread over their density; the text "
+        "before its image is computed once for all",
+    )
     share_prefix: bool = Field(
         True,
         description="compute the prefix that all samples share only once; exact, used if the LLM is frozen and not sharded",
@@ -115,6 +121,10 @@ class RunConfig(PipelineConfig):
         if self.eval is not None and METRICS.get(self.eval.metric) is None:
             raise ValueError(
                 f"eval.metric: there is no metric {self.eval.metric!r}; there are {', '.join(METRICS.names())}"
+            )
+        if self.train.budgets_per_sample > 1 and self.zip.budgets is None:
+            raise ValueError(
+                "train.budgets_per_sample: there is one budget; list several in zip.budgets, or leave it out"
             )
         if self.model.quantization and "llm" in self.train.parts:
             raise ValueError(

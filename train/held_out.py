@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.cache.reader import VISUAL, VISUAL_VIDEO, CachedTokens
 from data.collate import TEXT_KEYS
 from data.config import DataConfig
+from data.elastic import Budget
 from data.images import PixelImages
 from data.processes import own_device
 from data.questions import Question, QuestionCollator, build_questions
@@ -27,11 +28,12 @@ IMAGES_COUNTED = 200
 """Images whose visual tokens are counted for a mean."""
 
 
-def questions_of(config: RunConfig, processor: Any, cached: bool = False) -> Any:
+def questions_of(config: RunConfig, processor: Any, cached: bool = False, budget: Budget | None = None) -> Any:
     """The held-out questions in the template of training. An attached processor makes placeholders for the budget, a plain one for all tokens.
 
     Args:
         cached: read visual tokens from `eval.cache`, where it is set, in place of images.
+        budget: the one that a cache for several is read at; None: the config's.
 
     Raises:
         ValueError: there is no eval section, or its sources have no usable question.
@@ -41,7 +43,8 @@ def questions_of(config: RunConfig, processor: Any, cached: bool = False) -> Any
     data = DataConfig.model_validate(
         {**config.data.model_dump(), "sources": [s.model_dump() for s in config.eval.sources]}
     )
-    tokens = CachedTokens(config.eval.cache, data.frames) if cached and config.eval.cache is not None else None
+    budget = budget or (config.zip.dominant, config.zip.contextual)
+    tokens = CachedTokens(config.eval.cache, data.frames, budget) if cached and config.eval.cache is not None else None
     pictures = tokens or PixelImages(data, processor)
     questions = build_questions(data, processor, config.eval.max_questions, pictures)
     if not len(questions):
@@ -83,7 +86,10 @@ def score(
 ) -> Scores:
     """Answer every question greedily, each on one process; all processes get the scores. Collective."""
     assert config.eval is not None
-    questions = NumberedQuestions(questions_of(config, processor, cached=attached(model) is not None), rank, world_size)
+    attachment = attached(model)
+    budget = None if attachment is None else (attachment.config.dominant, attachment.config.contextual)
+    asked_of = questions_of(config, processor, cached=attachment is not None, budget=budget)
+    questions = NumberedQuestions(asked_of, rank, world_size)
     loader = DataLoader(questions, batch_size=config.eval.batch_size, collate_fn=NumberedCollator(processor))
     answered: dict[int, dict[str, Any] | None] = {}
     training = model.training

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from data.collate import BRANCHES
 from train import packing
 from train.prefix import Prefix, common_beginning
 from visionzip import attached
@@ -37,7 +38,7 @@ class PaddedRows:
     @contextmanager
     def lay_out(self, inputs: dict[str, Any], labels: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
         """Collated inputs and labels ``(B, L)`` → those for the model's forward, which has to run inside."""
-        left_out = (packing.BRANCHES,) if self.masked else (packing.BRANCHES, "attention_mask")
+        left_out = (BRANCHES,) if self.masked else (BRANCHES, "attention_mask")
         inputs = {name: value for name, value in inputs.items() if name not in left_out}
         if self.prefix is not None:
             inputs, labels = self.prefix.take_off(inputs, labels)
@@ -54,7 +55,7 @@ class PackedRow:
     Attributes:
         llm: the model's LLM, whose attention works sample by sample meanwhile.
         prefix: takes off what all samples begin with.
-        image_token: id of an image's placeholders; needed where samples have several rows (`packing.BRANCHES`).
+        image_token: id of an image's placeholders; needed where samples have several rows (`data.collate.BRANCHES`).
     """
 
     llm: nn.Module

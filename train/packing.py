@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from data.collate import BRANCHES
 from train.labels import IGNORE
 from train.prefix import SHORTEST, count_shared, count_unsupervised, recomputes_activations
 from visionzip.attach import unwrap
@@ -31,10 +32,6 @@ from visionzip.families import family_for
 logger = logging.getLogger(__name__)
 
 NAME = "visionzip_packed"
-
-
-BRANCHES = "branches"
-"""In a batch: rows of each sample, one after the other, where a sample has several (`data.collate`)."""
 
 
 @dataclass

@@ -10,6 +10,8 @@ from typing import Any
 from data.cache.reader import CachedTokens
 from data.config_file import config_errors
 from data.dataset import InstructionDataset, build_dataset
+from data.elastic import Budget, BudgetDraw, DrawnOrder
+from data.images import LoadImages, PixelImages
 from data.lengths import Lengths
 from data.precheck import check_records
 from data.rejects import RejectLog, TooManyRejected
@@ -17,6 +19,7 @@ from data.stream import build_stream, is_streamed
 from train.batches import BalancedBatches, ShareOfBatches
 from train.cached import check_cache, read_from_cache
 from train.config import RunConfig
+from train.elastic import check_supported, placeholder_counts, tokens_per_image
 from train.ending import Exit, RunEnded, StopRequest, Watchdog
 from train.resume import Resume
 from train.teacher_answers import WithAnswers, check_teacher, describe_teacher
@@ -68,12 +71,22 @@ def build_data(run: Run) -> Any:
         ConfigError: a source that can't be opened, a cache or a teacher's answers made with something else.
     """
     config, model, processor = run.config, run.model, run.processor
-    data, distill, images = config.data, config.train.distill, None
+    data, distill = config.data, config.train.distill
+    attachment = attached(model)
+    images: LoadImages | None = None
+    assert attachment is not None
+    draw: BudgetDraw | None = None
     with config_errors("data"):
+        if config.zip.budgets is not None:
+            check_supported(attachment)
+            draw = BudgetDraw(config.zip, config.seed, config.train.budgets_per_sample)
         if data.cache is not None:
             check_cache(config, model, processor, data.cache)
             read_from_cache(model)
-            images = CachedTokens(data.cache, data.frames)
+            images = CachedTokens(data.cache, data.frames, usual_budget(config))
+        elif config.zip.budgets is not None:
+            read_from_cache(model)  # `compress_at_budgets` makes of pixels what a cache has
+            images = PixelImages(data, processor, placeholder_counts(attachment))
         elif config.zip.adaptive is not None:
             read_from_cache(model)  # `short_prompts` makes of pixels what a cache holds
         if is_streamed(data):
@@ -83,7 +96,7 @@ def build_data(run: Run) -> Any:
                 )
             if run.args.max_steps <= 0:
                 raise ValueError("a streamed source has no end; set trainer.max_steps")
-            return build_stream(data, processor, config.seed, run.rank, run.world_size, images)
+            return build_stream(data, processor, config.seed, run.rank, run.world_size, images, draw)
         dataset = build_dataset(data, processor, config.seed, images)
         if distill is not None:
             wanted = describe_teacher(model, processor, config)
@@ -101,15 +114,22 @@ def build_batches(run: Run, dataset: Any, tokens: int, packed: bool) -> Any:
     if is_streamed(run.config.data):
         return None
     batch, accumulation = run.args.per_device_train_batch_size, run.args.gradient_accumulation_steps
-    order = dataset.sampler(batch * run.world_size * accumulation)
-    if run.config.data.batching == "random":
-        return ShareOfBatches(order, run.rank, run.world_size, batch)
+    order: Any = dataset.sampler(batch * run.world_size * accumulation)
     attachment = attached(run.model)
     assert attachment is not None
-    budget = sum(attachment.family.budget(attachment.config))
-    return BalancedBatches(
-        order, run.rank, run.world_size, batch, accumulation, Lengths(dataset, tokens or budget), packed
-    )
+    at = None
+    if run.config.zip.budgets is not None:
+        order = DrawnOrder(order, BudgetDraw(run.config.zip, run.config.seed, run.config.train.budgets_per_sample))
+        at = tokens_per_image(attachment, tokens)
+    if run.config.data.batching == "random":
+        return ShareOfBatches(order, run.rank, run.world_size, batch)
+    usual = tokens or sum(attachment.family.budget(attachment.config))
+    return BalancedBatches(order, run.rank, run.world_size, batch, accumulation, Lengths(dataset, usual, at), packed)
+
+
+def usual_budget(config: RunConfig) -> Budget | None:
+    """The budget in force, which a cache for several is read at where a sample names none; None: one that no cache need have."""
+    return None if config.zip.budgets is not None else (config.zip.dominant, config.zip.contextual)
 
 
 def size_of(dataset: Any) -> int | None:

@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback
 
 from data.cache.reader import VISUAL, VISUAL_VIDEO
-from data.collate import ANSWER_KEYS
+from data.collate import ANSWER_KEYS, BRANCHES
 from train.cached import short_prompts
 from train.distill import Teacher
+from train.elastic import compress_at_budgets, count_images
 from train.ending import Exit, RunEnded, StopRequest, Watchdog
 from train.labels import supervised
 from train.layout import Layout
@@ -168,7 +169,7 @@ class ProjectorTrainer(ResumableTrainer):
             real = batch["attention_mask"].bool()
             answers = supervised(batch["labels"])
             counts += torch.tensor(
-                [answers.sum(), real.sum(), images_in(self.family, batch), int(answers.any(dim=1).sum()), 0, 0],
+                [answers.sum(), real.sum(), images_in(self.family, batch), samples_in(batch, answers), 0, 0],
                 dtype=torch.float64,
             )
         counts[4] = len(rejected)
@@ -199,6 +200,7 @@ class ProjectorTrainer(ResumableTrainer):
         DDP and DeepSpeed average gradients over processes, hence the factor; the sum over processes then is the mean.
         """
         inputs, labels = short_prompts(self.plain, inputs, inputs.pop("labels"))
+        inputs = compress_at_budgets(self.plain, inputs)
         loss = summed_loss(model, self.head, inputs, labels, self.layout, self.teacher(inputs), self.loss)
         if not torch.isfinite(loss):
             raise RunEnded(
@@ -265,4 +267,10 @@ class ProjectorTrainer(ResumableTrainer):
 def images_in(family: Family, batch: dict[str, Any]) -> int:
     """Images and videos of a batch, which has their pixels or their visual tokens."""
     cached = sum(len(batch.get(name) or ()) for name in (VISUAL, VISUAL_VIDEO))
-    return cached or family.count_images(batch)
+    return cached or count_images(family, batch) or family.count_images(batch)
+
+
+def samples_in(batch: dict[str, Any], answers: Tensor) -> int:
+    """Samples of a batch, one with several rows once. `answers` ``(B, L)``: supervised places; a blank row has none."""
+    rows = answers.any(dim=1)
+    return sum(bool(part.any()) for part in rows.split(batch.get(BRANCHES) or [1] * len(rows)))

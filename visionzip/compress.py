@@ -86,6 +86,26 @@ def compress_to_budget(features: Features, config: ZipConfig, budget: tuple[int,
     return compress(features, *budget, selector=config.selector, merge=config.merge)
 
 
+def rank_tokens(features: Features, config: ZipConfig, dominant: int) -> tuple[Tensor, Tensor]:
+    """The `dominant` tokens that are kept as they are, in order of rank, CLS first: tokens ``(B, dominant, D)`` and their places
+    among the encoder's ``(B, dominant)``. Those of a smaller budget are the beginning; `cut_ranked` takes it.
+
+    Raises:
+        ValueError: for a selector that is not nested.
+    """
+    entry = SELECTORS[config.selector]
+    if not entry.nested:
+        raise ValueError(f"the selector {config.selector} is not nested: its order depends on the budget")
+    with without_autocast(features.hidden_states.device):
+        places = F.pad(entry.rank(features, dominant - features.cls) + features.cls, (features.cls, 0))
+    return take(features.hidden_states, places), places
+
+
+def cut_ranked(tokens: Tensor, places: Tensor, dominant: int) -> Tensor:
+    """One image's part of `rank_tokens`, ``(R, D)`` and ``(R,)`` → ``(dominant, D)`` in raster order, as `compress` keeps them."""
+    return tokens[:dominant][places[:dominant].argsort()]
+
+
 def _compress(features: Features, dominant: int, contextual: int, selector: str, merge: str) -> Compressed:
     batch, total = features.hidden_states.shape[:2]
     if not features.cls <= dominant <= total or not 0 <= contextual <= total - dominant:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from data.cache.budgets import CompressToEach, tokens_at
 from data.cache.identity import CacheError, cache_at, claim, identity
 from data.cache.keys import BLANK, name_of, stat_of
 from data.cache.media import Item, MediaDataset, list_media, open_listing
@@ -33,8 +34,10 @@ class Builder:
 
     def __init__(self, attachment: Attachment, writer: Writer, device: torch.device, dtype: torch.dtype) -> None:
         self.attachment, self.writer, self.device, self.dtype = attachment, writer, device, dtype
+        self.each = CompressToEach(attachment) if attachment.config.budgets is not None else None
         self.written: set[Key] = set()
         self.read = self.reused = 0
+        self.bytes = self.bytes_of_largest = 0
 
     def add(self, items: list[Item]) -> None:
         """One batch of `MediaDataset`'s items, rejections left out."""
@@ -67,10 +70,11 @@ class Builder:
             key: value.to(self.device) if torch.is_tensor(value) else value  # encoders cast pixels to their own dtype
             for key, value in merged.items()
         }
-        return self.attachment.compress(**inputs)
+        return self.attachment.compress(**inputs) if self.each is None else self.each(**inputs)
 
     def _write(self, key: Key, images: ImageInputs, tokens: list[Any], alone: bool = True) -> None:
         shapes, tensors = pack(tokens, self.dtype)
+        self.bytes += sum(tensor.nbytes for tensor in tensors.values())
         extra = {
             name: value
             for name, value in images.inputs.items()
@@ -79,11 +83,16 @@ class Builder:
         tensors |= {f"extra/{name}": value for name, value in extra.items() if value.numel() <= 64}
         about = {
             "pictures": shapes,
-            "placeholder": self.attachment.placeholders(images.placeholders[0], tokens),
             "video": "pixel_values_videos" in images.inputs,
             "alone": alone and self.attachment.family.alone_differs,
             "extra": [name for name in extra if f"extra/{name}" in tensors],
         }
+        if self.each is None:
+            about["placeholder"] = self.attachment.placeholders(images.placeholders[0], tokens)
+        else:
+            about["ladder"] = self.each.describe(self.attachment.processor.image_token)
+            largest = [tokens_at(image, about["ladder"], self.each.budgets[-1]) for image in tokens]
+            self.bytes_of_largest += sum(tensor.numel() for tensor in largest) * self.dtype.itemsize
         self.writer.add(key, about, {name: tensor.cpu() for name, tensor in tensors.items()})
         self.written.add(key)
 
@@ -169,6 +178,11 @@ def build_cache(config: PipelineConfig, batch: int = 64, workers: int = 4) -> No
         f"process {process} of {processes}: {count_of(builder.read, 'image')}, {len(builder.written)} computed, {builder.reused} there already, "
         f"{seconds:.1f} s; the cache holds {len(Store(folder, cache_at(folder)))} entries in {size:.2f} GB"
     )
+    if builder.each is not None and builder.written:
+        print(
+            f"{count_of(len(builder.each.budgets), 'budget')}: {builder.bytes / len(builder.written):,.0f} bytes per image, "
+            f"{builder.bytes / builder.bytes_of_largest:.2f} times those of the largest budget alone"
+        )
 
 
 def list_rejected(path: Path, rejected: list[Rejection]) -> None:

@@ -12,6 +12,7 @@ from data.config import DataConfig
 from data.images import PixelImages
 from data.storage import open_part, part_path
 from visionzip import ZipConfig
+from visionzip.budgets import ladder
 from visionzip.families import family_for
 from visionzip.fingerprint import differences, fingerprint
 
@@ -42,7 +43,7 @@ def settings(processor: Any, zip_config: ZipConfig, data: DataConfig, dtype: str
     }
     return {
         "format": FORMAT,
-        "zip": zip_config.model_dump(exclude={"pad_images"}),  # what it comes to stands below
+        "zip": describe_zip(zip_config),
         "preprocessing": {
             "image_processor": type(image).__name__,
             **options,
@@ -51,6 +52,14 @@ def settings(processor: Any, zip_config: ZipConfig, data: DataConfig, dtype: str
         },
         "dtype": dtype,
     }
+
+
+def describe_zip(config: ZipConfig) -> dict[str, Any]:
+    """What of it tokens depend on. How often each of several budgets is drawn, and which one is in force, they do not."""
+    plain = config.model_dump(exclude={"pad_images"})  # what that comes to stands among the preprocessing
+    if config.budgets is not None:
+        plain |= {"budgets": [list(budget) for budget in ladder(config)], "dominant": None, "contextual": None}
+    return plain
 
 
 def check_identity(folder: str | os.PathLike[str], wanted: dict[str, Any]) -> dict[str, Any]:
@@ -83,6 +92,8 @@ def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     if stored["format"] != wanted["format"]:
         return [f"format: {stored['format']} there, {wanted['format']} here"]
     found = differences(wanted["encoder"], stored["encoder"]) if "encoder" in wanted else []
+    if stored["zip"].get("budgets") is not None:
+        stored, wanted = without_budgets_there(stored, wanted)
     for section in ("zip", "preprocessing"):
         keys = sorted(stored[section].keys() | wanted[section].keys())
         found += [
@@ -93,6 +104,19 @@ def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     if stored["dtype"] != wanted["dtype"]:
         found.append(f"dtype: {stored['dtype']} there, {wanted['dtype']} here")
     return found
+
+
+def without_budgets_there(stored: dict[str, Any], wanted: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A cache for several budgets serves each of them: both without their budgets, if those that are wanted are there."""
+    there, here = stored["zip"], wanted["zip"]
+    budgets = here.get("budgets") or [[here["dominant"], here["contextual"]]]
+    if any(budget not in there["budgets"] for budget in budgets):
+        return stored, {**wanted, "zip": {**here, "budgets": budgets, "dominant": None, "contextual": None}}
+    left_out = ("budgets", "dominant", "contextual")
+    return tuple(  # type: ignore[return-value]
+        {**each, "zip": {key: value for key, value in each["zip"].items() if key not in left_out}}
+        for each in (stored, wanted)
+    )
 
 
 def cache_at(folder: str | os.PathLike[str]) -> MadeFor:

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from data.cache.budgets import smallest, tokens_at
 from data.cache.identity import cache_at
 from data.cache.keys import BLANK, beside, content_key, name_of, one_of_several, stat_of
 from data.cache.shards import Damaged, Key
 from data.cache.store import Store
+from data.elastic import Budget
 from data.sample import Media, Reject, Sample
 from visionzip.inputs import ImageInputs
 
@@ -19,23 +21,28 @@ VISUAL_VIDEO = "visual_tokens_videos"
 
 
 class CachedTokens:
-    """Stands in for `PixelImages`. An item gets `visual_tokens`: a list of what `Attachment.compress` gave for each image."""
+    """Stands in for `PixelImages`. An item gets `visual_tokens`: a list of what `Attachment.compress` gave for each image.
 
-    def __init__(self, folder: str | os.PathLike[str], frames: int) -> None:
+    Args:
+        budget: of a cache for several budgets, the one that is read for a sample that names none; None: the smallest.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], frames: int, budget: Budget | None = None) -> None:
         self.store = Store(folder, cache_at(folder))
-        self.frames = frames
+        self.frames, self.budget = frames, budget
 
     def __call__(self, sample: Sample) -> ImageInputs:
         found = ImageInputs()
         for media in sample.media:
             several = one_of_several(sample, media)
             key, name = self._key(media), str(media.source)[:200] if isinstance(media.source, str) else media.kind
-            self._add(found, beside(key) if several and beside(key) in self.store else key, name, several)
+            key = beside(key) if several and beside(key) in self.store else key
+            self._add(found, key, name, several, sample.budget or self.budget)
         return found
 
     def blank(self) -> ImageInputs:
         found = ImageInputs()
-        self._add(found, BLANK, "blank image", several=False)
+        self._add(found, BLANK, "blank image", several=False, budget=self.budget)
         return found
 
     def _key(self, media: Media) -> Key:
@@ -49,7 +56,7 @@ class CachedTokens:
             return known[0]
         return content_key(media, self.frames)
 
-    def _add(self, found: ImageInputs, key: Key, name: str, several: bool) -> None:
+    def _add(self, found: ImageInputs, key: Key, name: str, several: bool, budget: Budget | None) -> None:
         try:
             entry = self.store.get(key)
         except Damaged as error:
@@ -59,8 +66,10 @@ class CachedTokens:
         about, tensors = entry
         if several and about.get("alone"):
             raise Reject("not in the cache", f"{name}, beside other images: run visionzip cache with this config")
-        found.placeholders.append(about["placeholder"])
         images = unpack(about["pictures"], tensors)
+        if each := about.get("ladder"):
+            images = [tokens_at(image, each, budget or smallest(each)) for image in images]
+        found.placeholders.append(each["token"] * sum(map(len, images)) if each else about["placeholder"])
         found.inputs.setdefault(VISUAL_VIDEO if about["video"] else VISUAL, []).extend(images)
         for extra in about["extra"]:
             value = tensors[f"extra/{extra}"]

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from data.cache.reader import VISUAL
+from data.collate import BRANCHES
 from tests.tiny import tiny_llava
 from tests.train.test_loss import IMAGE, PAD, batch, beginning, check, model, plain_loss  # noqa: F401
 from train.cached import read_from_cache
 from train.layout import PackedRow, PaddedRows
 from train.loss import summed_loss
-from train.packing import BRANCHES, Packed, can_pack, flash, one_by_one, pack, packed_attention, variable_length
+from train.packing import Packed, can_pack, flash, one_by_one, pack, packed_attention, variable_length
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -60,6 +60,8 @@ class Family(ABC):
     mixed_budgets: ClassVar[bool] = True
     #: `compress` gives an entry for each tile of an image, not for each image
     by_tile: ClassVar[bool] = False
+    #: an image's visual tokens are those of `visionzip.compress` as they are: CLS, dominant patches in raster order, contextual ones
+    ranked: ClassVar[bool] = False
     #: an image alone in its prompt and the same one beside others go through the encoder in two ways
     alone_differs: ClassVar[bool] = False
     #: positions are 0, 1, 2 … and attention is causal: leaving out the mask of right padding, or the tokens of a prefix whose keys

@@ -21,6 +21,7 @@ class Llava(Family):
 
     per_image_budgets = True
     controls = True
+    ranked = True
     plain_positions = True
 
     def budget(self, config: ZipConfig) -> tuple[int, int]:

@@ -46,6 +46,7 @@ class LlavaNext(Llava):
     """``(B, T_max, 3, side, side)`` and ``image_sizes`` → for each image ``T * K`` tokens."""
 
     controls = False
+    ranked = False  # tiles
 
     inputs: ClassVar[dict[str, tuple[str, ...]]] = {"image": ("pixel_values", "image_sizes")}
     counted: ClassVar[dict[str, str]] = {"image": "image_sizes"}

@@ -1,0 +1,276 @@
+"""One projector for every budget against a specialist for each, on the embedded model.
+
+    python -m scripts.elastic --out runs/elastic --jobs 2
+
+Trains, for each seed, a specialist at each budget of `zip.budgets` in CONFIG and one projector for all of them, from one token
+cache, the latter for as many steps as bring it to the LLM tokens of one specialist (their mean). Then one process asks the held-out
+questions at all budgets, of which `--unseen` were never trained on: training-free, every specialist at every budget, the one
+projector. What is there already is not done again. Prints the table of docs/results.md; OUT has elastic.json and elastic.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from data.elastic import Budget, BudgetDraw
+from train.config import RunConfig, load_config
+from visionzip.budgets import at_budget, ladder, split_total
+
+CONFIG = "configs/tiny-llava/elastic.yaml"
+ONE = "one projector"
+FREE = "training-free"
+
+
+def settings(args: argparse.Namespace, *overrides: str) -> RunConfig:
+    """The config with this command's paths. `overrides` come last."""
+    data = args.out / "data"
+    return load_config(
+        args.config,
+        [
+            f"data.cache={args.out / 'tokens'}",
+            f"data.sources.0.path={data}/train.json",
+            f"data.sources.0.images={data}/images",
+            f"eval.sources.0.path={data}/eval.json",
+            f"eval.sources.0.images={data}/images",
+            f"eval.cache={args.out / 'tokens'}",
+            *args.overrides,
+            *overrides,
+        ],
+    )
+
+
+def written(budget: Budget) -> str:
+    return f"{budget[0]}+{budget[1]}"
+
+
+def all_budgets(args: argparse.Namespace) -> list[Budget]:
+    """Trained and unseen ones, by size."""
+    config = settings(args).zip
+    unseen = [split_total(int(total), config) for total in args.unseen.split(",") if total]
+    return sorted([*ladder(config), *unseen], key=sum)
+
+
+def fill_cache(config: RunConfig) -> int:
+    """Tokens of training and held-out images at all budgets."""
+    from train.sweep_runner import make_tokens
+
+    return make_tokens(config)
+
+
+def train_only(config: RunConfig) -> int:
+    """A run without its own evaluation: all projectors are evaluated at once, afterwards."""
+    from train.run import run
+
+    return run(config.model_copy(update={"eval": None}))
+
+
+def count_llm_tokens(config: RunConfig, steps: int) -> int:
+    """Tokens that go through the LLM in a run's first `steps` steps, padding not counted."""
+    from data.dataset import build_dataset
+    from data.partial import load_processor
+
+    dataset = build_dataset(config.data, load_processor(config.model), config.seed)
+    order, draw = dataset.sampler(1), BudgetDraw(config.zip, config.seed)
+    smallest = sum(ladder(settings_of_cache(config))[0])
+    text: dict[int, int] = {}
+    total, left, epoch = 0, steps * (config.trainer.global_batch_size or 0), 0
+    while left > 0:
+        indices = order.order(epoch)[:left].tolist()
+        for index, (budget,) in zip(indices, draw(epoch, 0, len(indices)), strict=True):
+            if index not in text:  # without a budget the cache is read at its smallest
+                item: Any = dataset[index]
+                text[index] = len(item["input_ids"]) - smallest
+            total += text[index] + int(sum(budget))
+        left -= len(indices)
+        epoch += 1
+    return total
+
+
+def settings_of_cache(config: RunConfig) -> Any:
+    """The `ZipConfig` that the cache of `config` was made with."""
+    from data.cache.identity import MANIFEST
+    from visionzip import ZipConfig
+
+    stored = json.loads((Path(config.data.cache or "") / MANIFEST).read_text())["zip"]
+    budgets = [f"{dominant}+{contextual}" for dominant, contextual in stored["budgets"]]
+    return ZipConfig.model_validate({"dominant": 1, "contextual": stored["budgets"][-1][1], "budgets": budgets})
+
+
+def steps_for(config: RunConfig, target: int) -> tuple[int, int]:
+    """The most steps whose LLM tokens are at most `target`, and their tokens."""
+    low, high = 1, 4 * config.trainer.max_steps
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if count_llm_tokens(config, middle) <= target else (low, middle - 1)
+    return low, count_llm_tokens(config, low)
+
+
+def runs_of(args: argparse.Namespace) -> tuple[dict[tuple[str, int], RunConfig], dict[str, int]]:
+    """(who, seed) → config, and LLM tokens by who, of the first seed."""
+    base = settings(args)
+    found: dict[tuple[str, int], RunConfig] = {}
+    tokens: dict[str, int] = {}
+    for budget in ladder(base.zip):
+        name = f"specialist {written(budget)}"
+        for seed in args.seeds:
+            fixed = [f"zip.dominant={budget[0]}", f"zip.contextual={budget[1]}", "zip.budgets=null", f"seed={seed}"]
+            found[name, seed] = settings(args, *fixed, f"output_dir={args.out / f'{written(budget)}-{seed}'}")
+        tokens[name] = count_llm_tokens(found[name, args.seeds[0]], base.trainer.max_steps)
+    target = round(statistics.mean(tokens.values()))
+    steps, tokens[ONE] = steps_for(base, target)
+    for seed in args.seeds:
+        found[ONE, seed] = settings(
+            args, f"seed={seed}", f"trainer.max_steps={steps}", f"output_dir={args.out / f'one-{seed}'}"
+        )
+    return found, tokens
+
+
+def evaluate_all(args: argparse.Namespace, runs: dict[tuple[str, int], RunConfig]) -> dict[str, Any]:
+    """Right answers (share) of everyone at every budget: who → budget → seed → share. One process, one model."""
+    from contextlib import ExitStack
+
+    from train.build import build_model
+    from train.held_out import score
+    from visionzip import attach, detach
+    from visionzip.export import loaded_into
+
+    known = args.out / "answers.json"
+    found: dict[str, dict[str, dict[str, float]]] = json.loads(known.read_text()) if known.exists() else {}
+    config = settings(args)
+    model, processor = build_model(config)
+    if FREE not in found:
+        detach(model)
+        found["full"] = {"all": {"0": score(model, processor, config).accuracy}}
+    for who, seed, path in [(FREE, 0, None), *((who, seed, run.output_dir) for (who, seed), run in runs.items())]:
+        for budget in all_budgets(args):
+            cell = found.setdefault(who, {}).setdefault(written(budget), {})
+            if str(seed) in cell:
+                continue
+            attach(model, processor, at_budget(config.zip, budget))
+            with ExitStack() as loaded:
+                if path is not None:
+                    loaded.enter_context(loaded_into(model, path, force=True))
+                cell[str(seed)] = score(model, processor, config).accuracy
+            known.write_text(json.dumps(found, indent=1) + "\n")
+            print(f"{who}, seed {seed}, at {written(budget)}: {100 * cell[str(seed)]:.1f} %", file=sys.stderr, flush=True)
+    return found
+
+
+def percent(values: dict[str, float]) -> str:
+    mean = f"{100 * statistics.mean(values.values()):.1f}"
+    return f"{mean} ± {100 * statistics.stdev(values.values()):.1f}" if len(values) > 1 else mean
+
+
+def render_table(args: argparse.Namespace, found: dict[str, Any], tokens: dict[str, int]) -> str:
+    """A row for each budget: training-free, its specialist, the one projector, and the specialists of other budgets."""
+    trained = [written(budget) for budget in ladder(settings(args).zip)]
+    lines = [
+        "| tokens | training-free | its specialist | one projector | one − its specialist | best of the other specialists | worst |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    means: list[float] = []
+    for budget in all_budgets(args):
+        name = written(budget)
+        one = found[ONE][name]
+        means.append(statistics.mean(one.values()))
+        others = {
+            who: 100 * statistics.mean(found[f"specialist {who}"][name].values()) for who in trained if who != name
+        }
+        best, worst = max(others, key=others.__getitem__), min(others, key=others.__getitem__)
+        own = found[f"specialist {name}"][name] if name in trained else None
+        behind = ""
+        if own is not None:
+            differences = [100 * (one[seed] - own[seed]) for seed in one]
+            behind = f"{statistics.mean(differences):+.1f}"
+        lines.append(
+            f"| {sum(budget)}{'' if own else ' (never trained on)'} | {percent(found[FREE][name])} | {percent(own) if own else '–'} | "
+            f"{percent(one)} | {behind or '–'} | {others[best]:.1f} (of {best}) | {others[worst]:.1f} (of {worst}) |"
+        )
+    rising = all(after >= before for before, after in zip(means, means[1:], strict=False))
+    counted = ", ".join(f"{who.removeprefix('specialist ')} {count:,}" for who, count in tokens.items())
+    full = found["full"]["all"]["0"]
+    lines += ["", f"Full tokens: {100 * full:.1f} %. LLM tokens of a training run: {counted}.",
+              f"The one projector {'rises' if rising else 'does not rise everywhere'} with the budget."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def draw(args: argparse.Namespace, found: dict[str, Any], path: Path) -> None:
+    """Accuracy against tokens: everyone at every budget."""
+    from visionzip.analysis.style import BLUE, QUIET, entitle, legend_beside, new_figure, save, style
+
+    budgets = all_budgets(args)
+    totals = [sum(budget) for budget in budgets]
+
+    def line(who: str) -> list[float]:
+        return [100 * statistics.mean(found[who][written(budget)].values()) for budget in budgets]
+
+    with style():
+        figure, axes = new_figure(8.4, 4.6)
+        specialists = [f"specialist {written(budget)}" for budget in ladder(settings(args).zip)]
+        for number, who in enumerate(specialists):
+            axes.plot(totals, line(who), color=QUIET, linewidth=1, label="a specialist away from home" if not number else None)
+        home = [(sum(b), found[f"specialist {written(b)}"][written(b)]) for b in ladder(settings(args).zip)]
+        axes.plot([n for n, _ in home], [100 * statistics.mean(v.values()) for _, v in home], "o", color="black", label="a specialist at home")
+        axes.plot(totals, line(FREE), color=QUIET, linestyle="--", label=FREE)
+        axes.plot(totals, line(ONE), color=BLUE, linewidth=2.2, marker="s", label=ONE)
+        axes.set_xscale("log")
+        axes.set_xticks(totals, [str(total) for total in totals])
+        axes.minorticks_off()
+        axes.set(xlabel="visual tokens per image", ylabel="exact match, %")
+        legend_beside(figure, axes)
+        entitle(figure, "One projector for every budget", f"{Path(settings(args).model.path).name}, {len(args.seeds)} seeds")
+        save(figure, path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m scripts.elastic", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--config", default=CONFIG)
+    parser.add_argument("--out", type=Path, default=Path("runs/elastic"))
+    parser.add_argument("--unseen", default="12,40", help="budgets that nothing is trained on (default: %(default)s)")
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--train", type=int, default=1280, help="training images of the data set that is made")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at the same time")
+    parser.add_argument("overrides", nargs="*", help="key=value, for all runs")
+    return run(parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    from train.tasks import Task, run_all
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not (args.out / "data").exists():
+        made = ["-m", "data.shapes", "--out", str(args.out / "data"), "--train", str(args.train)]
+        subprocess.run([sys.executable, *made], check=True)
+
+    def tell(task: Task, code: int, seconds: float) -> None:
+        print(f"{task.name}: {'done' if not code else f'failed ({code}), see {task.log}'} ({seconds:.0f} s)", file=sys.stderr)
+
+    everywhere = ",".join(f'"{written(budget)}"' for budget in all_budgets(args))
+    if not (args.out / "tokens" / "complete").exists():
+        cache = settings(args, f"zip.budgets=[{everywhere}]")
+        if run_all([Task("tokens", fill_cache, cache, args.out / "tokens.log")], 1, tell):
+            return 1
+    runs, tokens = runs_of(args)
+    missing = [
+        Task(f"{who}, seed {seed}", train_only, config, Path(config.output_dir) / "log.txt")
+        for (who, seed), config in runs.items()
+        if not (Path(config.output_dir) / "projector").is_dir()
+    ]
+    if run_all(missing, args.jobs, tell):
+        return 1
+    found = evaluate_all(args, runs)
+    facts = {"accuracy": found, "llm_tokens": tokens, "seeds": args.seeds}
+    (args.out / "elastic.json").write_text(json.dumps(facts, indent=1) + "\n")
+    draw(args, found, args.out / "elastic.png")
+    print(render_table(args, found, tokens))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,90 @@
+"""A run whose images have budgets of their own is one run, however it is carried out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data.commands.cache import main as make_cache
+from tests.train.test_resume import far, saving
+from tests.train.workspace import Ranks, config_of, equal, losses, projector, write_config
+from train.ending import Exit
+
+BUDGETS = {"dominant": 5, "contextual": 2, "budgets": {"totals": [4, 7, 12], "density": [0.5, 0.3, 0.2]}}
+RANGE = {"dominant": 5, "contextual": 0, "budgets": {"least": 3, "most": 12}}
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("budgets", [BUDGETS, RANGE])
+def test_the_same_losses_however_it_is_carried_out(workspace: Path, ranks: Ranks, tmp_path: Path, budgets) -> None:
+    """From pixels and from a cache, packed and padded, on one rank and two, accumulated or not, under every ZeRO stage."""
+    runs = {
+        "pixels": {},
+        "padded": {"data__batching": "random"},
+        "length": {"data__batching": "length"},
+        "accumulated": {"trainer__per_device_train_batch_size": 1},
+        "prefix": {"train__share_prefix": False},
+        "zero3": {"trainer__deepspeed": "zero3"},
+        "off": {"trainer__deepspeed": "off"},
+        "cached": {"data__cache": str(tmp_path / "tokens")},
+        "cached_zero3": {"data__cache": str(tmp_path / "tokens"), "trainer__deepspeed": "zero3"},
+    }
+    configs = {name: config_of(workspace, tmp_path / name, zip=budgets, **changes) for name, changes in runs.items()}
+    assert make_cache(["--config", str(write_config(configs["cached"])), "--workers", "0"]) == 0
+    ranks.run(*(config for name, config in configs.items() if name != "off"))
+    ranks.run(configs["off"], world=1)
+    for name in runs:
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "pixels"), rel=1e-5), name
+        assert far(projector(tmp_path / "pixels"), projector(tmp_path / name)) < 1e-4, name
+    fixed = config_of(workspace, tmp_path / "fixed", zip={key: budgets[key] for key in ("dominant", "contextual")})
+    ranks.run(fixed)
+    assert losses(tmp_path / "fixed") != pytest.approx(losses(tmp_path / "pixels"), rel=1e-3)
+
+
+@pytest.mark.launch
+def test_a_resumed_run_draws_what_the_interrupted_one_would_have(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
+    whole = saving(workspace, tmp_path / "whole", zip=BUDGETS, train__budgets_per_sample=2)
+    again = {
+        f"from_{step}": saving(
+            workspace,
+            tmp_path / f"from_{step}",
+            zip=BUDGETS,
+            train__budgets_per_sample=2,
+            trainer__resume=f"{tmp_path}/whole/checkpoint-{step}",
+        )
+        for step in (2, 4)
+    }
+    ranks.run(whole, *again.values())
+    for name in again:
+        assert equal(projector(tmp_path / name), projector(tmp_path / "whole")), name
+    one = saving(workspace, tmp_path / "one", zip=BUDGETS, train__budgets_per_sample=2,
+                 trainer__resume=f"{tmp_path}/whole/checkpoint-2")  # fmt: skip
+    ranks.run(one, world=1)
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "whole")[2:], rel=1e-5)
+
+
+@pytest.mark.launch
+def test_several_budgets_of_a_sample_packed_or_not(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
+    runs = {
+        "packed": {},
+        "padded": {"data__batching": "random"},
+        "unshared": {"train__share_prefix": False},
+        "cached": {"data__cache": str(tmp_path / "tokens")},
+    }
+    configs = {
+        name: config_of(workspace, tmp_path / name, zip=BUDGETS, train__budgets_per_sample=2, **changes)
+        for name, changes in runs.items()
+    }
+    assert make_cache(["--config", str(write_config(configs["cached"])), "--workers", "0"]) == 0
+    ranks.run(*configs.values())
+    for name in runs:
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "packed"), rel=1e-5), name
+
+
+@pytest.mark.launch
+def test_what_is_not_possible_is_said_at_once(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
+    config = config_of(workspace, tmp_path / "one", train__budgets_per_sample=2)
+    ranks.start(config, world=1)
+    assert ranks.wait() == [Exit.CONFIG]
+    assert "train.budgets_per_sample: there is one budget" in ranks.output()
