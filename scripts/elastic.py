@@ -11,6 +11,7 @@ projector. What is there already is not done again. Prints the table of docs/res
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -158,7 +159,9 @@ def evaluate_all(args: argparse.Namespace, runs: dict[tuple[str, int], RunConfig
                     loaded.enter_context(loaded_into(model, path, force=True))
                 cell[str(seed)] = score(model, processor, config).accuracy
             known.write_text(json.dumps(found, indent=1) + "\n")
-            print(f"{who}, seed {seed}, at {written(budget)}: {100 * cell[str(seed)]:.1f} %", file=sys.stderr, flush=True)
+            print(
+                f"{who}, seed {seed}, at {written(budget)}: {100 * cell[str(seed)]:.1f} %", file=sys.stderr, flush=True
+            )
     return found
 
 
@@ -192,7 +195,7 @@ def render_table(args: argparse.Namespace, found: dict[str, Any], tokens: dict[s
             f"| {sum(budget)}{'' if own else ' (never trained on)'} | {percent(found[FREE][name])} | {percent(own) if own else '–'} | "
             f"{percent(one)} | {behind or '–'} | {others[best]:.1f} (of {best}) | {others[worst]:.1f} (of {worst}) |"
         )
-    rising = all(after >= before for before, after in zip(means, means[1:], strict=False))
+    rising = all(after >= before for before, after in itertools.pairwise(means))
     counted = ", ".join(f"{who.removeprefix('specialist ')} {count:,}" for who, count in tokens.items())
     full = found["full"]["all"]["0"]
     lines += ["", f"Full tokens: {100 * full:.1f} %. LLM tokens of a training run: {counted}.",
@@ -214,9 +217,17 @@ def draw(args: argparse.Namespace, found: dict[str, Any], path: Path) -> None:
         figure, axes = new_figure(8.4, 4.6)
         specialists = [f"specialist {written(budget)}" for budget in ladder(settings(args).zip)]
         for number, who in enumerate(specialists):
-            axes.plot(totals, line(who), color=QUIET, linewidth=1, label="a specialist away from home" if not number else None)
+            axes.plot(
+                totals, line(who), color=QUIET, linewidth=1, label="a specialist away from home" if not number else None
+            )
         home = [(sum(b), found[f"specialist {written(b)}"][written(b)]) for b in ladder(settings(args).zip)]
-        axes.plot([n for n, _ in home], [100 * statistics.mean(v.values()) for _, v in home], "o", color="black", label="a specialist at home")
+        axes.plot(
+            [n for n, _ in home],
+            [100 * statistics.mean(v.values()) for _, v in home],
+            "o",
+            color="black",
+            label="a specialist at home",
+        )
         axes.plot(totals, line(FREE), color=QUIET, linestyle="--", label=FREE)
         axes.plot(totals, line(ONE), color=BLUE, linewidth=2.2, marker="s", label=ONE)
         axes.set_xscale("log")
@@ -224,7 +235,9 @@ def draw(args: argparse.Namespace, found: dict[str, Any], path: Path) -> None:
         axes.minorticks_off()
         axes.set(xlabel="visual tokens per image", ylabel="exact match, %")
         legend_beside(figure, axes)
-        entitle(figure, "One projector for every budget", f"{Path(settings(args).model.path).name}, {len(args.seeds)} seeds")
+        entitle(
+            figure, "One projector for every budget", f"{Path(settings(args).model.path).name}, {len(args.seeds)} seeds"
+        )
         save(figure, path)
 
 
@@ -249,7 +262,10 @@ def run(args: argparse.Namespace) -> int:
         subprocess.run([sys.executable, *made], check=True)
 
     def tell(task: Task, code: int, seconds: float) -> None:
-        print(f"{task.name}: {'done' if not code else f'failed ({code}), see {task.log}'} ({seconds:.0f} s)", file=sys.stderr)
+        print(
+            f"{task.name}: {'done' if not code else f'failed ({code}), see {task.log}'} ({seconds:.0f} s)",
+            file=sys.stderr,
+        )
 
     everywhere = ",".join(f'"{written(budget)}"' for budget in all_budgets(args))
     if not (args.out / "tokens" / "complete").exists():

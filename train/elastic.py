@@ -46,6 +46,12 @@ def tokens_per_image(attachment: Attachment, usual: int = 0) -> dict[Budget, int
     return {budget: round(times * sum(family.budget(at_budget(config, budget)))) for budget in ladder(config)}
 
 
+def describe_budgets(attachment: Attachment) -> str:
+    """``8, 16, 32``, or ``8 to 64`` where there are many."""
+    totals = list(tokens_per_image(attachment).values())
+    return ", ".join(map(str, totals)) if len(totals) <= 12 else f"{totals[0]} to {totals[-1]}"
+
+
 def compress_at_budgets(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """A batch's images through the encoder, each row's at its own budget: what comes back is what a cache gives (`train.cached`).
     A batch without such images is handed on."""

@@ -14,6 +14,7 @@ import torch
 
 from train.config import ConfigError, RunConfig
 from train.trainable import linear_layers, modules_of
+from visionzip.budgets import at_budget, ladder, weights
 from visionzip.families import family_for
 from visionzip.pretrained import read_config
 
@@ -117,8 +118,10 @@ def measure_model(model: Any, config: RunConfig) -> Sizes:
 
 
 def visual_tokens(model: Any, config: RunConfig) -> int:
-    """Of one image (or tile, or frame), compressed."""
-    return sum(family_for(model).budget(config.zip))
+    """Of one image (or tile, or frame), compressed; their mean where there are several budgets."""
+    family, zip_config = family_for(model), config.zip
+    each = [sum(family.budget(at_budget(zip_config, budget))) for budget in ladder(zip_config)]
+    return round(sum(share * tokens for share, tokens in zip(weights(zip_config), each, strict=True)))
 
 
 def model_without_weights(config: RunConfig, beside: Path) -> Any:

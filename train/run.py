@@ -15,6 +15,7 @@ from train.callbacks import Bar, Metrics, RecordConfig, Speed, Wandb
 from train.checkpoint import list_checkpoints, step_of
 from train.compiled import compile_parts, describe_compiled
 from train.config import ConfigError, RunConfig
+from train.elastic import describe_budgets
 from train.ending import Exit, RunEnded, StopRequest, Watchdog
 from train.evaluation import count_tokens, evaluate, evaluate_base
 from train.finished import find_finish
@@ -250,7 +251,9 @@ def announce(run: Run, trainer: ProjectorTrainer, dataset: Any, tokens: Tokens) 
         f"x {args.gradient_accumulation_steps} accumulated = {batch} per step; {samples}; "
         f"{run.config.trainer.deepspeed}; {run.config.model.dtype} on {args.device.type}"
     )
-    if tokens[1]:
+    if run.config.zip.budgets is not None:
+        run.say(f"each image at one of {describe_budgets(attached(run.model))} visual tokens")  # type: ignore[arg-type]
+    elif tokens[1]:
         run.say(f"{tokens[0]} of {tokens[1]} visual tokens per image")
     llm = run.model.get_submodule(attached(run.model).family.llm)  # type: ignore[union-attr]
     compiled = [describe_compiled(llm)] if run.config.trainer.torch_compile else []

@@ -43,7 +43,7 @@ class CompressToEach:
         self.ranked = nested and self.family.ranked
         merges = any(contextual for _, contextual in self.sizes)
         if not nested and not merges:
-            others = ", ".join(name for name, entry in SELECTORS if entry.nested)
+            others = ", ".join(sorted(name for name, entry in SELECTORS if entry.nested))
             raise ValueError(
                 f"the selector {self.config.selector} is not nested: what it keeps at a small budget is not part of what it keeps "
                 f"at a larger one, so one cached sequence can't serve zip.budgets; choose one of {others}"

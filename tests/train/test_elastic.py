@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,30 +17,38 @@ RANGE = {"dominant": 5, "contextual": 0, "budgets": {"least": 3, "most": 12}}
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("budgets", [BUDGETS, RANGE])
-def test_the_same_losses_however_it_is_carried_out(workspace: Path, ranks: Ranks, tmp_path: Path, budgets) -> None:
-    """From pixels and from a cache, packed and padded, on one rank and two, accumulated or not, under every ZeRO stage."""
-    runs = {
+def test_the_same_losses_however_it_is_carried_out(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """From pixels and from a cache, packed and padded, on one rank and two, accumulated or not, whole and sharded."""
+    tokens = str(tmp_path / "tokens")
+    runs: dict[str, dict[str, Any]] = {
         "pixels": {},
-        "padded": {"data__batching": "random"},
-        "length": {"data__batching": "length"},
-        "accumulated": {"trainer__per_device_train_batch_size": 1},
-        "prefix": {"train__share_prefix": False},
+        "padded": {"data__batching": "random", "train__share_prefix": False},
+        "accumulated": {"data__cache": tokens, "trainer__per_device_train_batch_size": 1},
         "zero3": {"trainer__deepspeed": "zero3"},
         "off": {"trainer__deepspeed": "off"},
-        "cached": {"data__cache": str(tmp_path / "tokens")},
-        "cached_zero3": {"data__cache": str(tmp_path / "tokens"), "trainer__deepspeed": "zero3"},
+        "cached": {"data__cache": tokens},
     }
-    configs = {name: config_of(workspace, tmp_path / name, zip=budgets, **changes) for name, changes in runs.items()}
+    configs = {name: config_of(workspace, tmp_path / name, zip=BUDGETS, **changes) for name, changes in runs.items()}
     assert make_cache(["--config", str(write_config(configs["cached"])), "--workers", "0"]) == 0
     ranks.run(*(config for name, config in configs.items() if name != "off"))
     ranks.run(configs["off"], world=1)
     for name in runs:
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "pixels"), rel=1e-5), name
         assert far(projector(tmp_path / "pixels"), projector(tmp_path / name)) < 1e-4, name
-    fixed = config_of(workspace, tmp_path / "fixed", zip={key: budgets[key] for key in ("dominant", "contextual")})
+    fixed = config_of(workspace, tmp_path / "fixed", zip={key: BUDGETS[key] for key in ("dominant", "contextual")})
     ranks.run(fixed)
     assert losses(tmp_path / "fixed") != pytest.approx(losses(tmp_path / "pixels"), rel=1e-3)
+
+
+@pytest.mark.launch
+def test_a_range_from_one_ranked_sequence(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
+    pixels = config_of(workspace, tmp_path / "pixels", zip=RANGE, trainer__deepspeed="off")
+    cached = config_of(
+        workspace, tmp_path / "cached", zip=RANGE, trainer__deepspeed="off", data__cache=str(tmp_path / "t")
+    )
+    assert make_cache(["--config", str(write_config(cached)), "--workers", "0"]) == 0
+    ranks.run(pixels, cached, world=1)
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "pixels"), rel=1e-5)
 
 
 @pytest.mark.launch
