@@ -161,7 +161,9 @@ def test_losses_and_gradients_at_each_samples_budget_are_those_from_pixels(name,
     data = kit.data_config(tmp_path, path, max_length=16384)
     (tmp_path / "tokens").mkdir()
     ran, encode = [], type(attachment.family).encode
-    monkeypatch.setattr(type(attachment.family), "encode", lambda *args: ran.append(1) or encode(*args))
+    monkeypatch.setattr(
+        type(attachment.family), "encode", lambda *args, **kwargs: ran.append(1) or encode(*args, **kwargs)
+    )
     fill(tmp_path / "tokens", attachment, processor, data, device=torch.device("cpu"), dtype=torch.float32, workers=0)
     assert len(ran) == 2, "a batch and the blank image: once each, whatever the number of budgets"
     small, middle, large = ladder(config)
