@@ -160,12 +160,12 @@ def place_cell(cell: Cell, out: Path, cached: bool) -> None:
     key = digest([config.model_dump(exclude={"output_dir", "wandb", "report"}), file_stamps(config)])
     update["output_dir"] = str(out / "cells" / f"{cell.name}-{key[:8]}")
     assert config.eval is not None
+    tokens = None  # a cache that the config names is of one budget and one selector
     if cached:
-        tokens = str(
-            out / "tokens" / digest([untrained_inputs(config), config.data.model_dump(), config.zip.model_dump()])
-        )
-        update["data"] = config.data.model_copy(update={"cache": config.data.cache or tokens})
-        update["eval"] = config.eval.model_copy(update={"cache": config.eval.cache or tokens})
+        data = config.data.model_dump(exclude={"cache"})
+        tokens = str(out / "tokens" / digest([untrained_inputs(config), data, config.zip.model_dump()]))
+    update["data"] = config.data.model_copy(update={"cache": tokens})
+    update["eval"] = config.eval.model_copy(update={"cache": tokens})
     if config.train.distill is not None and config.train.distill.cache is None:
         distill = config.train.distill.model_dump(exclude={"weight", "cache"})
         answers = str(

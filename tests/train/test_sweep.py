@@ -60,6 +60,17 @@ def test_a_budget_is_split_as_the_config_does_where_it_is_its_total_else_as_in_t
             split_budget(wrong, config)
 
 
+def test_a_cache_that_the_config_names_is_of_one_budget_and_not_read(config: Path, tmp_path: Path) -> None:
+    given = ["budget=5+2,4", "data.cache=elsewhere"]
+    cells = make_cells(str(config), tmp_path / "out", given)
+    caches = {cell.config.data.cache for cell in cells}
+    assert len(caches) == 2
+    assert "elsewhere" not in caches
+    assert all(cell.config.eval.cache == cell.config.data.cache for cell in cells)
+    for cell in make_cells(str(config), tmp_path / "out", given, cached=False):
+        assert cell.config.data.cache is cell.config.eval.cache is None
+
+
 def test_full_tokens_are_measured_once_and_training_free_ones_once_a_selector_and_budget(
     config: Path, tmp_path: Path
 ) -> None:
