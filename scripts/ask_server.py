@@ -20,7 +20,7 @@ from typing import Any
 from data.questions import Question, single_round
 from data.sample import Rejection, Sample
 from train.config import load_config
-from train.held_out import judge, questions_of
+from train.held_out import load_questions, score_answer
 from visionzip.prompts import Slot
 
 
@@ -70,7 +70,7 @@ def main() -> None:
     config = load_config(arguments.config, arguments.overrides)
     assert config.eval is not None
     section = config.eval
-    questions = questions_of(config, CompressedProcessor.from_pretrained(arguments.model))
+    questions = load_questions(config, CompressedProcessor.from_pretrained(arguments.model))
     client = OpenAI(base_url=arguments.url, api_key="none")
 
     def answer(number: int) -> tuple[dict[str, Any], bool] | None:
@@ -80,7 +80,7 @@ def main() -> None:
         if not isinstance(question, Question) or isinstance(sample, Rejection):
             return None
         text, length = ask(client, arguments.name, single_round(sample, turn), section.max_new_tokens)
-        return judge(question, text, section.metric), length != len(question.inputs["input_ids"])
+        return score_answer(question, text, section.metric), length != len(question.inputs["input_ids"])
 
     with ThreadPoolExecutor(arguments.at_once) as pool:
         rows = [row for row in pool.map(answer, range(len(questions))) if row is not None]

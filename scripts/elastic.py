@@ -137,7 +137,7 @@ def evaluate_all(args: argparse.Namespace, runs: dict[tuple[str, int], RunConfig
     from contextlib import ExitStack
 
     from train.build import build_model
-    from train.held_out import score
+    from train.held_out import score_model
     from visionzip import attach, detach
     from visionzip.export import loaded_into
 
@@ -147,7 +147,7 @@ def evaluate_all(args: argparse.Namespace, runs: dict[tuple[str, int], RunConfig
     model, processor = build_model(config)
     if FREE not in found:
         detach(model)
-        found["full"] = {"all": {"0": score(model, processor, config).accuracy}}
+        found["full"] = {"all": {"0": score_model(model, processor, config).accuracy}}
     for who, seed, path in [(FREE, 0, None), *((who, seed, run.output_dir) for (who, seed), run in runs.items())]:
         for budget in all_budgets(args):
             cell = found.setdefault(who, {}).setdefault(written(budget), {})
@@ -157,7 +157,7 @@ def evaluate_all(args: argparse.Namespace, runs: dict[tuple[str, int], RunConfig
             with ExitStack() as loaded:
                 if path is not None:
                     loaded.enter_context(loaded_into(model, path, force=True))
-                cell[str(seed)] = score(model, processor, config).accuracy
+                cell[str(seed)] = score_model(model, processor, config).accuracy
             known.write_text(json.dumps(found, indent=1) + "\n")
             print(
                 f"{who}, seed {seed}, at {written(budget)}: {100 * cell[str(seed)]:.1f} %", file=sys.stderr, flush=True

@@ -108,7 +108,7 @@ def trainer_mistakes(given: Any) -> list[str]:
     return find_mistakes(given, list(TrainerSection.model_fields)) if isinstance(given, dict) else []
 
 
-def accumulation(section: TrainerSection, world_size: int) -> dict[str, Any]:
+def accumulation_steps(section: TrainerSection, world_size: int) -> dict[str, Any]:
     """`gradient_accumulation_steps` that makes the asked global batch with this many processes.
 
     Raises:
@@ -148,7 +148,7 @@ def training_arguments(
     """
     from transformers import TrainingArguments
 
-    given = accumulation(section, world_size)
+    given = accumulation_steps(section, world_size)
     deepspeed = section.deepspeed_config()
     check_liger(given)
     check_compile(section, deepspeed)

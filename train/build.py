@@ -28,7 +28,7 @@ def build_model(config: RunConfig) -> tuple[Any, Any]:
     load = load_model
     if config.data.cache is not None and config.eval is None:  # an evaluation sees images that are in no cache
         load = partial(load_without, without=["encoder"])
-    quantized = quantization(section)
+    quantized = quantization_options(section)
     try:
         model = load(
             section.path,
@@ -50,7 +50,7 @@ def build_model(config: RunConfig) -> tuple[Any, Any]:
     return model, processor
 
 
-def quantization(section: ModelSection) -> dict[str, Any]:
+def quantization_options(section: ModelSection) -> dict[str, Any]:
     """`from_pretrained` arguments that load the frozen LLM in 8 or 4 bit; the encoder, the projector and the head stay as they are.
 
     Raises:

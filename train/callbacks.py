@@ -20,13 +20,13 @@ from transformers import TrainerCallback
 from transformers.integrations import WandbCallback
 
 from train.config import RunConfig, to_yaml
-from train.wandb_files import logged_steps
+from train.wandb_files import read_logged_steps
 
 logger = logging.getLogger(__name__)
 FINISH_TIMEOUT = 60.0  # seconds
 
 
-class Bar(TrainerCallback):
+class ProgressBar(TrainerCallback):
     """Loss, samples/s and time left, on rank 0 alone."""
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class Metrics(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **{k: number(v) for k, v in logs.items()}}) + "\n")
+                file.write(json.dumps({"step": state.global_step, **{k: to_number(v) for k, v in logs.items()}}) + "\n")
 
 
 class RecordConfig(TrainerCallback):
@@ -124,7 +124,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return lines
 
 
-def number(value: Any) -> Any:
+def to_number(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
@@ -139,7 +139,7 @@ class Wandb(WandbCallback):
 
     def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and self._wandb.run is None:
-            self._safely(lambda: self._start(mode_of(self.run_config)), "could not be started")
+            self._safely(lambda: self._start(choose_mode(self.run_config)), "could not be started")
             self._safely(lambda: self._log_what_is_missing(state.global_step), "failed to log")
         self._initialized = True
 
@@ -147,7 +147,7 @@ class Wandb(WandbCallback):
         section = self.run_config.wandb
         settings = self._wandb.Settings(init_timeout=30, silent=True, console="off", x_disable_stats=True)
         run_id = self._run_id()
-        self.logged = logged_steps(self.run_config.output_dir, run_id)
+        self.logged = read_logged_steps(self.run_config.output_dir, run_id)
         common = {
             "project": os.environ.get("WANDB_PROJECT", section.project),
             "name": section.name or Path(self.run_config.output_dir).name,
@@ -206,12 +206,12 @@ class Wandb(WandbCallback):
         if self._wandb is not None and self._wandb.run is not None:
             self._safely(lambda: self._wandb.log(values), "failed to log")
 
-    def log_made(self, make: Callable[[Any], dict[str, Any]]) -> None:
+    def log_computed(self, make: Callable[[Any], dict[str, Any]]) -> None:
         """What needs the library to be made: `make(wandb)` gives the values."""
         if self._wandb is not None and self._wandb.run is not None:
             self._safely(lambda: self._wandb.log(make(self._wandb)), "failed to log")
 
-    def log_pictures(self, paths: dict[str, Path]) -> None:
+    def log_images(self, paths: dict[str, Path]) -> None:
         if self._wandb is not None and self._wandb.run is not None:
             self.log({name: self._wandb.Image(str(path)) for name, path in paths.items()})
 
@@ -239,7 +239,7 @@ class Wandb(WandbCallback):
             self._wandb = None  # type: ignore[assignment]
 
 
-def mode_of(config: RunConfig) -> str:
+def choose_mode(config: RunConfig) -> str:
     """WANDB_MODE, then the config, then online where there is a key."""
     asked = os.environ.get("WANDB_MODE") or config.wandb.mode
     if asked != "auto":

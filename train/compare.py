@@ -8,7 +8,7 @@ from data.config_file import config_errors
 from data.processes import own_device
 from train.build import build_model
 from train.config import ConfigError, RunConfig
-from train.held_out import score, tokens_per_image
+from train.held_out import score_model, tokens_per_image
 from train.scores import Scores
 from visionzip import detach
 from visionzip.export import loaded_into
@@ -35,8 +35,8 @@ def compare_models(config: RunConfig, rank: int = 0, world_size: int = 1) -> tup
                 loaded.enter_context(loaded_into(model, start, force=config.model.force_projector))
             except (ValueError, OSError, ImportError) as error:
                 raise ConfigError(f"model.projector: {error}") from error
-            results["fine_tuned"] = score(model, processor, config, rank=rank, world_size=world_size)
-    results["training_free"] = score(model, processor, config, rank=rank, world_size=world_size)
+            results["fine_tuned"] = score_model(model, processor, config, rank=rank, world_size=world_size)
+    results["training_free"] = score_model(model, processor, config, rank=rank, world_size=world_size)
     detach(model)
-    results["full"] = score(model, processor, config, rank=rank, world_size=world_size)
+    results["full"] = score_model(model, processor, config, rank=rank, world_size=world_size)
     return results, tokens

@@ -118,7 +118,7 @@ def describe_recipes(folder: Path = CONFIGS) -> str:
     )
 
 
-def describe() -> str:
+def describe_config() -> str:
     """Keys and recipes: the second half of `train.py --help`."""
     return (
         f"Keys of the config, their types and defaults:\n{describe_keys()}\n\n"

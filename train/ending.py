@@ -111,7 +111,7 @@ class Watchdog:
                 return
 
 
-def leave(code: int) -> None:
+def exit_now(code: int) -> None:
     """Exit now. `sys.exit` would wait for the process group and for threads of a peer that may be gone."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -16,7 +16,7 @@ from train.cached import check_cache
 from train.callbacks import replace_text
 from train.config import RunConfig
 from train.digest import describe_processor, digest
-from train.held_out import score, tokens_per_image
+from train.held_out import score_model, tokens_per_image
 from train.result_checks import check_answers
 from train.scores import Scores
 from train.setup import Run
@@ -98,7 +98,7 @@ def evaluate(run: Run, what: str) -> Scores:
                              dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 5.0))  # fmt: skip
         bars[0].update(done - bars[0].n)
 
-    scores = score(
+    scores = score_model(
         run.model, run.processor, run.config, rank=run.rank, world_size=run.world_size, beat=run.watchdog.beat, bar=show
     )
     for bar in bars:

@@ -37,7 +37,7 @@ def prepare_extensions() -> None:
     versions = (
         f"torch-{torch.__version__}-deepspeed-{version('deepspeed')}-python-{sys.version_info[0]}.{sys.version_info[1]}"
     )
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / f"{versions}-{processor()}"))
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / f"{versions}-{describe_cpu()}"))
     use_own_ninja()
 
 
@@ -74,7 +74,7 @@ def build_one_at_a_time(builders: Iterable[Any]) -> None:
         ) from error
 
 
-def processor(told: Path = Path("/proc/cpuinfo")) -> str:
+def describe_cpu(told: Path = Path("/proc/cpuinfo")) -> str:
     """The machine's architecture and eight digits of what its processor can do: two that agree run the same instructions."""
     try:
         lines = told.read_text().splitlines()

@@ -28,7 +28,7 @@ IMAGES_COUNTED = 200
 """Images whose visual tokens are counted for a mean."""
 
 
-def questions_of(config: RunConfig, processor: Any, cached: bool = False, budget: Budget | None = None) -> Any:
+def load_questions(config: RunConfig, processor: Any, cached: bool = False, budget: Budget | None = None) -> Any:
     """The held-out questions in the template of training. An attached processor makes placeholders for the budget, a plain one for all tokens.
 
     Args:
@@ -74,7 +74,7 @@ def one_question_per_image(questions: Sequence[Any], count: int) -> list[Questio
     return chosen
 
 
-def score(
+def score_model(
     model: Any,
     processor: Any,
     config: RunConfig,
@@ -88,7 +88,7 @@ def score(
     assert config.eval is not None
     attachment = attached(model)
     budget = None if attachment is None else (attachment.config.dominant, attachment.config.contextual)
-    asked_of = questions_of(config, processor, cached=attachment is not None, budget=budget)
+    asked_of = load_questions(config, processor, cached=attachment is not None, budget=budget)
     questions = NumberedQuestions(asked_of, rank, world_size)
     loader = DataLoader(questions, batch_size=config.eval.batch_size, collate_fn=NumberedCollator(processor))
     answered: dict[int, dict[str, Any] | None] = {}
@@ -96,17 +96,17 @@ def score(
     model.eval()
     last: dict[str, Any] = {}
     bar(0, len(loader))
-    with torch.no_grad(), random_state.untouched():
+    with torch.no_grad(), random_state.preserve():
         for done, batch in enumerate(loader, start=1):
             last = batch["inputs"] or last  # under ZeRO-3 every process has to run the model as often as the others
-            texts = generate(model, processor, last, config.eval) if last else []
+            texts = generate_answers(model, processor, last, config.eval) if last else []
             answered |= dict.fromkeys(batch["numbers"])
             asked = zip(batch["asked"], texts, strict=False)
-            answered |= {number: judge(question, text, config.eval.metric) for (number, question), text in asked}
+            answered |= {number: score_answer(question, text, config.eval.metric) for (number, question), text in asked}
             beat(f"answering held-out questions, batch {done} of {len(loader)}")
             bar(done, len(loader))
     model.train(training)
-    return gather(answered, world_size)
+    return merge_answers(answered, world_size)
 
 
 class NumberedQuestions(Dataset):
@@ -126,7 +126,7 @@ class NumberedQuestions(Dataset):
 
 
 class NumberedCollator:
-    """`inputs` for `generate`; `asked`: (number, question) for each of its rows; `numbers`: of all questions, rejected ones included."""
+    """`inputs` for `generate_answers`; `asked`: (number, question) for each of its rows; `numbers`: of all questions, rejected ones included."""
 
     def __init__(self, processor: Any) -> None:
         self.collate = QuestionCollator(processor)
@@ -139,7 +139,7 @@ class NumberedCollator:
         }
 
 
-def generate(model: Any, processor: Any, inputs: dict[str, Any], section: EvalSection) -> list[str]:
+def generate_answers(model: Any, processor: Any, inputs: dict[str, Any], section: EvalSection) -> list[str]:
     tokenizer = getattr(processor, "tokenizer", processor)
     moved: dict[str, Any] = on_device(inputs, model.device, model.dtype)
     cached = {kind: moved.pop(name) for kind, name in (("image", VISUAL), ("video", VISUAL_VIDEO)) if name in moved}
@@ -162,7 +162,7 @@ def on_device(value: Any, device: torch.device, dtype: torch.dtype | None = None
     return value.to(device, dtype if value.is_floating_point() else None) if torch.is_tensor(value) else value
 
 
-def judge(question: Any, text: str, metric: str) -> dict[str, Any]:
+def score_answer(question: Any, text: str, metric: str) -> dict[str, Any]:
     """A row of `Scores.answers`; `right` is what the answer is worth."""
     worth = METRICS[metric](text, question.answer)
     return {
@@ -176,7 +176,7 @@ def judge(question: Any, text: str, metric: str) -> dict[str, Any]:
     }
 
 
-def gather(answered: dict[int, dict[str, Any] | None], world_size: int) -> Scores:
+def merge_answers(answered: dict[int, dict[str, Any] | None], world_size: int) -> Scores:
     parts: list[Any] = [answered]
     if world_size > 1:
         parts = [None] * world_size
@@ -199,9 +199,9 @@ def tokens_per_image(model: Any, processor: Any, config: RunConfig) -> tuple[int
     """
     attachment = attached(model)
     assert attachment is not None
-    questions = questions_of(config, processor)
+    questions = load_questions(config, processor)
     if attachment.config.adaptive is not None:
-        counted = count_each(
+        counted = count_tokens_each(
             attachment, [image_inputs(each) for each in one_question_per_image(questions, IMAGES_COUNTED)]
         )
         stock, now = (
@@ -216,7 +216,7 @@ def tokens_per_image(model: Any, processor: Any, config: RunConfig) -> tuple[int
     return 0, 0
 
 
-def count_each(attachment: Attachment, pictures: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
+def count_tokens_each(attachment: Attachment, pictures: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
     """`Attachment.token_counts` of each of `pictures`, where the encoder has to look at them, before a trainer has placed the model:
     on this process's GPU, and under ZeRO-3, where all processes must call this, with whole weights."""
     tower = attachment.model.get_submodule(attachment.family.tower)

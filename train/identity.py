@@ -1,6 +1,6 @@
 """What a run is: stored with every checkpoint, and compared with the run that resumes from it.
 
-Three groups, by what a difference means (`compare`):
+Three groups, by what a difference means (`compare_identity`):
 
 - *base*, *zip*, *trains*: the weights do not fit, or mean something else. Refused.
 - *settings*: a resumed run has no use for another value (the moments and the schedule were made with the first one), or would be
@@ -50,7 +50,7 @@ SHOWN = 8
 """Differences that are listed; the others are counted."""
 
 
-def identify(run: Run, records: int | None) -> dict[str, Any]:
+def describe_identity(run: Run, records: int | None) -> dict[str, Any]:
     """Everything that a checkpoint of `run` is compared by. Collective.
 
     Args:
@@ -129,7 +129,7 @@ def check_ranks_agree(seen: dict[str, Any], world_size: int) -> None:
             )
 
 
-def compare(resume: Resume, identity: dict[str, Any]) -> list[str]:
+def compare_identity(resume: Resume, identity: dict[str, Any]) -> list[str]:
     """Compare a checkpoint with the run that resumes from it.
 
     Returns:
@@ -138,9 +138,9 @@ def compare(resume: Resume, identity: dict[str, Any]) -> list[str]:
     Raises:
         RunEnded: where the checkpoint belongs to another run, or was trained with settings that a resumed run can't change.
     """
-    stored, now = resume.progress["identity"], plain(identity)
+    stored, now = resume.progress["identity"], to_plain(identity)
     belongs = [
-        f"{key}: {shorten(stored.get(key))} there, {shorten(now[key])} here"
+        f"{key}: {shorten_value(stored.get(key))} there, {shorten_value(now[key])} here"
         for key in BELONGS
         if now[key] != stored.get(key)
     ]
@@ -151,7 +151,7 @@ def compare(resume: Resume, identity: dict[str, Any]) -> list[str]:
         )
     if "settings" not in stored:  # written before these were
         return ["the checkpoint does not record its optimizer settings and data; they could not be compared"]
-    fixed = differences(stored["settings"], now["settings"])
+    fixed = find_differences(stored["settings"], now["settings"])
     if fixed:
         raise RunEnded(
             Exit.CONFIG,
@@ -159,31 +159,33 @@ def compare(resume: Resume, identity: dict[str, Any]) -> list[str]:
             "another output_dir to train again (model.projector starts from an exported projector)",
         )
     rest = [name for name in now if name not in (*BELONGS, "settings")]
-    found = differences({name: stored.get(name) for name in rest}, {name: now[name] for name in rest})
+    found = find_differences({name: stored.get(name) for name in rest}, {name: now[name] for name in rest})
     hidden = len(found) - SHOWN
     return found if hidden <= 0 else [*found[:SHOWN], f"{hidden} more differences"]
 
 
-def differences(before: Any, now: Any, path: str = "") -> list[str]:
+def find_differences(before: Any, now: Any, path: str = "") -> list[str]:
     """`data.max_length was 128, is 256` for every value that differs, by its dotted path."""
     if before == now:
         return []
     if isinstance(before, dict) and isinstance(now, dict):
         start = f"{path}." if path else ""
         return [
-            line for key in {**before, **now} for line in differences(before.get(key), now.get(key), f"{start}{key}")
+            line
+            for key in {**before, **now}
+            for line in find_differences(before.get(key), now.get(key), f"{start}{key}")
         ]
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         pairs = zip(before, now, strict=True)
-        return [line for number, (a, b) in enumerate(pairs) for line in differences(a, b, f"{path}.{number}")]
-    return [f"{path} was {shorten(before)}, is {shorten(now)}"]
+        return [line for number, (a, b) in enumerate(pairs) for line in find_differences(a, b, f"{path}.{number}")]
+    return [f"{path} was {shorten_value(before)}, is {shorten_value(now)}"]
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """`value` as it is after a way through JSON."""
     return json.loads(json.dumps(value))
 
 
-def shorten(value: Any, limit: int = 60) -> str:
+def shorten_value(value: Any, limit: int = 60) -> str:
     text = json.dumps(value)
     return text if len(text) <= limit else f"{text[:limit]}…"

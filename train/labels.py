@@ -8,10 +8,10 @@ from torch.nn import functional
 
 from data.template import IGNORE
 
-__all__ = ["IGNORE", "count_supervised", "predicted_tokens", "supervised"]
+__all__ = ["IGNORE", "count_supervised", "mask_predicting", "predicted_tokens"]
 
 
-def supervised(labels: Tensor) -> Tensor:
+def mask_predicting(labels: Tensor) -> Tensor:
     """``(B, L)`` labels → mask of the places whose *next* token has a label. The last place predicts nothing."""
     return functional.pad(labels[:, 1:] != IGNORE, (0, 1), value=False)
 

@@ -74,7 +74,7 @@ def join_gloo() -> tuple[int, int]:
     return (torch.distributed.get_rank() if torch.distributed.is_initialized() else 0), world_size
 
 
-def quiet(rank: int) -> None:
+def silence_rank(rank: int) -> None:
     """One voice: libraries speak from rank 0 and only when something is wrong."""
     import transformers
 

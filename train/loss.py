@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from train.distill import Teacher, divergence_
-from train.labels import supervised
+from train.labels import mask_predicting
 from train.layout import Layout, PaddedRows
 from train.losses import DEFAULT, LOSSES, Loss
 from visionzip.attach import unwrap
@@ -50,23 +50,23 @@ def loss_of_rows(
     model: nn.Module, head: nn.Module, inputs: dict[str, Any], labels: Tensor, teacher: Teacher | None, loss: Loss
 ) -> Tensor:
     """`summed_loss` of inputs that are laid out already."""
-    keep = supervised(labels)
+    keep = mask_predicting(labels)
     targets = labels[:, 1:][keep[:, :-1]]
-    if not fusible(model, head):
+    if not can_fuse(model, head):
         with rows_of_head(head, keep):
             logits = model(**inputs, use_cache=False).logits  # (supervised tokens, vocabulary)
-        return LogitsLoss.apply(logits, targets.to(logits.device), moved(teacher, logits.device), loss)
+        return LogitsLoss.apply(logits, targets.to(logits.device), move_teacher(teacher, logits.device), loss)
     with rows_of_head(head, keep, withhold=True) as taken:
         model(**inputs, use_cache=False)
     rows = taken[0]
-    return FrozenHeadLoss.apply(rows, head.weight, targets.to(rows.device), moved(teacher, rows.device), loss)
+    return FrozenHeadLoss.apply(rows, head.weight, targets.to(rows.device), move_teacher(teacher, rows.device), loss)
 
 
-def moved(teacher: Teacher | None, device: torch.device) -> Teacher | None:
+def move_teacher(teacher: Teacher | None, device: torch.device) -> Teacher | None:
     return None if teacher is None else teacher.to(device)
 
 
-def fusible(model: nn.Module, head: nn.Module) -> bool:
+def can_fuse(model: nn.Module, head: nn.Module) -> bool:
     """Whether the head is nothing but a frozen matrix, whole on this rank, and its product is what the loss is taken of.
 
     `model` may be wrapped: DDP has no ``config``, and DeepSpeed's engine another one.

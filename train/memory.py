@@ -58,7 +58,7 @@ class Plan:
     checkpointing: bool = False
 
 
-def memory(plan: Plan, sizes: Sizes, gpus: int, length: int, llm_trains: bool = False) -> dict[str, float]:
+def estimate_memory(plan: Plan, sizes: Sizes, gpus: int, length: int, llm_trains: bool = False) -> dict[str, float]:
     """Bytes on one GPU by what they are for: weights, gradients, optimizer, activations, other."""
     shards = gpus if plan.stage >= 3 else 1
     weights = sizes.total * plan.weight_bytes / shards
@@ -195,7 +195,7 @@ def render_plans(ways: list[Plan], sizes: Sizes, gpus: int, room: float, length:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     fitting = None
     for way in ways:
-        parts = memory(way, sizes, gpus, length, llm_trains)
+        parts = estimate_memory(way, sizes, gpus, length, llm_trains)
         total = sum(parts.values()) / GIB
         fits = total <= usable
         fitting = fitting or (way if fits else None)

@@ -16,7 +16,7 @@ from train.scores import Scores, describe_scores
 from train.setup import Run, Tokens
 from train.trainable import count_parameters, describe_trained
 from train.trainer import ProjectorTrainer
-from train.wandb_page import end_of_run
+from train.wandb_page import build_final_page
 from visionzip.loading import save_result
 from visionzip.projector import NotFinite
 
@@ -25,7 +25,7 @@ def leave_behind(
     run: Run, trainer: ProjectorTrainer, scores: dict[str, Scores], tokens: Tokens, wandb: Wandb | None
 ) -> None:
     """Export, report, tables. Collective."""
-    facts = report.results(scores, *tokens, run.config.seed, count_parameters(run.model))
+    facts = report.summarize_results(scores, *tokens, run.config.seed, count_parameters(run.model))
     metadata = {
         "results": {key: value for key, value in facts.items() if key not in ("by_type", "ran_on")},
         "data": [source.label for source in run.config.data.sources],
@@ -33,16 +33,16 @@ def leave_behind(
         "trained": describe_trained(run.config.train),
     }
     run.watchdog.beat("writing the results")
-    result = export(run.model, run.processor, run.config, metadata, write=run.rank == 0)
+    result = export_result(run.model, run.processor, run.config, metadata, write=run.rank == 0)
     if run.rank == 0:
         pictures = write_report(run.model, run.processor, run.config, scores, facts, trainer.state.log_history)
-        show(run, result, scores, tokens, pictures, wandb)
+        announce_result(run, result, scores, tokens, pictures, wandb)
         record_finish(run.config, trainer.state.global_step)
     if run.world_size > 1:
         dist.barrier()
 
 
-def export(model: Any, processor: Any, config: RunConfig, metadata: dict[str, Any], write: bool) -> Path:
+def export_result(model: Any, processor: Any, config: RunConfig, metadata: dict[str, Any], write: bool) -> Path:
     """All that was trained, in one folder of the run's directory: `projector/`, or `adapter/` with the projector in it where
     LoRA was trained, or `model/` where the LLM was. Collective.
 
@@ -83,14 +83,14 @@ def write_report(
     if not config.report.enabled:
         return []
     folder = Path(config.output_dir) / "report"
-    pictures = report.write(folder, config, scores, facts, log)
+    pictures = report.write_report(folder, config, scores, facts, log)
     if config.eval is not None and not config.trainer.sharded:
-        with random_state.untouched():
-            pictures += report.kept_patches(folder, model, processor, config, scores)
+        with random_state.preserve():
+            pictures += report.draw_kept_patches(folder, model, processor, config, scores)
     return pictures
 
 
-def show(
+def announce_result(
     run: Run, result: Path, scores: dict[str, Scores], tokens: Tokens, pictures: list[Path], wandb: Wandb | None
 ) -> None:
     if scores:
@@ -99,6 +99,6 @@ def show(
     run.say(f"{result.name}: {result}{where}")
     if wandb:
         wandb.log({f"eval/{name}": found.accuracy for name, found in scores.items()})
-        wandb.log_made(lambda library: end_of_run(library, scores, *tokens))
-        wandb.log_pictures({f"report/{path.stem}": path for path in pictures})
+        wandb.log_computed(lambda library: build_final_page(library, scores, *tokens))
+        wandb.log_images({f"report/{path.stem}": path for path in pictures})
         wandb.finish()

@@ -39,7 +39,7 @@ def restore(state: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def untouched() -> Iterator[None]:
+def preserve() -> Iterator[None]:
     """What happens inside (an evaluation, say) leaves the run's random numbers as they were."""
     before = capture()
     try:

@@ -8,12 +8,14 @@ from typing import Any
 
 from train import report_plots
 from train.config import RunConfig
-from train.held_out import image_inputs, one_question_per_image, questions_of
+from train.held_out import image_inputs, load_questions, one_question_per_image
 from train.scores import LABELS, Scores, describe_scores
 from visionzip import attached
 
 
-def results(scores: dict[str, Scores], tokens: int, of_tokens: int, seed: int, trainable: int) -> dict[str, Any]:
+def summarize_results(
+    scores: dict[str, Scores], tokens: int, of_tokens: int, seed: int, trainable: int
+) -> dict[str, Any]:
     """The content of `results.json`; accuracies are fractions, what was not measured is left out."""
     return {
         **{name: scores[name].accuracy for name in LABELS if name in scores},
@@ -30,10 +32,10 @@ def results(scores: dict[str, Scores], tokens: int, of_tokens: int, seed: int, t
     }
 
 
-def write(
+def write_report(
     folder: str | Path, config: RunConfig, scores: dict[str, Scores], facts: dict[str, Any], log: list[dict[str, Any]]
 ) -> list[Path]:
-    """Everything that needs no model. `facts` is `results()`. Returns the figures."""
+    """Everything that needs no model. `facts` is `summarize_results()`. Returns the figures."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     about = report_plots.describe_run(config, facts)
@@ -51,7 +53,7 @@ def write(
     return pictures
 
 
-def kept_patches(
+def draw_kept_patches(
     folder: str | Path, model: Any, processor: Any, config: RunConfig, scores: dict[str, Scores]
 ) -> list[Path]:
     """A few held-out images: attention, kept patches, what was merged into which token, the question and the answers to it.
@@ -65,7 +67,7 @@ def kept_patches(
         return []
     given = {name: {row["id"]: str(row["answer"]) for row in found.answers} for name, found in scores.items()}
     paths: list[Path] = []
-    for question in one_question_per_image(questions_of(config, processor), config.report.pictures):
+    for question in one_question_per_image(load_questions(config, processor), config.report.pictures):
         tile = trace_inputs(attachment, processor, image_inputs(question)).tiles[-1]
         answers = {name: rows[question.id] for name, rows in given.items() if question.id in rows}
         paths.append(report_plots.draw_kept(Path(folder) / f"kept_{len(paths)}.png", tile, question, answers))

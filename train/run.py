@@ -11,7 +11,7 @@ from typing import Any
 from data.stream import is_streamed
 from train.arguments import training_arguments
 from train.build import build_model, master_precision
-from train.callbacks import Bar, Metrics, RecordConfig, Speed, Wandb
+from train.callbacks import Metrics, ProgressBar, RecordConfig, Speed, Wandb
 from train.checkpoint import list_checkpoints, step_of
 from train.compiled import compile_parts, describe_compiled
 from train.config import ConfigError, RunConfig
@@ -19,9 +19,9 @@ from train.elastic import describe_budgets
 from train.ending import Exit, RunEnded, StopRequest, Watchdog
 from train.evaluation import count_tokens, evaluate, evaluate_base
 from train.finished import find_finish
-from train.held_out import questions_of
-from train.identity import compare, identify
-from train.launch import check_world, join_deepspeed, prepare_environment, quiet
+from train.held_out import load_questions
+from train.identity import compare_identity, describe_identity
+from train.launch import check_world, join_deepspeed, prepare_environment, silence_rank
 from train.layout import PackedRow, choose_layout, find_prefix
 from train.outcome import leave_behind
 from train.output_dir import claim_output_dir
@@ -31,7 +31,7 @@ from train.scores import Scores
 from train.setup import Run, Tokens, build_batches, build_data, note_rejected, open_rejects, size_of
 from train.trainable import count_parameters, describe_trained, free_parameters
 from train.trainer import Hooks, ProjectorTrainer
-from train.wandb_page import Look
+from train.wandb_page import ShowAnswers
 from visionzip import attached
 from visionzip.loading import RESULTS
 from visionzip.words import count_of
@@ -54,7 +54,7 @@ def run(config: RunConfig) -> int:
                     tell_finished(config, step)
                 return Exit.DONE
             watchdog = Watchdog(config.trainer.hang_timeout, rank)
-            built = build(config, args, stop, watchdog)
+            built = build_run(config, args, stop, watchdog)
             watchdog.start()
             try:
                 return train_and_leave_behind(built)
@@ -68,7 +68,7 @@ def train_and_leave_behind(run: Run) -> int:
     """A built run to its end; returns the exit code."""
     dataset = build_data(run)
     tokens = count_tokens(run)
-    identity = identify(run, size_of(dataset))
+    identity = describe_identity(run, size_of(dataset))
     resume = find_start(run, identity)
     wandb = start_wandb(run, tokens)
     rejects = open_rejects(run, dataset, resume, identity["global_batch"]) if run.rank == 0 else None
@@ -106,7 +106,7 @@ def train_and_leave_behind(run: Run) -> int:
 def start_process(config: RunConfig) -> Any:
     """Environment and process group → `TrainingArguments`."""
     launched = prepare_environment()
-    quiet(int(os.environ["RANK"]))
+    silence_rank(int(os.environ["RANK"]))
     try:
         args = training_arguments(
             config.trainer,
@@ -123,7 +123,7 @@ def start_process(config: RunConfig) -> Any:
     return args
 
 
-def build(config: RunConfig, args: Any, stop: StopRequest, watchdog: Watchdog) -> Run:
+def build_run(config: RunConfig, args: Any, stop: StopRequest, watchdog: Watchdog) -> Run:
     """The compressed model with its trainable parts unfrozen, and what goes with it."""
     from transformers import set_seed
 
@@ -146,7 +146,7 @@ def find_start(run: Run, identity: dict[str, Any]) -> Resume | None:
     """
     resume = find_resume(run.config.trainer.resume, str(run.folder), run.rank, run.world_size, run.say)
     if resume is not None:
-        inexact = compare(resume, identity)
+        inexact = compare_identity(resume, identity)
         run.say(f"resuming from {resume.path} (step {resume.progress['step']} of {resume.progress['max_steps']})")
         for line in inexact:
             run.say(f"  not bit for bit the interrupted run: {line}")
@@ -182,7 +182,12 @@ def build_trainer(
         hooks=hooks,
         resume=resume,
         data_timeout=chosen.data_timeout or chosen.hang_timeout,
-        callbacks=[RecordConfig(config), Bar(), Metrics(run.folder / "metrics.jsonl"), *wandb_callbacks(run, wandb)],
+        callbacks=[
+            RecordConfig(config),
+            ProgressBar(),
+            Metrics(run.folder / "metrics.jsonl"),
+            *wandb_callbacks(run, wandb),
+        ],
     )
 
 
@@ -216,8 +221,8 @@ def wandb_callbacks(run: Run, wandb: Wandb | None) -> list[Any]:
     section, held_out = run.config.report, run.config.eval
     if held_out is None or not section.enabled or run.config.trainer.sharded:
         return [wandb]
-    look = Look(
-        wandb.log_made, lambda: questions_of(run.config, run.processor), run.processor, held_out,
+    look = ShowAnswers(
+        wandb.log_computed, lambda: load_questions(run.config, run.processor), run.processor, held_out,
         section.pictures, section.look_every,
     )  # fmt: skip
     return [wandb, look]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from train.metrics import normalise
+from train.metrics import normalise_answer
 
 LABELS = {"full": "full tokens", "training_free": "training-free", "fine_tuned": "fine-tuned"}
 ALL = "all"
@@ -13,7 +13,7 @@ ALL = "all"
 
 def runs_on(answer: str, expected: str) -> bool:
     """Whether the answer is the expected one and then goes on: "top left left" for "top left"."""
-    return normalise(answer).startswith(f"{normalise(expected)} ")
+    return normalise_answer(answer).startswith(f"{normalise_answer(expected)} ")
 
 
 @dataclass
@@ -53,7 +53,7 @@ def render_scores(results: dict[str, Scores], tokens: int, of_tokens: int) -> st
         [
             LABELS[name],
             str(of_tokens if name == "full" else tokens),
-            *(percent(*results[name].types.get(kind, (0, 0))) for kind in types),
+            *(format_percent(*results[name].types.get(kind, (0, 0))) for kind in types),
             f"{100 * results[name].accuracy:.1f} %",
         ]
         for name in names
@@ -67,7 +67,7 @@ def render_scores(results: dict[str, Scores], tokens: int, of_tokens: int) -> st
     return "\n".join(lines)
 
 
-def percent(right: float, asked: int) -> str:
+def format_percent(right: float, asked: int) -> str:
     return f"{100 * right / asked:.1f} %" if asked else ""
 
 
@@ -76,17 +76,17 @@ def describe_ran_on(results: dict[str, Scores]) -> str:
     counted = [(LABELS[name], results[name]) for name in LABELS if name in results]
     if not any(scores.ran_on for _, scores in counted):
         return ""
-    each = (f"{label} {percent(scores.ran_on, scores.questions)}" for label, scores in counted)
+    each = (f"{label} {format_percent(scores.ran_on, scores.questions)}" for label, scores in counted)
     return f"Right but ran on, counted as wrong: {', '.join(each)}."
 
 
 def describe_scores(results: dict[str, Scores], tokens: int, of_tokens: int) -> str:
     """The table, and below it what it says."""
-    said = [won_back(results), describe_ran_on(results)]
+    said = [describe_recovery(results), describe_ran_on(results)]
     return "\n\n".join([render_scores(results, tokens, of_tokens), *filter(None, said)])
 
 
-def won_back(results: dict[str, Scores]) -> str:
+def describe_recovery(results: dict[str, Scores]) -> str:
     """What compression cost, and how much of it fine-tuning won back, in words."""
     if not {"full", "training_free", "fine_tuned"} <= set(results):
         return ""

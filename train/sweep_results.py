@@ -29,7 +29,7 @@ class Group:
     fine_tuned: float
     spread: float | None
     behind: float | None = None  # the best fine-tuned of this budget minus this one
-    behind_error: float | None = None  # standard error of that, see `difference`
+    behind_error: float | None = None  # standard error of that, see `compare_groups`
     right: Any = field(default=None, repr=False)  # (questions,) share of seeds that answered right
     pictures: Any = field(default=None, repr=False)  # (questions,) which image each is about
 
@@ -44,9 +44,9 @@ class Group:
         return [(name, value) for name, value in self.axes.items() if name not in ("budget", "seed")]
 
 
-def write(out: Path, cells: Sequence[Found]) -> str:
+def write_results(out: Path, cells: Sequence[Found]) -> str:
     """`sweep.json`, `sweep.md`, `sweep.png` in `out`; returns the table."""
-    groups = grouped(cells)
+    groups = group_cells(cells)
     full = next((results["full"] for *_, results in cells if "full" in results), None)
     of_tokens, questions = (next((results[key] for *_, results in cells), 0) for key in ("of_tokens", "questions"))
     text = render_markdown(groups, full, of_tokens, questions)
@@ -59,11 +59,11 @@ def write(out: Path, cells: Sequence[Found]) -> str:
     }  # fmt: skip
     (out / "sweep.json").write_text(json.dumps(facts, indent=1) + "\n")
     (out / "sweep.md").write_text(text + "\n")
-    plot(out / "sweep.png", groups, full, of_tokens, questions, model_named(cells))
+    draw_sweep(out / "sweep.png", groups, full, of_tokens, questions, find_model_name(cells))
     return text
 
 
-def model_named(cells: Sequence[Found]) -> str:
+def find_model_name(cells: Sequence[Found]) -> str:
     """The name of the model that the cells trained, for a title; empty where no cell's config can be read."""
     import yaml
 
@@ -74,7 +74,7 @@ def model_named(cells: Sequence[Found]) -> str:
         return ""
 
 
-def grouped(cells: Sequence[Found]) -> list[Group]:
+def group_cells(cells: Sequence[Found]) -> list[Group]:
     """Seeds together; by tokens, then best first."""
     free = {key: results["training_free"] for _, key, _, results in cells if "training_free" in results}
     together: dict[tuple[Any, ...], list[Found]] = {}
@@ -83,7 +83,7 @@ def grouped(cells: Sequence[Found]) -> list[Group]:
     groups = []
     for axes, found in together.items():
         tuned = [results["fine_tuned"] for *_, results in found]
-        right, pictures = answers([folder for _, _, folder, _ in found])
+        right, pictures = read_answers([folder for _, _, folder, _ in found])
         spread = float(np.std(tuned, ddof=1)) if len(tuned) > 1 else None
         groups.append(
             Group(dict(axes), found[0][3]["tokens"], len(found), free.get(found[0][1]), float(np.mean(tuned)), spread,
@@ -93,11 +93,11 @@ def grouped(cells: Sequence[Found]) -> list[Group]:
     for tokens in {group.tokens for group in groups}:
         same = [group for group in groups if group.tokens == tokens]
         for group in same[1:]:
-            group.behind, group.behind_error = difference(same[0], group)
+            group.behind, group.behind_error = compare_groups(same[0], group)
     return groups
 
 
-def answers(folders: Iterable[Path]) -> tuple[Any, Any]:
+def read_answers(folders: Iterable[Path]) -> tuple[Any, Any]:
     """(questions,) mean over the folders of whether the fine-tuned model was right, and the image each question is about."""
     right, names = [], []
     for folder in folders:
@@ -108,7 +108,7 @@ def answers(folders: Iterable[Path]) -> tuple[Any, Any]:
     return np.mean(right, axis=0), np.unique(names, return_inverse=True)[1]
 
 
-def difference(best: Group, other: Group) -> tuple[float, float]:
+def compare_groups(best: Group, other: Group) -> tuple[float, float]:
     """How much better `best` is, and the standard error of that.
 
     Both answered the same questions, so it is the paired difference of each picture (its questions hang together) that varies
@@ -154,12 +154,12 @@ def render_markdown(groups: Sequence[Group], full: float | None, of_tokens: int,
         about.append("Where there is one seed, what varies over seeds is not in these numbers.")
     about += [
         f"Rank agreement of training-free and fine-tuned (Kendall's τ) at {t} tokens: {tau:+.2f}."
-        for t, tau in agreement(groups)
+        for t, tau in rank_agreement(groups)
     ]
     return "\n".join([*lines, "", *about])
 
 
-def agreement(groups: Sequence[Group]) -> list[tuple[int, float]]:
+def rank_agreement(groups: Sequence[Group]) -> list[tuple[int, float]]:
     """For each budget Kendall's τ-a of the two rankings, where at least three differ training-free."""
     found = []
     for tokens in sorted({group.tokens for group in groups}):
@@ -170,7 +170,7 @@ def agreement(groups: Sequence[Group]) -> list[tuple[int, float]]:
     return found
 
 
-def plot(
+def draw_sweep(
     path: Path, groups: Sequence[Group], full: float | None, of_tokens: int, questions: int, about: str = ""
 ) -> Path:
     """Two panels on one scale, training-free and fine-tuned; one line a series, the same colour and marker in both.
@@ -217,14 +217,14 @@ def log_summary(config: Any, out: Path) -> None:
     """Table and plot as a separate run in the cells' group on W&B. The files do not depend on W&B."""
     import logging
 
-    from train.callbacks import mode_of
+    from train.callbacks import choose_mode
 
     try:
         import wandb
 
         run = wandb.init(
             project=config.wandb.project, group=config.wandb.group, name=f"{out.name}-summary", job_type="sweep",
-            mode=cast(Any, mode_of(config)), dir=str(out), settings=wandb.Settings(init_timeout=30, silent=True, console="off"),
+            mode=cast(Any, choose_mode(config)), dir=str(out), settings=wandb.Settings(init_timeout=30, silent=True, console="off"),
         )  # fmt: skip
         rows = json.loads((out / "sweep.json").read_text())["groups"]
         names = list(rows[0])

@@ -11,7 +11,7 @@ from train.ending import Exit
 from train.run import run
 from train.scores import LABELS
 from train.sweep_cells import Cell
-from train.sweep_results import log_summary, write
+from train.sweep_results import log_summary, write_results
 from train.tasks import Task, run_all
 from train.teacher_answers import ask_teacher
 from visionzip.words import count_of
@@ -83,7 +83,7 @@ class Sweep:
 
     def write(self) -> str:
         """`sweep.json`, `sweep.md` and `sweep.png` of what is finished; returns the table."""
-        return write(
+        return write_results(
             self.out, [(cell.axes, cell.free, cell.folder, cell.results) for cell in self.cells if cell.results]
         )
 
@@ -91,7 +91,7 @@ class Sweep:
         print(text, file=sys.stderr, flush=True)
 
 
-def sweep(out: Path, cells: list[Cell], jobs: int) -> int:
+def run_sweep(out: Path, cells: list[Cell], jobs: int) -> int:
     """Run the cells that have no results yet, `jobs` at once, and write what all of them found; returns the exit code."""
     planned = Sweep(out, cells, jobs)
     try:

@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from train.config import RunConfig
-from train.ending import Exit, leave
+from train.ending import Exit, exit_now
 from train.guard import run_guarded
 
 PRELOADED = (
@@ -99,7 +99,7 @@ def perform(task: Task, gpu: int | None) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     code = run_guarded(lambda: task.action(task.config))
     print(f"{time.process_time():.1f} s of CPU time", file=sys.stderr)
-    leave(code)
+    exit_now(code)
 
 
 def visible_gpu(gpu: int, visible: str | None) -> str:

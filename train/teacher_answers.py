@@ -32,7 +32,7 @@ from data.sample import Reject, Rejection, Sample
 from train.build import build_model
 from train.config import ConfigError, RunConfig
 from train.distill import most_likely
-from train.labels import predicted_tokens, supervised
+from train.labels import mask_predicting, predicted_tokens
 from train.loss import rows_of_head
 from visionzip import attached, detach
 from visionzip.families import family_for
@@ -132,7 +132,7 @@ def key_of_sample(sample: Sample) -> Key:
     return key_of(json.dumps([messages, names], sort_keys=True).encode())
 
 
-def stats(sample: Sample) -> Tensor:
+def file_stats(sample: Sample) -> Tensor:
     """Sizes and times ``(M, 2)`` of the sample's files, −1 where there is none (any more)."""
     return torch.tensor([stat_of(media) for media in sample.media], dtype=torch.int64).reshape(-1, 2)
 
@@ -153,7 +153,7 @@ class WithAnswers:
         if entry is None:
             raise Reject("no teacher's answer", "run `visionzip teacher` with this config")
         _, kept = entry
-        now = stats(sample)
+        now = file_stats(sample)
         if not bool(((now == kept["stats"]) | (now < 0)).all()):
             raise Reject(
                 "stale answer", "the image has changed since the teacher saw it; run `visionzip teacher` again"
@@ -174,7 +174,7 @@ class Recorded:
         """None where the answer is stored already and still valid."""
         with suppress(Damaged):
             entry = self.store.get(key_of_sample(sample))
-            if entry is not None and torch.equal(entry[1]["stats"], stats(sample)):
+            if entry is not None and torch.equal(entry[1]["stats"], file_stats(sample)):
                 return None
         return sample, self.encoder(sample)
 
@@ -188,7 +188,7 @@ def uncompressed_data(config: DataConfig) -> DataConfig:
 def answer_rows(model: Any, batch: dict[str, Any]) -> list[Tensor]:
     """Logits ``(S, V)`` of the predicted tokens, for each row of a collated batch with labels ``(B, L)``."""
     inputs = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
-    keep = supervised(inputs.pop("labels"))
+    keep = mask_predicting(inputs.pop("labels"))
     with rows_of_head(model.get_output_embeddings(), keep):
         logits = model(**inputs, use_cache=False).logits
     return list(logits.split(keep.sum(dim=1).tolist()))
@@ -232,7 +232,7 @@ def fill_store(
             for sample, labels, logits in zip(samples, together["labels"], answer_rows(model, together), strict=False):
                 words, log_probs = most_likely(logits, config.train.distill.top_k, config.train.distill.temperature)
                 entry = {
-                    "stats": stats(sample),
+                    "stats": file_stats(sample),
                     "answers": predicted_tokens(labels).int(),
                     "teacher_words": words.int(),
                     "teacher_log_probs": log_probs,

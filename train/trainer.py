@@ -19,7 +19,7 @@ from train.cached import short_prompts
 from train.distill import Teacher
 from train.elastic import compress_at_budgets, count_images
 from train.ending import Exit, RunEnded, StopRequest, Watchdog
-from train.labels import supervised
+from train.labels import mask_predicting
 from train.layout import Layout
 from train.loss import PADDED, summed_loss
 from train.losses import DEFAULT, LOSSES
@@ -167,7 +167,7 @@ class ProjectorTrainer(ResumableTrainer):
         for batch in batch_samples:
             rejected += batch.pop("rejections", [])
             real = batch["attention_mask"].bool()
-            answers = supervised(batch["labels"])
+            answers = mask_predicting(batch["labels"])
             counts += torch.tensor(
                 [answers.sum(), real.sum(), images_in(self.family, batch), samples_in(batch, answers), 0, 0],
                 dtype=torch.float64,

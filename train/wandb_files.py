@@ -17,7 +17,7 @@ HEADER = 7
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
-def records(path: Path) -> Iterator[bytes]:
+def read_records(path: Path) -> Iterator[bytes]:
     """The records of a log. Ends without an error where a kill cut the file off."""
     content = path.read_bytes()
     place, parts = HEADER, b""
@@ -36,13 +36,13 @@ def records(path: Path) -> Iterator[bytes]:
             yield parts
 
 
-def history(path: Path) -> list[dict[str, Any]]:
+def read_history(path: Path) -> list[dict[str, Any]]:
     """What was logged: one dict a call of `wandb.log`."""
     from google.protobuf.message import DecodeError
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     rows = []
-    for content in records(path):
+    for content in read_records(path):
         record = Record()
         try:
             record.ParseFromString(content)
@@ -53,8 +53,8 @@ def history(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def logged_steps(output_dir: str | Path, run_id: str) -> set[int]:
+def read_logged_steps(output_dir: str | Path, run_id: str) -> set[int]:
     """Training steps in the offline files of a run."""
     files = sorted(Path(output_dir).glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"))
-    rows = [row for file in files for row in history(file)]
+    rows = [row for file in files for row in read_history(file)]
     return {int(row["train/global_step"]) for row in rows if "train/loss" in row and "train/global_step" in row}

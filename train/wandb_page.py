@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from data.questions import Question, QuestionCollator
 from train import random_state
 from train.config import EvalSection
-from train.held_out import generate, image_inputs, one_question_per_image
+from train.held_out import generate_answers, image_inputs, one_question_per_image
 from train.metrics import METRICS
 from train.scores import ALL, LABELS, Scores
 from visionzip import attached
@@ -28,7 +28,7 @@ TIMES = 10
 """How often a run shows its fixed questions, unless the config says otherwise."""
 
 
-def predictions(wandb: Any, scores: dict[str, Scores]) -> Any:
+def build_predictions(wandb: Any, scores: dict[str, Scores]) -> Any:
     """One row a question: what was asked and expected, and what each model answered."""
     names = [name for name in LABELS if name in scores]
     said = {name: {row["id"]: row for row in scores[name].answers} for name in names}
@@ -44,7 +44,7 @@ def predictions(wandb: Any, scores: dict[str, Scores]) -> Any:
     return table
 
 
-def bars(wandb: Any, scores: dict[str, Scores], tokens: int, of_tokens: int) -> dict[str, Any]:
+def build_accuracy_bars(wandb: Any, scores: dict[str, Scores], tokens: int, of_tokens: int) -> dict[str, Any]:
     """Accuracy of each model, in all and for each type of question, as bars."""
     names = [name for name in LABELS if name in scores]
     kinds = sorted({kind for name in names for kind in scores[name].types} - {ALL})
@@ -65,14 +65,17 @@ def bars(wandb: Any, scores: dict[str, Scores], tokens: int, of_tokens: int) -> 
     return made
 
 
-def end_of_run(wandb: Any, scores: dict[str, Scores], tokens: int, of_tokens: int) -> dict[str, Any]:
+def build_final_page(wandb: Any, scores: dict[str, Scores], tokens: int, of_tokens: int) -> dict[str, Any]:
     """Everything the evaluation gives to the page."""
     if not scores:
         return {}
-    return {"predictions/held-out": predictions(wandb, scores), **bars(wandb, scores, tokens, of_tokens)}
+    return {
+        "predictions/held-out": build_predictions(wandb, scores),
+        **build_accuracy_bars(wandb, scores, tokens, of_tokens),
+    }
 
 
-class Look(TrainerCallback):
+class ShowAnswers(TrainerCallback):
     """A few fixed held-out questions, every so often: their images with the kept patches, and the model's current answers.
 
     On rank 0 alone, so not under ZeRO-3, where no rank has whole weights. The random state of training is left as it was; a failure
@@ -95,11 +98,11 @@ class Look(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         every = self.every if self.every is not None else max(1, state.max_steps // TIMES)
         if state.is_world_process_zero and self.count and every and state.global_step % every == 0:
-            self.look(model, state.global_step)
+            self.show(model, state.global_step)
 
-    def look(self, model: Any, step: int) -> None:
+    def show(self, model: Any, step: int) -> None:
         try:
-            with torch.no_grad(), random_state.untouched():
+            with torch.no_grad(), random_state.preserve():
                 if self.chosen is None:
                     self.chosen = one_question_per_image(self.questions(), self.count)
                 shown = [(question, *self.answer(model, question)) for question in self.chosen]
@@ -107,7 +110,7 @@ class Look(TrainerCallback):
             logger.warning("no more images for W&B (%s: %s); the run continues", type(error).__name__, error)
             self.count = 0
             return
-        self.log(lambda wandb: page_of(wandb, shown, step, self.section.metric))
+        self.log(lambda wandb: build_answers_page(wandb, shown, step, self.section.metric))
 
     def answer(self, model: Any, question: Question) -> tuple[str, Any]:
         """The model's answer now, and a drawing of what is kept of the (last) image; None without pixels."""
@@ -119,7 +122,7 @@ class Look(TrainerCallback):
         training = model.training
         model.eval()
         try:
-            (text,) = generate(
+            (text,) = generate_answers(
                 model, self.processor, QuestionCollator(self.processor)([question])["inputs"], self.section
             )
             images = image_inputs(question)
@@ -132,7 +135,7 @@ class Look(TrainerCallback):
         return text.strip(), drawn
 
 
-def page_of(wandb: Any, shown: list[tuple[Question, str, Any]], step: int, metric: str) -> dict[str, Any]:
+def build_answers_page(wandb: Any, shown: list[tuple[Question, str, Any]], step: int, metric: str) -> dict[str, Any]:
     """Images with question, expected and given answer below, and how many answers are right."""
     table = wandb.Table(columns=["step", "question", "expected", "answered", "right"])
     values: dict[str, Any] = {"train/global_step": step}
@@ -143,7 +146,7 @@ def page_of(wandb: Any, shown: list[tuple[Question, str, Any]], step: int, metri
         table.add_data(step, question.question, question.answer, text, hit)
         if drawn is not None:
             caption = f"step {step} · asked: {question.question} · expected: {question.answer} · answered: {text}"
-            values[f"looked at/{place + 1}"] = wandb.Image(drawn, caption=caption)
+            values[f"samples/{place + 1}"] = wandb.Image(drawn, caption=caption)
     if shown:
-        values |= {"looked at/answers": table, "looked at/right, %": 100 * right / len(shown)}
+        values |= {"samples/answers": table, "samples/right, %": 100 * right / len(shown)}
     return values

@@ -6,7 +6,7 @@ import torch
 from tests.export.conftest import BUDGET, add_lora, answers
 from tests.tiny import tiny_llava, tiny_processor
 from train.config import parse_config
-from train.outcome import export
+from train.outcome import export_result
 from visionzip import attach, attached, load, save
 from visionzip.cli import main
 from visionzip.export import load_into, loaded_into, read_export, run_result
@@ -31,7 +31,7 @@ def finish(tmp_path):
                 "data": {"sources": [{"path": "x.json"}]},
             }
         )
-        export(model, attached(model).processor, config, {"steps": 3}, write=True)
+        export_result(model, attached(model).processor, config, {"steps": 3}, write=True)
         return run
 
     return write

@@ -202,7 +202,7 @@ def test_random_states_come_back() -> None:
     state = {name: value.clone() for name, value in random_state.capture().items()}
     draw = lambda: (random.gauss(0, 1), random.random(), np.random.standard_normal(), torch.rand(1).item())  # noqa: E731
     first = draw()
-    with random_state.untouched():
+    with random_state.preserve():
         draw()
     assert draw() != first
     random_state.restore(state)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from tests.train.workspace import ROOT, environment
-from train.arguments import STAGES, TrainerSection, accumulation, training_arguments
+from train.arguments import STAGES, TrainerSection, accumulation_steps, training_arguments
 from train.config import ConfigError, RunConfig, load_config, parse_config, to_yaml
-from train.config_help import COMPARED, IMPORTANT, describe
+from train.config_help import COMPARED, IMPORTANT, describe_config
 
 GOOD: dict[str, Any] = {
     "output_dir": "runs/x",
@@ -164,13 +164,13 @@ def test_the_global_batch_is_the_same_for_any_number_of_processes(world: int, de
     section = parse_config(
         {**GOOD, "trainer": {"global_batch_size": 128, "per_device_train_batch_size": device}}
     ).trainer
-    assert accumulation(section, world)["gradient_accumulation_steps"] == steps
+    assert accumulation_steps(section, world)["gradient_accumulation_steps"] == steps
     with pytest.raises(ValueError, match="can't be shared by 3 processes; take a multiple of 3"):
-        accumulation(section, 3)
+        accumulation_steps(section, 3)
 
 
 def test_help_lists_every_key() -> None:
-    text = describe()
+    text = describe_config()
     for key in (
         "output_dir",
         "model.path",
@@ -184,7 +184,7 @@ def test_help_lists_every_key() -> None:
 
 
 def test_help_lists_what_training_arguments_most_runs_set_and_what_the_recipes_set_them_to() -> None:
-    lines = describe().splitlines()
+    lines = describe_config().splitlines()
     for name in IMPORTANT:
         assert any(line.startswith(f"  trainer.{name}: ") for line in lines), name
     assert "  trainer.learning_rate: float = 5e-05  peak of the schedule" in lines

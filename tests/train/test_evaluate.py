@@ -19,9 +19,9 @@ from train.build import build_model
 from train.commands import start
 from train.compare import compare_models
 from train.config import EvalSection, load_config, parse_config
-from train.held_out import NumberedQuestions, gather, generate, score, tokens_per_image
-from train.metrics import normalise
-from train.scores import LABELS, Scores, render_scores, won_back
+from train.held_out import NumberedQuestions, generate_answers, merge_answers, score_model, tokens_per_image
+from train.metrics import normalise_answer
+from train.scores import LABELS, Scores, describe_recovery, render_scores
 from visionzip import Attachment
 
 
@@ -40,7 +40,7 @@ from visionzip import Attachment
     ],
 )
 def test_case_spaces_and_a_final_full_stop_do_not_count(a: str, b: str, same: bool) -> None:
-    assert (normalise(a) == normalise(b)) == same
+    assert (normalise_answer(a) == normalise_answer(b)) == same
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
@@ -54,7 +54,7 @@ def test_every_question_is_answered_and_counted_once(world: int, questions: int)
             number, question = share[place]
             assert number == question
             answered[number] = {"type": "t", "right": number % 2 == 0}
-    scores = gather(answered, 1)
+    scores = merge_answers(answered, 1)
     assert scores.types == {"t": ((questions + 1) // 2, questions)}
 
 
@@ -71,7 +71,7 @@ def known_answers(workspace: Path, output: Path) -> Path:
     """A held-out file in which the first answer of every record is what the training-free model answers."""
     config = parse_config(config_of(workspace, output, eval=held_out(workspace)))
     model, processor = build_model(config)
-    answers = {row["id"]: row["answer"] for row in score(model, processor, config).answers}
+    answers = {row["id"]: row["answer"] for row in score_model(model, processor, config).answers}
     rows = json.loads((workspace / "heldout.json").read_text())
     for row in rows:
         row["types"] = ["first"] + ["later"] * (len(row["conversations"]) // 2 - 1)
@@ -108,7 +108,7 @@ def test_what_is_given_to_generate_lies_where_the_model_is(monkeypatch: pytest.M
     pictures = [torch.ones(2, 3), {"tokens": torch.ones(2, 3), "places": torch.ones(2, 2, dtype=torch.long)}]
     inputs = {"input_ids": torch.ones(1, 2, dtype=torch.long), "visual_tokens": pictures}
     sources = EvalSection.model_validate({"sources": [{"path": "held out"}]})
-    assert generate(model, Tokenizer(), inputs, sources) == ["yes"]
+    assert generate_answers(model, Tokenizer(), inputs, sources) == ["yes"]
     plain, several = model.given["mm_encoder_outputs"]["image"]
     found = [model.given["input_ids"], plain, several["tokens"], several["places"]]
     assert {tensor.device.type for tensor in found} == {"meta"}
@@ -180,7 +180,7 @@ def test_a_run_compares_all_three_and_writes_its_report(workspace: Path, ranks: 
     from visionzip import load
 
     model, processor = load(tmp_path / "two" / "projector", device="cpu")
-    alone = score(model, processor, parse_config(two))
+    alone = score_model(model, processor, parse_config(two))
     tuned = [row for row in answers if row["model"] == "fine_tuned"]
     assert [row["answer"] for row in alone.answers] == [row["answer"] for row in tuned], (
         "what was saved answers the same"
@@ -254,7 +254,9 @@ def test_the_table_and_what_was_won_back() -> None:
     text = render_scores(found, 16, 81)
     assert "| full tokens   | 81     | 100.0 % | 50.0 % | 75.0 % |" in text
     assert "| fine-tuned    | 16     | 90.0 %  | 50.0 % | 70.0 % |" in text
-    assert won_back(found) == ("Compression cost 20.0 points; fine-tuning the projector won 15.0 back: 75% of it.")
-    assert won_back(scores(full=1)) == ""
-    assert report.results(found, 16, 81, 0, 5)["fine_tuned"] == 0.7
-    assert "full" not in report.results(scores(fine_tuned=9), 16, 81, 0, 5)
+    assert describe_recovery(found) == (
+        "Compression cost 20.0 points; fine-tuning the projector won 15.0 back: 75% of it."
+    )
+    assert describe_recovery(scores(full=1)) == ""
+    assert report.summarize_results(found, 16, 81, 0, 5)["fine_tuned"] == 0.7
+    assert "full" not in report.summarize_results(scores(fine_tuned=9), 16, 81, 0, 5)

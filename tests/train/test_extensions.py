@@ -16,7 +16,7 @@ import torch
 
 from tests.train.workspace import ROOT, Ranks, config_of, losses
 from train.ending import RunEnded
-from train.extensions import build_one_at_a_time, prepare_extensions, processor, use_own_ninja
+from train.extensions import build_one_at_a_time, describe_cpu, prepare_extensions, use_own_ninja
 
 HOLD = """
 import sys, time
@@ -70,7 +70,7 @@ def test_where_extensions_are_kept_and_which_ninja_builds_them(monkeypatch: pyte
         f"{tmp_path}/visionzip-ft/extensions/torch-{torch.__version__}"
     )
     assert os.environ["TORCH_EXTENSIONS_DIR"].endswith(
-        f"-python-{sys.version_info[0]}.{sys.version_info[1]}-{processor()}"
+        f"-python-{sys.version_info[0]}.{sys.version_info[1]}-{describe_cpu()}"
     )
     assert os.environ["PATH"] == f"{Path(sys.executable).parent}:/usr/bin"
     use_own_ninja()
@@ -85,10 +85,10 @@ def test_processors_that_can_do_other_things_have_extensions_of_their_own(tmp_pa
     here.write_text("processor\t: 0\ncpu MHz\t: 2600.1\nflags\t\t: fpu avx2 avx512f\n\nprocessor\t: 1\n")
     there.write_text("processor\t: 0\ncpu MHz\t: 2600.1\nflags\t\t: fpu avx2\n")
     alike.write_text("processor\t: 0\ncpu MHz\t: 1200.7\nflags\t\t: fpu avx2 avx512f\n")
-    assert processor(here) != processor(there)
-    assert processor(here) == processor(alike)
-    assert processor(here).startswith(f"{platform.machine()}-")
-    assert processor(tmp_path / "no Linux") == platform.machine()
+    assert describe_cpu(here) != describe_cpu(there)
+    assert describe_cpu(here) == describe_cpu(alike)
+    assert describe_cpu(here).startswith(f"{platform.machine()}-")
+    assert describe_cpu(tmp_path / "no Linux") == platform.machine()
 
 
 @pytest.mark.launch

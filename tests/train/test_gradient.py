@@ -15,7 +15,7 @@ from train.arguments import training_arguments
 from train.build import build_model
 from train.config import parse_config
 from train.ending import StopRequest, Watchdog
-from train.run import Hooks, build, build_trainer
+from train.run import Hooks, build_run, build_trainer
 from train.setup import Run, build_data
 from train.trainable import free_parameters
 
@@ -25,7 +25,7 @@ def program(workspace: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **ch
         monkeypatch.delenv(name, raising=False)
     config = parse_config(config_of(workspace, output, trainer__deepspeed="off", trainer__max_grad_norm=0.0, **changes))
     args = training_arguments(config.trainer, output_dir=str(output), seed=0, dtype="float32", world_size=1)
-    made = build(config, args, StopRequest(), Watchdog(60, 0))
+    made = build_run(config, args, StopRequest(), Watchdog(60, 0))
     return made, build_trainer(made, build_data(made), 0, Hooks(), None, None)
 
 

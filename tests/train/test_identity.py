@@ -28,25 +28,25 @@ SAME = {"base": {"llm": "a"}, "zip": {"dominant": 5}, "trains": "b", "settings":
 def test_every_difference_is_named_by_its_path() -> None:
     before = {"data": {"sources": [{"path": "a", "weight": 1.0}], "frames": 8}, "seed": 0}
     now = {"data": {"sources": [{"path": "b", "weight": 1.0}], "frames": 8}, "seed": 1}
-    assert identity.differences(before, now) == ['data.sources.0.path was "a", is "b"', "seed was 0, is 1"]
+    assert identity.find_differences(before, now) == ['data.sources.0.path was "a", is "b"', "seed was 0, is 1"]
     longer = {"data": {"sources": [*now["data"]["sources"], {"path": "c"}], "frames": 8}, "seed": 0}  # type: ignore[index]
-    (line,) = identity.differences(before, longer)
+    (line,) = identity.find_differences(before, longer)
     assert line.startswith("data.sources was [")
 
 
 def test_many_differences_are_counted() -> None:
     stored, now = {**SAME}, {**SAME, **{f"key{number}": number for number in range(30)}}
-    found = identity.compare(resume(stored), now)
+    found = identity.compare_identity(resume(stored), now)
     assert found[0] == "key0 was null, is 0"
     assert found[-1] == "22 more differences"
 
 
 def test_a_checkpoint_that_records_no_settings_can_be_resumed_and_says_so() -> None:
     old = {key: value for key, value in SAME.items() if key != "settings"}
-    (line,) = identity.compare(resume({**old, "data": "0123"}), {**SAME, "data": {"frames": 8}})
+    (line,) = identity.compare_identity(resume({**old, "data": "0123"}), {**SAME, "data": {"frames": 8}})
     assert "could not be compared" in line
     with pytest.raises(RunEnded, match="belongs to another run"):
-        identity.compare(resume({**old, "trains": "c"}), SAME)
+        identity.compare_identity(resume({**old, "trains": "c"}), SAME)
 
 
 def test_a_processor_is_told_apart_by_what_makes_pixels_and_ids() -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional
 from tests.tiny import tiny_llava
 from train.config import TrainSection
 from train.layout import PaddedRows
-from train.loss import FrozenHeadLoss, LogitsLoss, fusible, summed_loss
+from train.loss import FrozenHeadLoss, LogitsLoss, can_fuse, summed_loss
 from train.losses import LOSSES, with_autograd
 from train.prefix import Prefix, common_beginning
 from visionzip import attach, attached
@@ -101,11 +101,11 @@ def test_a_wrapped_model_is_asked_too(model):
     ddp, engine = nn.Module(), nn.Module()
     ddp.module = engine.module = model
     engine.config = {"train_batch_size": 8}
-    assert fusible(ddp, model.lm_head)
-    assert fusible(engine, model.lm_head)
+    assert can_fuse(ddp, model.lm_head)
+    assert can_fuse(engine, model.lm_head)
     model.config.text_config.final_logit_softcapping = 30.0
-    assert not fusible(ddp, model.lm_head)
-    assert not fusible(engine, model.lm_head)
+    assert not can_fuse(ddp, model.lm_head)
+    assert not can_fuse(engine, model.lm_head)
 
 
 def plain_loss(model, inputs, labels):

@@ -11,7 +11,15 @@ import torch
 from tests.train.workspace import ROOT, config_of
 from train.commands import start
 from train.config import load_config, parse_config
-from train.memory import GIB, activation_bytes, list_plans, measure_model, memory, model_without_weights, render_plans
+from train.memory import (
+    GIB,
+    activation_bytes,
+    estimate_memory,
+    list_plans,
+    measure_model,
+    model_without_weights,
+    render_plans,
+)
 from train.trainable import count_parameters, free_parameters
 
 SEVEN = ROOT / "configs" / "llava-1.5-7b"
@@ -23,7 +31,7 @@ def test_llava_7b_is_counted_from_its_config() -> None:
     assert sizes.trained == 20_979_712 == config.train.expect_parameters
     assert round(sizes.total / 1e9, 2) == 7.06
     assert sizes.visual == 64
-    here = memory(list_plans(config)[0], sizes, 8, 364)
+    here = estimate_memory(list_plans(config)[0], sizes, 8, 364)
     assert here["weights"] == pytest.approx(2 * sizes.total)
     assert here["optimizer"] == pytest.approx(12 * sizes.trained / 8)
     assert 3 * 4 * sizes.trained < 300e6, "a checkpoint is under 300 MB"
@@ -33,7 +41,7 @@ def test_every_way_needs_no_more_than_the_one_before() -> None:
     config = load_config(SEVEN / "ft-64.yaml")
     sizes = measure_model(model_without_weights(config, SEVEN), config)
     ways = list_plans(config)
-    totals = {way.name: sum(memory(way, sizes, 8, 364).values()) / GIB for way in ways}
+    totals = {way.name: sum(estimate_memory(way, sizes, 8, 364).values()) / GIB for way in ways}
     by_device = [totals[w.name] for w in ways if w.stage == 2 and not w.checkpointing and w.weight_bytes == 2]
     assert by_device == sorted(by_device, reverse=True)
     (offloaded,) = (total for name, total in totals.items() if "zero3_offload" in name)
@@ -117,6 +125,6 @@ def test_a_way_fits_where_a_tenth_of_the_memory_is_left_free() -> None:
     config = load_config(SEVEN / "ft-64.yaml")
     sizes = measure_model(model_without_weights(config, SEVEN), config)
     (way, *_) = list_plans(config)
-    total = sum(memory(way, sizes, 8, 364).values()) / GIB
+    total = sum(estimate_memory(way, sizes, 8, 364).values()) / GIB
     assert "It fits as it is." in render_plans([way], sizes, 8, total / 0.899, 364, False)
     assert "Nothing here fits" in render_plans([way], sizes, 8, total / 0.901, 364, False)

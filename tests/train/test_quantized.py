@@ -41,7 +41,7 @@ def test_beside_a_quantised_llm_the_trainer_lets_train(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: dict[str, Any]
 ) -> None:
     """`is_quantized` is what transformers calls a model that it loaded with bitsandbytes; the weights here are whole ones."""
-    monkeypatch.setattr(build, "quantization", lambda asked: {})
+    monkeypatch.setattr(build, "quantization_options", lambda asked: {})
     model, _ = build_model(quantised_run(workspace, tmp_path))
     model.is_quantized, model.hf_quantizer = True, Trainable()
     with pytest.raises(ValueError, match="purely quantized"):

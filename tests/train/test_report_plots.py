@@ -9,7 +9,7 @@ from tests.tiny import picture, tiny_llava, tiny_processor
 from train.config import parse_config
 from train.report_plots import describe_run, draw_accuracy, draw_kept, draw_loss, standard_error
 from train.scores import Scores
-from train.sweep_results import Group, plot
+from train.sweep_results import Group, draw_sweep
 from visionzip import ZipConfig, attach
 from visionzip.analysis.trace import trace
 
@@ -66,7 +66,7 @@ def test_titles_name_model_budget_and_questions(about, tmp_path, figures):
 @pytest.mark.parametrize(("seeds", "spread", "half"), [(3, 0.02, 2.0), (1, None, 100 * math.sqrt(0.8 * 0.2 / 400))])
 def test_a_sweep_shows_spread_over_seeds_or_standard_errors(seeds, spread, half, tmp_path, figures):
     group = Group({"selector": "visionzip", "budget": "16"}, 16, seeds, 0.5, 0.8, spread)
-    plot(tmp_path / "s.png", [group], 0.99, 81, 400, "tiny-llava, ")
+    draw_sweep(tmp_path / "s.png", [group], 0.99, 81, 400, "tiny-llava, ")
     (figure,) = figures
     free, tuned = (next(c.lines[2][0].get_segments()[0] for c in axes.containers) for axes in figure.axes)
     assert (tuned[1][1] - tuned[0][1]) / 2 == pytest.approx(half)

@@ -11,9 +11,9 @@ import pytest
 
 from tests.train.workspace import Ranks, config_of
 from train.config import ConfigError, parse_config
-from train.held_out import gather, judge
+from train.held_out import merge_answers, score_answer
 from train.metrics import METRICS
-from train.report import results as facts_of
+from train.report import summarize_results as facts_of
 from train.result_checks import check_answers, check_loss
 from train.scores import Scores, describe_ran_on, describe_scores, runs_on
 from visionzip.words import count_of
@@ -39,7 +39,7 @@ def test_a_right_answer_that_does_not_stop(answer: str, expected: str, found: bo
 def scored(*answers: str, metric: str = "exact_match") -> Scores:
     """Of a model that gives these answers to questions whose answer is "top left"."""
     question = SimpleNamespace(id="r/0", type="where", question="where is it", answer="top left")
-    return gather({number: judge(question, answer, metric) for number, answer in enumerate(answers)}, 1)
+    return merge_answers({number: score_answer(question, answer, metric) for number, answer in enumerate(answers)}, 1)
 
 
 def test_it_counts_as_wrong_and_is_reported_beside_the_accuracy() -> None:

@@ -17,7 +17,7 @@ from tests.train.workspace import ROOT, Ranks, config_of, environment, write_con
 from train.commands import start
 from train.config import ConfigError
 from train.sweep_cells import make_cells, parse_axes, split_budget
-from train.sweep_results import Group, agreement, difference, render_markdown
+from train.sweep_results import Group, compare_groups, rank_agreement, render_markdown
 from train.tasks import visible_gpu
 from visionzip import ZipConfig
 
@@ -150,7 +150,7 @@ def group(free: float, right: list[list[float]], selector: str = "x") -> Group:
 
 def test_the_error_of_a_difference_is_over_pictures_and_seeds() -> None:
     best, other = group(0.5, [[1, 1, 1, 1], [1, 1, 1, 0]], "a"), group(0.6, [[1, 0, 0, 0], [1, 0, 0, 0]], "b")
-    gap, error = difference(best, other)
+    gap, error = compare_groups(best, other)
     # by picture: (0 + 1) and (1 + 0.5) of four questions; seeds of `best`: 1 and 0.75
     pictures = 2 * ((1 - 1.25) ** 2 + (1.5 - 1.25) ** 2) / 16
     seeds = ((1 - 0.875) ** 2 + (0.75 - 0.875) ** 2) / 2
@@ -175,9 +175,9 @@ def test_a_cell_sees_one_gpu_of_those_that_the_sweep_sees(gpu: int, visible: str
 
 def test_rank_agreement() -> None:
     same = [group(free, [[free] * 4] * 2) for free in (0.1, 0.2, 0.3)]
-    assert agreement(same) == [(8, 1.0)]
+    assert rank_agreement(same) == [(8, 1.0)]
     same[0].fine_tuned = 0.9
-    assert agreement(same) == [(8, pytest.approx(-1 / 3))]
+    assert rank_agreement(same) == [(8, pytest.approx(-1 / 3))]
 
 
 @pytest.mark.parametrize(

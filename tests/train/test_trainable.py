@@ -14,7 +14,7 @@ from torch import nn
 from tests.tiny import tiny_llava, tiny_processor
 from tests.train.test_resume import far, saving
 from tests.train.workspace import Ranks, config_of, equal, losses, projector
-from train.build import build_model, master_precision, quantization
+from train.build import build_model, master_precision, quantization_options
 from train.config import ConfigError, LoraSection, ModelSection, TrainSection, parse_config
 from train.trainable import check_trainable, count_parameters, free_parameters, linear_layers
 
@@ -93,7 +93,7 @@ def test_masters_are_float32(model: nn.Module) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
 def test_quantisation_without_a_gpu_is_refused() -> None:
     with pytest.raises(ConfigError, match="needs a GPU"):
-        quantization(ModelSection(path="m", quantization="4bit"))
+        quantization_options(ModelSection(path="m", quantization="4bit"))
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:

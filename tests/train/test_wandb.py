@@ -15,10 +15,10 @@ import pytest
 from tests.train.test_survival import endless, steps_done, wait_for
 from tests.train.wandb_stand_in import WandbStandIn
 from tests.train.workspace import Ranks, config_of, environment, losses
-from train.callbacks import has_key, mode_of
+from train.callbacks import choose_mode, has_key
 from train.config import parse_config
 from train.launch import free_port
-from train.wandb_files import history, logged_steps
+from train.wandb_files import read_history, read_logged_steps
 
 KEY = "0123456789" * 4
 
@@ -60,9 +60,9 @@ def test_a_killed_and_resumed_run_is_one_run_with_each_step_once(
     first, second = offline_files(output)
     run_id = (output / "wandb.id").read_text()
     assert first.name == second.name == f"run-{run_id}.wandb"
-    rows = training_rows([*history(first), *history(second)])
+    rows = training_rows([*read_history(first), *read_history(second)])
     assert sorted(rows) == list(range(1, last + 1))
-    assert logged_steps(output, run_id) == set(rows)
+    assert read_logged_steps(output, run_id) == set(rows)
     assert list(rows.values()) == pytest.approx(losses(output)), "metrics.jsonl says the same"
     for file in (first, second):
         done = subprocess.run(
@@ -115,14 +115,14 @@ def test_which_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert not has_key()
-    assert mode_of(config()) == "offline"
-    assert mode_of(config("online")) == "online"
+    assert choose_mode(config()) == "offline"
+    assert choose_mode(config("online")) == "online"
     (tmp_path / "netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
-    assert mode_of(config()) == "online"
+    assert choose_mode(config()) == "online"
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert mode_of(config()) == "offline", "a key for another server is none"
+    assert choose_mode(config()) == "offline", "a key for another server is none"
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert mode_of(config("online")) == "disabled"
+    assert choose_mode(config("online")) == "disabled"
 
 
 def test_a_file_cut_off_anywhere_gives_its_whole_rows(tmp_path: Path) -> None:
@@ -133,10 +133,10 @@ def test_a_file_cut_off_anywhere_gives_its_whole_rows(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment(), check=True, timeout=120)
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    whole = history(file)
+    whole = read_history(file)
     assert [row["train/global_step"] for row in whole] == list(range(40)), "over several blocks of the log"
     content = file.read_bytes()
     for share in range(1, 40):
         (tmp_path / "cut.wandb").write_bytes(content[: len(content) * share // 40])
-        rows = history(tmp_path / "cut.wandb")
+        rows = read_history(tmp_path / "cut.wandb")
         assert rows == whole[: len(rows)]

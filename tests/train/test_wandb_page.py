@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.train.workspace import config_of, launch, make_workspace
-from train.wandb_files import history
+from train.wandb_files import read_history
 
 
 @pytest.fixture(scope="module")
@@ -20,21 +20,21 @@ def run(tmp_path_factory):
     )  # fmt: skip
     launch(config, WANDB_MODE="offline")
     (file,) = output.glob("wandb/offline-run-*/run-*.wandb")
-    return file, history(file), config
+    return file, read_history(file), config
 
 
 def test_looks_at_fixed_pictures_every_so_often(run):
     file, rows, _ = run
-    looks = [row for row in rows if "looked at/1.path" in row]
+    looks = [row for row in rows if "samples/1.path" in row]
     assert [row["train/global_step"] for row in looks] == [3, 6]
-    captions = [row[f"looked at/{place}.caption"] for row in looks for place in (1, 2)]
+    captions = [row[f"samples/{place}.caption"] for row in looks for place in (1, 2)]
     assert all("asked: what is this · expected: " in caption and " · answered: " in caption for caption in captions)
     questions = [caption.split(" · ", 1)[1].split(" · answered")[0] for caption in captions]
     assert questions[:2] == questions[2:]  # the same ones each time
     for row in looks:
-        assert 0 <= row["looked at/right, %"] <= 100
-        assert row["looked at/1.width"] > 500
-        assert (file.parent / "files" / row["looked at/1.path"]).is_file()
+        assert 0 <= row["samples/right, %"] <= 100
+        assert row["samples/1.width"] > 500
+        assert (file.parent / "files" / row["samples/1.path"]).is_file()
 
 
 def test_a_table_of_every_prediction(run):

@@ -29,10 +29,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
     import torch
 
     from train.compare import compare_models
-    from train.launch import join_gloo, quiet
+    from train.launch import join_gloo, silence_rank
 
     rank, world_size = join_gloo()
-    quiet(rank)
+    silence_rank(rank)
     results, tokens = compare_models(config, rank, world_size)
     if rank == 0:
         print(describe_scores(results, *tokens))

@@ -42,4 +42,4 @@ def sweep(arguments: argparse.Namespace) -> int:
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "command.txt").write_text(f"{shlex.join(sys.argv)}\n")
-    return sweep_runner.sweep(arguments.out, cells, arguments.jobs)
+    return sweep_runner.run_sweep(arguments.out, cells, arguments.jobs)

@@ -27,8 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
 def teach(arguments: argparse.Namespace) -> int:
     config = _config.read_config(arguments)
     from data.processes import rank_and_world
-    from train.launch import quiet
+    from train.launch import silence_rank
     from train.teacher_answers import ask_teacher
 
-    quiet(rank_and_world()[0])
+    silence_rank(rank_and_world()[0])
     return ask_teacher(config)

@@ -14,8 +14,8 @@ import argparse
 
 from train.commands import _config
 from train.config import to_yaml
-from train.config_help import describe
-from train.ending import leave
+from train.config_help import describe_config
+from train.ending import exit_now
 from train.guard import run_guarded
 
 
@@ -23,14 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _config.add_arguments(parser)
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher hands it over
-    parser.epilog = describe()
+    parser.epilog = describe_config()
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Ends the process after a run, whose threads and process group would keep it."""
     if arguments.print_config:
         return run_guarded(lambda: print(to_yaml(_config.read_config(arguments)), end="") or 0)
-    leave(run_guarded(lambda: train(arguments)))
+    exit_now(run_guarded(lambda: train(arguments)))
     return 0
 
 

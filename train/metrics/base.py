@@ -18,6 +18,6 @@ Metric = Callable[[str, str], float]
 METRICS: Registry[Metric] = Registry("metric", "train.metrics")
 
 
-def normalise(text: str) -> str:
+def normalise_answer(text: str) -> str:
     """Case, spaces and a final full stop do not count."""
     return re.sub(r"\s+", " ", text).strip().removesuffix(".").rstrip().casefold()

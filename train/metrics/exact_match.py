@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from train.metrics.base import METRICS, normalise
+from train.metrics.base import METRICS, normalise_answer
 
 
 @METRICS.register("exact_match")
 def exact_match(answer: str, expected: str) -> bool:
-    return normalise(answer) == normalise(expected)
+    return normalise_answer(answer) == normalise_answer(expected)
