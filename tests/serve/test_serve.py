@@ -4,7 +4,9 @@ import argparse
 import base64
 import io
 import json
+import os
 import shlex
+import subprocess
 import sys
 import threading
 import types
@@ -63,7 +65,8 @@ def option(command, name):
 
 def test_a_merged_directory_is_served_as_it_is(vllm, merged, capsys):
     command, curl = printed(capsys, merged)
-    assert command[:5] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(merged)]
+    ours = [sys.executable, "-m", "visionzip.serving.vllm_main"]
+    assert command[:6] == [*ours, "vllm.entrypoints.cli.main", "serve", str(merged)]
     assert json.loads(option(command, "--hf-overrides")) == {"architectures": [vllm_plugin.ARCHITECTURE]}
     assert option(command, "--host") == "127.0.0.1"
     assert option(command, "--dtype") == "float32"
@@ -83,7 +86,7 @@ def test_the_build_for_cpus_is_started_by_its_module(vllm, merged, monkeypatch, 
         raise launch.PackageNotFoundError(name)
 
     monkeypatch.setattr(launch, "version", missing)
-    assert printed(capsys, merged)[0][2:5] == ["vllm.entrypoints.openai.api_server", "--model", str(merged)]
+    assert printed(capsys, merged)[0][3:6] == ["vllm.entrypoints.openai.api_server", "--model", str(merged)]
 
 
 def test_options_that_are_vllms_are_handed_on_and_win(vllm, merged, capsys):
@@ -114,10 +117,10 @@ def test_another_budget_goes_into_the_config_that_vllm_reads(vllm, merged, capsy
 def test_what_is_not_merged_yet_is_written_as_a_merged_directory(vllm, projector, tmp_path, capsys):
     kept = tmp_path / "kept"
     command, _ = printed(capsys, projector, "--merged", kept, "--budget", "4+1")
-    assert command[4] == str(kept)
+    assert command[5] == str(kept)
     stored = json.loads((kept / "config.json").read_text())
     assert (stored["visionzip"]["dominant"], stored["visionzip"]["contextual"]) == (4, 1)
-    temporary = printed(capsys, projector)[0][4]
+    temporary = printed(capsys, projector)[0][5]
     assert not launch.Path(temporary).exists(), "removed at the end"
 
 
@@ -161,6 +164,16 @@ def test_the_plugin_registers_one_class_once(monkeypatch):
     for _ in range(2):
         vllm_plugin.register()
     assert registered == {vllm_plugin.ARCHITECTURE: "visionzip.serving.vllm_model:CompressedForConditionalGeneration"}
+
+
+def test_vllms_server_refuses_large_images_by_its_own_limit(tmp_path):
+    (tmp_path / "server.py").write_text(
+        "import os, sys; from PIL import Image; print(__name__, sys.argv[1:], Image.MAX_IMAGE_PIXELS, os.environ['VLLM_MAX_IMAGE_PIXELS'])"
+    )
+    command = [sys.executable, "-m", "visionzip.serving.vllm_main", "server", "--port", "9"]
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    found = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path})
+    assert found.stdout.split() == ["__main__", "['--port',", "'9']", "None", "100000000"]
 
 
 def test_the_server_is_announced_when_it_answers_and_its_exit_code_is_ours(capfd, tmp_path):
@@ -224,6 +237,16 @@ def test_budgets_of_requests(asked, message, model):
         return
     with pytest.raises(ValueError, match=message):
         budgets.config(asked)
+
+
+def test_a_request_may_name_any_budget_that_the_projector_is_trained_for(model):
+    own = ZipConfig(dominant=6, contextual=2, budgets=[4, 8, 12])
+    budgets = Budgets(tiny_processor(), family_of_config(model.config), own)
+    assert sum(budgets.family.budget(budgets.largest)) == 12
+    assert sum(budgets.family.budget(budgets.config(12))) == 12
+    assert budgets.config(None) == own
+    with pytest.raises(ValueError, match="more than this server keeps"):
+        budgets.config(13)
 
 
 def test_a_config_without_a_budget_is_one_sentence(model):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from visionzip.budgets import EXPECTED, format_budget, parse_budget
+from visionzip.budgets import as_config, at_budget, format_budget, ladder
 from visionzip.config import ZipConfig
 from visionzip.families import Family, family_for
 from visionzip.images import PaddedImages, pads_images
@@ -86,8 +86,8 @@ class Budgets:
     Args:
         processor: as ``AutoProcessor`` gives it; stays as it is.
         family: of the model.
-        own: what the model keeps where a request names nothing. No request may keep more: an engine reserves memory for the
-            largest image before it sees any.
+        own: what the model keeps where a request names nothing. No request may keep more than the largest of that and of the
+            budgets that the projector is trained for: an engine reserves memory for the largest image before it sees any.
     """
 
     #: budgets that are remembered; requests could name thousands
@@ -97,27 +97,25 @@ class Budgets:
         if own.adaptive is not None:
             raise ValueError(
                 "per-image budgets (adaptive) can't be served: an engine has to know how many tokens an image has before it is "
-                "encoded; export with a fixed budget (visionzip export … after model.zip.adaptive=null)"
+                "encoded; export the model with a fixed budget"
             )
         self.own, self.family = own, family
-        self.own_processor = with_budget(processor, family, own)
-        self._other = lru_cache(self.REMEMBERED)(lambda config: with_budget(processor, family, config))
+        self._made = lru_cache(self.REMEMBERED)(lambda config: with_budget(processor, family, config))
+        rungs = [at_budget(own, rung) for rung in ladder(own)]
+        self.largest = max([own, *rungs], key=self._size)
+        self.own_processor, self.largest_processor = self._made(own), self._made(self.largest)
 
     def config(self, budget: object = None) -> ZipConfig:
         """What a request keeps that names `budget` (``64``, ``"54+10"``, ``0.1``); None: the model's own.
 
         Raises:
-            ValueError: when it is not a budget, or larger than the model's own.
+            ValueError: when it is not a budget, or too large.
         """
-        if budget is None:
-            return self.own
-        if isinstance(budget, bool) or not isinstance(budget, str | int | float):
-            raise ValueError(f"budget={budget!r} is not a budget; {EXPECTED}")
-        config = parse_budget(str(budget), self.own)
-        if config is None or self._size(config) > self._size(self.own):
+        config = as_config(budget, self.own)
+        if config is None or self._size(config) > self._size(self.largest):
             raise ValueError(
-                f"budget={budget} is more than this server keeps, {format_budget(self.own)} tokens per image; name a smaller one, or "
-                "start it with a larger --budget"
+                f"budget={budget} is more than this server keeps, {format_budget(self.largest)} tokens per image; name a smaller one, "
+                "or start it with a larger --budget"
             )
         return config
 
@@ -129,8 +127,8 @@ class Budgets:
             kinds = {type(value) for each in (config, self.own) for value in (each.dominant, each.contextual) if value}
             if len(kinds) > 1:
                 raise ValueError(
-                    f"budget={format_budget(config)} and this server's {format_budget(self.own)} can't be compared: give a number of "
-                    "tokens where the server has one, and a share where it has a share"
+                    f"budget={format_budget(config)} and this server's {format_budget(self.own)} can't be compared: give a "
+                    "number of tokens where the server has one, and a share where it has a share"
                 ) from error
             return config.dominant + config.contextual
 
@@ -141,4 +139,4 @@ class Budgets:
             ValueError: as `config`.
         """
         config = self.config(budget)
-        return self.own_processor if config == self.own else self._other(config)
+        return self.own_processor if config == self.own else self._made(config)

