@@ -100,10 +100,16 @@ class Budgets:
                 "encoded; export the model with a fixed budget"
             )
         self.own, self.family = own, family
-        self._made = lru_cache(self.REMEMBERED)(lambda config: with_budget(processor, family, config))
+        # a number of tokens and a share are two keys, also where they are equal (1 and 1.0)
+        self._at = lru_cache(self.REMEMBERED, typed=True)(
+            lambda dominant, contextual: with_budget(processor, family, at_budget(own, (dominant, contextual)))
+        )
         rungs = [at_budget(own, rung) for rung in ladder(own)]
         self.largest = max([own, *rungs], key=self._size)
-        self.own_processor, self.largest_processor = self._made(own), self._made(self.largest)
+        self.own_processor, self.largest_processor = (
+            self._made(own),
+            self._made(self.largest),
+        )  # errors now, not at a request
 
     def config(self, budget: object = None) -> ZipConfig:
         """What a request keeps that names `budget` (``64``, ``"54+10"``, ``0.1``); None: the model's own.
@@ -138,5 +144,7 @@ class Budgets:
         Raises:
             ValueError: as `config`.
         """
-        config = self.config(budget)
-        return self.own_processor if config == self.own else self._made(config)
+        return self._made(self.config(budget))
+
+    def _made(self, config: ZipConfig) -> Any:
+        return self._at(config.dominant, config.contextual)

@@ -28,6 +28,7 @@ from vllm.model_executor.models.transformers.multimodal import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig
 
+from visionzip.budgets import format_budget
 from visionzip.config import ZipConfig
 from visionzip.families.mrope import KINDS, GridOutput, RopeIndex
 from visionzip.intercept import Scoped
@@ -192,9 +193,14 @@ class CompressedForConditionalGeneration(TransformersMultiModalForCausalLM):
 
     def _compress(self, items: Sequence[Item], kept: Sequence[tuple[ZipConfig, int, int]]) -> list[Any]:
         """`Family.compress` once for each budget, whatever the number of images."""
-        found: list[Any] = [self._waiting.get((digest, config)) if digest else None for config, _, digest in kept]
-        for config in dict.fromkeys(config for config, _, _ in kept):
-            places = [place for place, each in enumerate(kept) if each[0] == config and found[place] is None]
+        found: list[Any] = [
+            self._waiting.get((digest, format_budget(config))) if digest else None for config, _, digest in kept
+        ]
+        budgets = {format_budget(config): config for config, _, _ in kept}
+        for name, config in budgets.items():
+            places = [
+                place for place, each in enumerate(kept) if format_budget(each[0]) == name and found[place] is None
+            ]
             if not places:
                 continue
             batch = {
@@ -232,14 +238,14 @@ class CompressedForConditionalGeneration(TransformersMultiModalForCausalLM):
         """Of one image: what is kept of each frame ``(t, K)``, and its grid ``(3,)``; both on the CPU."""
         values = data.get_data()
         config, tokens, digest = unpack_budget(values[KEPT.format(kind)], self.zip)
-        known = self._kept.get((digest, config))
+        known = self._kept.get((digest, format_budget(config)))
         if known is None:
             names = self.family.inputs[kind]
             item = {name: values[name] if name == names[0] else values[name].unsqueeze(0) for name in names}
             [visual] = self._compress([item], [(config, tokens, digest)])
             known = visual["kept"].cpu(), visual["grid"].cpu()
-            self._kept.put((digest, config), known)
-            self._waiting.put((digest, config), visual)
+            self._kept.put((digest, format_budget(config)), known)
+            self._waiting.put((digest, format_budget(config)), visual)
         return known
 
     @property
