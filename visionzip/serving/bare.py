@@ -22,6 +22,19 @@ from visionzip.images import PaddedImages, pads_images
 CONFIG_KEY = "visionzip"
 
 
+#: model types whose prompts, visual embeddings and answers in vLLM are compared with those of ``generate`` (`tests/serve`)
+SERVED = ("llava", "llava_next")
+
+
+def check_served(model_type: object) -> None:
+    """Raise ``ValueError`` for a model that vLLM might serve, but that was never compared with ``generate`` there."""
+    if model_type not in SERVED:
+        raise ValueError(
+            f"models of type {model_type} have not been compared with `generate` in vLLM (those of type {', '.join(SERVED)} have); "
+            "serve this one with --engine transformers"
+        )
+
+
 class Outer(nn.Module):
     """An inner model where a family looks for it: ``outer.model``."""
 

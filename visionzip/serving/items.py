@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visionzip.budgets import at_budget
 from visionzip.config import ZipConfig
 
 #: name of the field that goes with the pixels of each image or video (``{}``: its kind)
@@ -16,25 +17,19 @@ KEPT = "visionzip_{}"
 Item = dict[str, Tensor]
 
 
-def pack_budget(config: ZipConfig, tokens: int, digest: int = 0) -> Tensor:
-    """``(6,)`` float64: dominant and contextual, whether each is a share, placeholders in the prompt, and a digest of the pixels
-    below 2⁵³, which float64 holds exactly."""
+def pack_budget(config: ZipConfig, tokens: int) -> Tensor:
+    """``(5,)`` float64: dominant and contextual, whether each is a share, and placeholders in the prompt."""
     budget = (config.dominant, config.contextual)
-    return torch.tensor([*budget, *(isinstance(value, float) for value in budget), tokens, digest], dtype=torch.float64)
+    return torch.tensor([*budget, *(isinstance(value, float) for value in budget), tokens], dtype=torch.float64)
 
 
-def unpack_budget(packed: Tensor, own: ZipConfig) -> tuple[ZipConfig, int, int]:
+def unpack_budget(packed: Tensor, own: ZipConfig) -> tuple[ZipConfig, int]:
     """`pack_budget`'s arguments again; selector, merge and all else are `own`'s."""
-    values = packed.tolist()
+    *budget, first, second, tokens = packed.tolist()
     dominant, contextual = (
-        float(value) if share else int(value) for value, share in zip(values[:2], values[2:4], strict=True)
+        float(value) if share else int(value) for value, share in zip(budget, (first, second), strict=True)
     )
-    config = (
-        own
-        if (dominant, contextual) == (own.dominant, own.contextual)
-        else own.model_copy(update={"dominant": dominant, "contextual": contextual})
-    )
-    return config, int(values[4]), int(values[5])
+    return at_budget(own, (dominant, contextual)), int(tokens)
 
 
 def split_items(inputs: dict[str, Any], rows: Sequence[int]) -> list[Item]:

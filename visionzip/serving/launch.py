@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from visionzip.serving.bare import CONFIG_KEY
+from visionzip.serving.bare import CONFIG_KEY, check_served
 from visionzip.serving.vllm_plugin import ARCHITECTURE
 
 #: a host name that no address has (RFC 2606): where nothing else is allowed, no image is fetched from anywhere
@@ -133,6 +133,7 @@ def vllm_command(
     from visionzip.export.files import read_json
 
     config = read_json(directory / "config.json")
+    check_served(config.get("model_type"))
     dtype = arguments.dtype if arguments.dtype != "auto" else str(config.get("dtype") or "auto")
     command = [
         *(sys.executable, "-m", "visionzip.serving.vllm_main", *server_module(), str(directory)),

@@ -10,8 +10,6 @@ Written for vLLM 0.32; `tests/serve` runs it.
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -30,9 +28,8 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 
 from visionzip.budgets import format_budget
 from visionzip.config import ZipConfig
-from visionzip.families.mrope import KINDS, GridOutput, RopeIndex
 from visionzip.intercept import Scoped
-from visionzip.serving.bare import Budgets, family_of, family_of_config, stored_config
+from visionzip.serving.bare import Budgets, check_served, family_of, family_of_config, stored_config
 from visionzip.serving.items import KEPT, Item, batch_items, pack_budget, split_items, unpack_budget
 
 #: what a request's ``mm_processor_kwargs`` may say: ``{"budget": 32}``
@@ -72,7 +69,7 @@ def sizes_only(model_config: Any) -> Any:
 
 
 class CompressedProcessor(MultiModalProcessor):
-    """Writes beside each image what is kept of it: its budget, its number of tokens, a digest of its pixels."""
+    """Writes beside each image what is kept of it: its budget and its number of tokens."""
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         options = dict(hf_kwargs)
@@ -85,20 +82,13 @@ class CompressedProcessor(MultiModalProcessor):
         config = budgets.config(budget)  # before anything is processed: a wrong budget is the request's fault
         with _budget.set(budget):
             found = super()._apply_hf_processor_main(mm_items, options)
-        for kind, names in budgets.family.inputs.items():
+        for kind in budgets.family.inputs:
             sizes = found.get(f"{kind}_replacement_sizes")
             if sizes is None:
                 continue
             runs = found[f"{kind}_replacement_ids"].split(sizes.tolist())
             counts = [int((run == run.mode().values).sum()) for run in runs]
-            digests = [0] * len(counts)
-            if hasattr(budgets.family, "frames_apart"):
-                rows = found[f"num_{kind}_patches"].flatten().tolist()
-                parts = split_items({names[0]: found[names[0]]}, rows)
-                digests = [digest_of(part[names[0]]) for part in parts]
-            found[KEPT.format(kind)] = torch.stack(
-                [pack_budget(config, count, digest) for count, digest in zip(counts, digests, strict=True)]
-            )
+            found[KEPT.format(kind)] = torch.stack([pack_budget(config, count) for count in counts])
         return found
 
     def _get_mm_fields_config(
@@ -113,46 +103,19 @@ class CompressedProcessor(MultiModalProcessor):
         return fields
 
 
-def digest_of(pixels: Tensor) -> int:
-    """48 bits of the content of an image's pixels."""
-    values = pixels.contiguous().view(torch.uint8).numpy().tobytes()
-    return int.from_bytes(hashlib.blake2b(values, digest_size=6).digest(), "big")
-
-
-class Remembered:
-    """The newest `size` values by key."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._values: OrderedDict[Any, Any] = OrderedDict()
-
-    def get(self, key: Any) -> Any:
-        if key in self._values:
-            self._values.move_to_end(key)
-        return self._values.get(key)
-
-    def put(self, key: Any, value: Any) -> None:
-        self._values[key] = value
-        self._values.move_to_end(key)
-        while len(self._values) > self.size:
-            self._values.popitem(last=False)
-
-
 @MULTIMODAL_REGISTRY.register_processor(
     CompressedProcessor, info=CompressedProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder
 )
 class CompressedForConditionalGeneration(TransformersMultiModalForCausalLM):
-    """What the plugin registers for every family."""
+    """The class that the plugin registers, for every family that is served."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
+        check_served(config.model_type)
         self.zip = stored_config(config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.family = family_of(self.model)
         self.family.check(self.zip)
-        #: visual tokens of images whose positions had to be known first, until the engine asks for their embeddings
-        self._waiting = Remembered(64)
-        self._kept = Remembered(4096)
 
     def recursive_replace(self) -> None:
         """vLLM's layers in place of transformers', in the LLM alone."""
@@ -184,69 +147,24 @@ class CompressedForConditionalGeneration(TransformersMultiModalForCausalLM):
         kept = [unpack_budget(each, self.zip) for each in kwargs[KEPT.format(kind)]]
         tokens = self._compress(items, kept)
         embeddings = self.family.project(tokens)
-        for found, (_, wanted, _) in zip(embeddings, kept, strict=True):
+        for found, (_, wanted) in zip(embeddings, kept, strict=True):
             if len(found) != wanted:
                 raise RuntimeError(
                     f"{len(found)} visual tokens for {wanted} placeholders of one {kind}: a fault of visionzip-ft"
                 )
         return embeddings
 
-    def _compress(self, items: Sequence[Item], kept: Sequence[tuple[ZipConfig, int, int]]) -> list[Any]:
+    def _compress(self, items: Sequence[Item], kept: Sequence[tuple[ZipConfig, int]]) -> list[Any]:
         """`Family.compress` once for each budget, whatever the number of images."""
-        found: list[Any] = [
-            self._waiting.get((digest, format_budget(config))) if digest else None for config, _, digest in kept
-        ]
-        budgets = {format_budget(config): config for config, _, _ in kept}
-        for name, config in budgets.items():
-            places = [
-                place for place, each in enumerate(kept) if format_budget(each[0]) == name and found[place] is None
-            ]
-            if not places:
-                continue
-            batch = {
-                name: value.to(self._device) for name, value in batch_items([items[place] for place in places]).items()
-            }
-            for place, tokens in zip(places, self.family.compress(config, **batch), strict=True):
+        found: list[Any] = [None] * len(items)
+        budgets = [format_budget(config) for config, _ in kept]  # a config with a list in it has no hash
+        for budget in dict.fromkeys(budgets):
+            places = [place for place, each in enumerate(budgets) if each == budget]
+            batch = batch_items([items[place] for place in places])
+            inputs = {name: value.to(self._device) for name, value in batch.items()}
+            for place, tokens in zip(places, self.family.compress(kept[places[0]][0], **inputs), strict=True):
                 found[place] = tokens
         return found
-
-    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Sequence[Any]) -> tuple[Tensor, int]:
-        """``(3, L)`` positions and how far the next token's is ahead of its number: those of the full layout, at the places that
-        are kept.
-
-        The engine asks when a request arrives, before anything is encoded, and what is kept is known only then: images are encoded
-        here, one by one, and their visual tokens wait for `embed_multimodal`.
-        """
-        outputs: dict[str, GridOutput] = {}
-        kinds = torch.zeros(1, len(input_tokens), dtype=torch.long)
-        for kind, (number, *_) in KINDS.items():
-            features = [feature for feature in mm_features if feature.modality == kind]
-            for feature in features:
-                place = feature.mm_position
-                run = slice(place.offset, place.offset + place.length)
-                kinds[0, run][slice(None) if place.is_embed is None else place.is_embed] = number
-            if features:
-                found = [self._places(kind, feature.data) for feature in features]
-                outputs[kind] = GridOutput(
-                    kept=[kept for kept, _ in found], grids=torch.stack([grid for _, grid in found])
-                )
-        index = RopeIndex(self.model, getattr(self.family, "frames_apart", False))
-        positions, ahead = index(torch.tensor([input_tokens]), mm_token_type_ids=kinds, mm_encoder_outputs=outputs)
-        return positions[:, 0], int(ahead[0])
-
-    def _places(self, kind: str, data: Any) -> tuple[Tensor, Tensor]:
-        """Of one image: what is kept of each frame ``(t, K)``, and its grid ``(3,)``; both on the CPU."""
-        values = data.get_data()
-        config, tokens, digest = unpack_budget(values[KEPT.format(kind)], self.zip)
-        known = self._kept.get((digest, format_budget(config)))
-        if known is None:
-            names = self.family.inputs[kind]
-            item = {name: values[name] if name == names[0] else values[name].unsqueeze(0) for name in names}
-            [visual] = self._compress([item], [(config, tokens, digest)])
-            known = visual["kept"].cpu(), visual["grid"].cpu()
-            self._kept.put((digest, format_budget(config)), known)
-            self._waiting.put((digest, format_budget(config)), visual)
-        return known
 
     @property
     def _device(self) -> torch.device:
