@@ -29,9 +29,9 @@ class FromCache:
     def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         outputs: dict[str, Any] = {}
         for kind, name in (("image", VISUAL), ("video", VISUAL_VIDEO)):
-            pictures = kwargs.pop(name, None)
-            if pictures:
-                outputs |= self.attachment.encoder_outputs(pictures, kind)
+            images = kwargs.pop(name, None)
+            if images:
+                outputs |= self.attachment.encoder_outputs(images, kind)
         if outputs:
             kwargs["mm_encoder_outputs"] = outputs
         return args, kwargs
@@ -52,9 +52,9 @@ def short_prompts(model: Any, inputs: dict[str, Any], labels: Tensor) -> tuple[d
     attachment = attached(model)
     if attachment is None or attachment.config.adaptive is None or inputs.get("pixel_values") is None:
         return inputs, labels
-    fitted, pictures = attachment.fit({**inputs, "labels": labels})
+    fitted, images = attachment.fit({**inputs, "labels": labels})
     labels = fitted.pop("labels")
-    return {**fitted, VISUAL: pictures}, labels
+    return {**fitted, VISUAL: images}, labels
 
 
 def check_cache(config: RunConfig, model: Any, processor: Any, folder: str) -> None:

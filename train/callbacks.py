@@ -70,7 +70,7 @@ class Speed:
         return {
             "samples_per_second": totals.samples / seconds,
             "tokens_per_second": totals.tokens / seconds,
-            "pictures_per_second": totals.pictures / seconds,
+            "images_per_second": totals.images / seconds,
             "supervised_tokens": totals.supervised,
             "tokens_per_image": self.tokens,
             "tokens_per_image_before": self.of_tokens,

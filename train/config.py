@@ -99,11 +99,20 @@ class WandbSection(Section):
 
 class ReportSection(Section):
     enabled: bool = True
-    pictures: int = Field(4, ge=0, description="held-out images drawn with the kept patches marked")
+    images: int = Field(4, ge=0, description="held-out images drawn with the kept patches marked")
     look_every: int | None = Field(
         None, ge=0, description="steps between pages on W&B with these images and the model's current answers; "
         "null: ten times a run, 0: never. Not under ZeRO-3",
     )  # fmt: skip
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_name(cls, given: Any) -> Any:
+        """`images` was called `pictures`, and the `config.yaml` of earlier runs still says so."""
+        if isinstance(given, dict) and "pictures" in given:
+            rest = {key: value for key, value in given.items() if key != "pictures"}
+            return {"images": given["pictures"], **rest}
+        return given
 
 
 class RunConfig(PipelineConfig):

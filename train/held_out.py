@@ -45,8 +45,8 @@ def load_questions(config: RunConfig, processor: Any, cached: bool = False, budg
     )
     budget = budget or (config.zip.dominant, config.zip.contextual)
     tokens = CachedTokens(config.eval.cache, data.frames, budget) if cached and config.eval.cache is not None else None
-    pictures = tokens or PixelImages(data, processor)
-    questions = build_questions(data, processor, config.eval.max_questions, pictures)
+    images = tokens or PixelImages(data, processor)
+    questions = build_questions(data, processor, config.eval.max_questions, images)
     if not len(questions):
         raise ValueError(
             f"eval.sources have no usable question ({count_of(len(questions.rejections), 'record')} rejected)"
@@ -143,8 +143,8 @@ def generate_answers(model: Any, processor: Any, inputs: dict[str, Any], section
     tokenizer = getattr(processor, "tokenizer", processor)
     moved: dict[str, Any] = on_device(inputs, model.device, model.dtype)
     cached = {kind: moved.pop(name) for kind, name in (("image", VISUAL), ("video", VISUAL_VIDEO)) if name in moved}
-    for kind, pictures in cached.items():
-        outputs = attached(model).encoder_outputs(pictures, kind)  # type: ignore[union-attr]
+    for kind, images in cached.items():
+        outputs = attached(model).encoder_outputs(images, kind)  # type: ignore[union-attr]
         moved["mm_encoder_outputs"] = {**moved.get("mm_encoder_outputs", {}), **outputs}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     output = model.generate(
@@ -210,14 +210,14 @@ def tokens_per_image(model: Any, processor: Any, config: RunConfig) -> tuple[int
         return round(now), round(stock)
     for number in range(min(len(questions), 20)):
         question = questions[number]
-        if isinstance(question, Question) and (pictures := image_inputs(question)):
-            stock, now = attachment.token_counts(**pictures)[0]
+        if isinstance(question, Question) and (images := image_inputs(question)):
+            stock, now = attachment.token_counts(**images)[0]
             return now, stock
     return 0, 0
 
 
-def count_tokens_each(attachment: Attachment, pictures: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
-    """`Attachment.token_counts` of each of `pictures`, where the encoder has to look at them, before a trainer has placed the model:
+def count_tokens_each(attachment: Attachment, images: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
+    """`Attachment.token_counts` of each of `images`, where the encoder has to look at them, before a trainer has placed the model:
     on this process's GPU, and under ZeRO-3, where all processes must call this, with whole weights."""
     tower = attachment.model.get_submodule(attachment.family.tower)
     if not any(hasattr(weight, "ds_id") for weight in tower.parameters()):
@@ -225,4 +225,4 @@ def count_tokens_each(attachment: Attachment, pictures: Sequence[dict[str, Any]]
     weights = list(tower.parameters())
     with gathered(weights):
         device = weights[0].device
-        return [count for each in pictures for count in attachment.token_counts(**on_device(each, device))]
+        return [count for each in images for count in attachment.token_counts(**on_device(each, device))]

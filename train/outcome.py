@@ -35,8 +35,8 @@ def leave_behind(
     run.watchdog.beat("writing the results")
     result = export_result(run.model, run.processor, run.config, metadata, write=run.rank == 0)
     if run.rank == 0:
-        pictures = write_report(run.model, run.processor, run.config, scores, facts, trainer.state.log_history)
-        announce_result(run, result, scores, tokens, pictures, wandb)
+        images = write_report(run.model, run.processor, run.config, scores, facts, trainer.state.log_history)
+        announce_result(run, result, scores, tokens, images, wandb)
         record_finish(run.config, trainer.state.global_step)
     if run.world_size > 1:
         dist.barrier()
@@ -83,22 +83,22 @@ def write_report(
     if not config.report.enabled:
         return []
     folder = Path(config.output_dir) / "report"
-    pictures = report.write_report(folder, config, scores, facts, log)
+    images = report.write_report(folder, config, scores, facts, log)
     if config.eval is not None and not config.trainer.sharded:
         with random_state.preserve():
-            pictures += report.draw_kept_patches(folder, model, processor, config, scores)
-    return pictures
+            images += report.draw_kept_patches(folder, model, processor, config, scores)
+    return images
 
 
 def announce_result(
-    run: Run, result: Path, scores: dict[str, Scores], tokens: Tokens, pictures: list[Path], wandb: Wandb | None
+    run: Run, result: Path, scores: dict[str, Scores], tokens: Tokens, images: list[Path], wandb: Wandb | None
 ) -> None:
     if scores:
         print(f"\n{describe_scores(scores, *tokens)}", flush=True)
-    where = f"; report: {run.folder / 'report'}" if pictures else ""
+    where = f"; report: {run.folder / 'report'}" if images else ""
     run.say(f"{result.name}: {result}{where}")
     if wandb:
         wandb.log({f"eval/{name}": found.accuracy for name, found in scores.items()})
         wandb.log_computed(lambda library: build_final_page(library, scores, *tokens))
-        wandb.log_images({f"report/{path.stem}": path for path in pictures})
+        wandb.log_images({f"report/{path.stem}": path for path in images})
         wandb.finish()

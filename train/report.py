@@ -39,18 +39,18 @@ def write_report(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     about = report_plots.describe_run(config, facts)
-    pictures = []
+    images = []
     if any("loss" in line for line in log):
-        pictures.append(report_plots.draw_loss(folder / "loss.png", log, about))
+        images.append(report_plots.draw_loss(folder / "loss.png", log, about))
     if scores:
         (folder / "table.md").write_text(f"{describe_scores(scores, facts['tokens'], facts['of_tokens'])}\n")
         with open(folder / "answers.jsonl", "w", encoding="utf-8") as file:
             for name, result in scores.items():
                 file.writelines(json.dumps({"model": name, **row}) + "\n" for row in result.answers)
-        pictures.append(report_plots.draw_accuracy(folder / "accuracy.png", scores, facts, about))
+        images.append(report_plots.draw_accuracy(folder / "accuracy.png", scores, facts, about))
     # Last: where it is, the rest is complete (train.sweep takes it for the end of a cell).
     (folder / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
-    return pictures
+    return images
 
 
 def draw_kept_patches(
@@ -63,11 +63,11 @@ def draw_kept_patches(
     from visionzip.analysis.trace import trace_inputs
 
     attachment = attached(model)
-    if attachment is None or not config.report.pictures:
+    if attachment is None or not config.report.images:
         return []
     given = {name: {row["id"]: str(row["answer"]) for row in found.answers} for name, found in scores.items()}
     paths: list[Path] = []
-    for question in one_question_per_image(load_questions(config, processor), config.report.pictures):
+    for question in one_question_per_image(load_questions(config, processor), config.report.images):
         tile = trace_inputs(attachment, processor, image_inputs(question)).tiles[-1]
         answers = {name: rows[question.id] for name, rows in given.items() if question.id in rows}
         paths.append(report_plots.draw_kept(Path(folder) / f"kept_{len(paths)}.png", tile, question, answers))

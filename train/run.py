@@ -223,7 +223,7 @@ def wandb_callbacks(run: Run, wandb: Wandb | None) -> list[Any]:
         return [wandb]
     look = ShowAnswers(
         wandb.log_computed, lambda: load_questions(run.config, run.processor), run.processor, held_out,
-        section.pictures, section.look_every,
+        section.images, section.look_every,
     )  # fmt: skip
     return [wandb, look]
 

@@ -31,7 +31,7 @@ class Group:
     behind: float | None = None  # the best fine-tuned of this budget minus this one
     behind_error: float | None = None  # standard error of that, see `compare_groups`
     right: Any = field(default=None, repr=False)  # (questions,) share of seeds that answered right
-    pictures: Any = field(default=None, repr=False)  # (questions,) which image each is about
+    images: Any = field(default=None, repr=False)  # (questions,) which image each is about
 
     @property
     def label(self) -> str:
@@ -54,7 +54,7 @@ def write_results(out: Path, cells: Sequence[Found]) -> str:
         "full": full,
         "of_tokens": of_tokens,
         "questions": questions,
-        "groups": [{k: v for k, v in asdict(group).items() if k not in ("right", "pictures")} for group in groups],
+        "groups": [{k: v for k, v in asdict(group).items() if k not in ("right", "images")} for group in groups],
         "cells": [{**axes, "folder": str(folder), **{k: v for k, v in found.items() if k != "by_type"}} for axes, _, folder, found in cells],
     }  # fmt: skip
     (out / "sweep.json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -83,11 +83,11 @@ def group_cells(cells: Sequence[Found]) -> list[Group]:
     groups = []
     for axes, found in together.items():
         tuned = [results["fine_tuned"] for *_, results in found]
-        right, pictures = read_answers([folder for _, _, folder, _ in found])
+        right, images = read_answers([folder for _, _, folder, _ in found])
         spread = float(np.std(tuned, ddof=1)) if len(tuned) > 1 else None
         groups.append(
             Group(dict(axes), found[0][3]["tokens"], len(found), free.get(found[0][1]), float(np.mean(tuned)), spread,
-                  right=right, pictures=pictures)
+                  right=right, images=images)
         )  # fmt: skip
     groups.sort(key=lambda group: (group.tokens, -group.fine_tuned))
     for tokens in {group.tokens for group in groups}:
@@ -111,15 +111,15 @@ def read_answers(folders: Iterable[Path]) -> tuple[Any, Any]:
 def compare_groups(best: Group, other: Group) -> tuple[float, float]:
     """How much better `best` is, and the standard error of that.
 
-    Both answered the same questions, so it is the paired difference of each picture (its questions hang together) that varies
+    Both answered the same questions, so it is the paired difference of each image (its questions are not independent) that varies
     over images; what varies over seeds is added, which counts a part of it twice: the error is rather too large.
     """
     gap = best.right - other.right  # (questions,)
-    by_picture = np.bincount(best.pictures, weights=gap)
-    pictures = len(by_picture)
-    over_pictures = by_picture.var(ddof=1) * pictures / len(gap) ** 2 if pictures > 1 else 0.0
+    by_image = np.bincount(best.images, weights=gap)
+    images = len(by_image)
+    over_images = by_image.var(ddof=1) * images / len(gap) ** 2 if images > 1 else 0.0
     over_seeds = sum((group.spread or 0.0) ** 2 / group.seeds for group in (best, other))
-    return float(gap.mean()), math.sqrt(over_pictures + over_seeds)
+    return float(gap.mean()), math.sqrt(over_images + over_seeds)
 
 
 def render_markdown(groups: Sequence[Group], full: float | None, of_tokens: int, questions: int) -> str:

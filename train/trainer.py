@@ -35,13 +35,13 @@ class Totals:
 
     supervised: int = 0
     tokens: int = 0
-    pictures: int = 0
+    images: int = 0
     samples: int = 0
 
     def add(self, counts: list[int]) -> None:
         self.supervised += counts[0]
         self.tokens += counts[1]
-        self.pictures += counts[2]
+        self.images += counts[2]
         self.samples += counts[3]
 
 

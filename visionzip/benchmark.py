@@ -69,7 +69,7 @@ class Row:
 def benchmark(
     model: Any,
     processor: Any,
-    picture: Image.Image,
+    image: Image.Image,
     *,
     budgets: Sequence[ZipConfig | None],
     batches: Sequence[int] = (1,),
@@ -103,7 +103,7 @@ def benchmark(
                 report(f"{case.name}, batch {case.batch}" + (f", {repeat} of {repeats}" if repeat else ", warming up"))
                 _put(model, processor, case.budget)
                 if not repeat:
-                    case.prepare(model, processor, picture)
+                    case.prepare(model, processor, image)
                 found = list(_turns(model, processor, case.inputs, turns, new_tokens))
                 case.runs += [found] if repeat else []
     finally:
@@ -131,8 +131,8 @@ class _Case:
     flops: tuple[int, int] = (0, 0)
     runs: list[list[dict[str, Any]]] = field(default_factory=list)
 
-    def prepare(self, model: Any, processor: Any, picture: Image.Image) -> None:
-        row = prompt_inputs(usual_template(processor), [question(QUESTIONS[0])], [picture])
+    def prepare(self, model: Any, processor: Any, image: Image.Image) -> None:
+        row = prompt_inputs(usual_template(processor), [question(QUESTIONS[0])], [image])
         inputs = batch_prompts(processor, [row] * self.batch)
         self.inputs = to_model(model, inputs)
         token = unwrap(

@@ -29,7 +29,7 @@ class Turn:
     """One answer and what it took.
 
     Attributes:
-        pictures: (tokens now, tokens of the untouched model) of each image this turn brought.
+        images: (tokens now, tokens of the untouched model) of each image this turn brought.
         prompt: tokens of the conversation before the answer.
         prefilled: how many of them were computed in this turn; the others came from the cache.
         encoded: images that went through the encoder in this turn.
@@ -39,7 +39,7 @@ class Turn:
     """
 
     text: str
-    pictures: list[tuple[int, int]]
+    images: list[tuple[int, int]]
     prompt: int
     prefilled: int
     encoded: int
@@ -57,7 +57,7 @@ class Chat:
     max_new_tokens: int = 512
     temperature: float = 0.0
     messages: list[Message] = field(default_factory=list)
-    pictures: list[Any] = field(default_factory=list)
+    images: list[Any] = field(default_factory=list)
     waiting: list[Any] = field(default_factory=list)
     _cache: Any = None
     _held: Tensor | None = None  # ids of what the cache holds, (L,)
@@ -73,7 +73,7 @@ class Chat:
         self.config, self.family = attachment.config, attachment.family
         self._template = usual_template(self.processor)
 
-    def show(self, picture: Any, budget: Any = None) -> None:
+    def show(self, image: Any, budget: Any = None) -> None:
         """Put an image (PIL) before the next question; nothing of it is cut off.
 
         Args:
@@ -84,13 +84,13 @@ class Chat:
         """
         if budget is not None:
             required(self.model).at(budget)
-        self.waiting.append(prepare_image(picture, self.processor, self.config.pad_images))
+        self.waiting.append(prepare_image(image, self.processor, self.config.pad_images))
         if budget is not None:
             self._budgets[id(self.waiting[-1])] = budget
 
     def reset(self) -> None:
         """Forget the conversation and its images."""
-        self.messages, self.pictures, self.waiting, self._counted, self._encoded, self._inputs = [], [], [], {}, {}, {}
+        self.messages, self.images, self.waiting, self._counted, self._encoded, self._inputs = [], [], [], {}, {}, {}
         self._budgets = {}
         self._forget()
 
@@ -119,16 +119,16 @@ class Chat:
             raise ValueError(
                 f"{self.processor.image_token} stands for an image and can't be part of a question; show one first"
             )
-        pictures = [*self.pictures, *self.waiting]
-        shown: list[str | Slot] = [Slot("image", index) for index in range(len(self.pictures), len(pictures))]
+        images = [*self.images, *self.waiting]
+        shown: list[str | Slot] = [Slot("image", index) for index in range(len(self.images), len(images))]
         messages = [*self.messages, Message("user", [*shown, f"\n{question}" if shown else question])]
-        ids = self._fitted(self._prompt(messages, pictures), pictures)
+        ids = self._fitted(self._prompt(messages, images), images)
         self._check_length(len(ids))
-        counts = [self._count(picture) for picture in pictures]
+        counts = [self._count(image) for image in images]
         known, old = self._common(ids, [now for now, _ in counts])
         given: dict[str, Any] = {}
-        if old < len(pictures):
-            given = self._visual(pictures[old:])
+        if old < len(images):
+            given = self._visual(images[old:])
         if known < self._length():
             self._crop(known)
         streamer = _Streamer(self.processor.tokenizer, write)
@@ -149,52 +149,52 @@ class Chat:
         except BaseException as error:
             self._forget()  # what the cache holds now is not known
             if isinstance(error, KeyboardInterrupt):
-                self._keep(messages, pictures, streamer.text)
+                self._keep(messages, images, streamer.text)
             raise
         self._cache = output.past_key_values
         self._held = output.sequences[0][: self._length()]
         arrived = len(self.waiting)
-        self._keep(messages, pictures, streamer.text)
+        self._keep(messages, images, streamer.text)
         end = time.perf_counter()
         return Turn(
             text=streamer.text,
-            pictures=counts[len(pictures) - arrived :],
+            images=counts[len(images) - arrived :],
             prompt=len(ids),
             prefilled=len(ids) - known,
-            encoded=len(pictures) - old,
+            encoded=len(images) - old,
             first=(streamer.first or end) - start,
             seconds=end - start,
             tokens=output.sequences.shape[1] - len(ids),
         )
 
-    def _keep(self, messages: list[Message], pictures: list[Any], answer: str) -> None:
+    def _keep(self, messages: list[Message], images: list[Any], answer: str) -> None:
         self.messages = [*messages, Message("assistant", [answer.strip()])]
-        self.pictures, self.waiting = pictures, []
+        self.images, self.waiting = images, []
 
-    def _prompt(self, messages: list[Message], pictures: list[Any]) -> Tensor:
+    def _prompt(self, messages: list[Message], images: list[Any]) -> Tensor:
         """``(L,)`` ids of a conversation up to where the model is to answer."""
-        placeholders = ["".join(self._processed(picture).placeholders) for picture in pictures]
+        placeholders = ["".join(self._processed(image).placeholders) for image in images]
         return torch.tensor(self._template.prompt(messages, placeholders), device=self.model.device)
 
-    def _processed(self, picture: Any) -> ImageInputs:
+    def _processed(self, image: Any) -> ImageInputs:
         """One image through the image processor, and its placeholders; done once a budget."""
-        if id(picture) not in self._inputs:
-            own = self._own(picture)
-            self._inputs[id(picture)] = process_images(self.processor, [picture], None if own is None else [own])
-        return self._inputs[id(picture)]
+        if id(image) not in self._inputs:
+            own = self._own(image)
+            self._inputs[id(image)] = process_images(self.processor, [image], None if own is None else [own])
+        return self._inputs[id(image)]
 
-    def _pixels(self, pictures: list[Any]) -> dict[str, Any]:
+    def _pixels(self, images: list[Any]) -> dict[str, Any]:
         """The model's inputs of some images alone."""
-        merged = merge_image_inputs([self._processed(picture).inputs for picture in pictures])
+        merged = merge_image_inputs([self._processed(image).inputs for image in images])
         return to_model(unwrap(self.model), self.family.image_inputs(merged))
 
-    def _visual(self, pictures: list[Any]) -> dict[str, Any]:
+    def _visual(self, images: list[Any]) -> dict[str, Any]:
         """What ``generate`` takes for some images: pixels, or their tokens where these were needed before."""
         attachment = self._adaptive()
-        if attachment is None and not any(self._own(picture) is not None for picture in pictures):
-            return self._pixels(pictures)
+        if attachment is None and not any(self._own(image) is not None for image in images):
+            return self._pixels(images)
         attachment = attachment or required(self.model)
-        tokens = [each for picture in pictures for each in self._kept(picture)[1]]
+        tokens = [each for image in images for each in self._kept(image)[1]]
         return {"mm_encoder_outputs": attachment.encoder_outputs(tokens)}
 
     def _adaptive(self) -> Attachment | None:
@@ -202,40 +202,40 @@ class Chat:
         attachment = attached(self.model)
         return attachment if attachment is not None and attachment.config.adaptive is not None else None
 
-    def _own(self, picture: Any) -> Any:
+    def _own(self, image: Any) -> Any:
         """The budget of an image that has one of its own, while anything is compressed."""
-        return self._budgets.get(id(picture)) if attached(self.model) is not None else None
+        return self._budgets.get(id(image)) if attached(self.model) is not None else None
 
-    def _kept(self, picture: Any) -> tuple[int, list[Any]]:
+    def _kept(self, image: Any) -> tuple[int, list[Any]]:
         """(placeholders the processor writes, compressed tokens) of an image, where budgets differ. Encoded once."""
-        if id(picture) not in self._encoded:
-            attachment, own = required(self.model), self._own(picture)
-            pixels = self._pixels([picture])
+        if id(image) not in self._encoded:
+            attachment, own = required(self.model), self._own(image)
+            pixels = self._pixels([image])
             config = self.config if own is None else attachment.at(own)
             written = sum(most for _, most in self.family.token_counts(config, **pixels))
-            self._encoded[id(picture)] = (written, self.family.compress(config, **pixels))
-        return self._encoded[id(picture)]
+            self._encoded[id(image)] = (written, self.family.compress(config, **pixels))
+        return self._encoded[id(image)]
 
-    def _fitted(self, ids: Tensor, pictures: list[Any]) -> Tensor:
+    def _fitted(self, ids: Tensor, images: list[Any]) -> Tensor:
         """``(L,)`` ids with as many placeholders as the images have tokens."""
         attachment = self._adaptive()
-        if attachment is None or not pictures:
+        if attachment is None or not images:
             return ids
-        kept = [self._kept(picture) for picture in pictures]
+        kept = [self._kept(image) for image in images]
         counts = [sum(map(len, tokens)) for _, tokens in kept]
         return ids[keep_of_each(ids[None], self.family.image_token_id, [written for written, _ in kept], counts)[0]]
 
-    def _count(self, picture: Any) -> tuple[int, int]:
+    def _count(self, image: Any) -> tuple[int, int]:
         """(tokens now, tokens of the untouched model) of one image, all its tiles together."""
-        if id(picture) not in self._counted:
-            own = self._own(picture)
+        if id(image) not in self._counted:
+            own = self._own(image)
             config = self.config if own is None else required(self.model).at(own)
-            counted = self.family.token_counts(config, **self._pixels([picture]))
+            counted = self.family.token_counts(config, **self._pixels([image]))
             stock, now = (sum(each) for each in zip(*counted, strict=True))
             if self._adaptive() is not None:
-                now = sum(map(len, self._kept(picture)[1]))
-            self._counted[id(picture)] = (now if attached(self.model) else stock, stock)
-        return self._counted[id(picture)]
+                now = sum(map(len, self._kept(image)[1]))
+            self._counted[id(image)] = (now if attached(self.model) else stock, stock)
+        return self._counted[id(image)]
 
     def _common(self, ids: Tensor, counts: list[int]) -> tuple[int, int]:
         """(how many ids the cache already holds, how many images stand among them). At least one id is left to compute."""

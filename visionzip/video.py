@@ -98,10 +98,10 @@ def _opened(file: BinaryIO, max_pixels: int) -> Iterator[tuple[Any, Any]]:
         yield container, stream
 
 
-def _check_size(picture: Any, max_pixels: int) -> None:
+def _check_size(image: Any, max_pixels: int) -> None:
     """Of the stream as it says, and of each frame taken: a size may change on the way, or be told wrong."""
-    if (picture.width or 0) * (picture.height or 0) > max_pixels:
-        raise ImageError("image too large", f"video of {picture.width} × {picture.height} pixels")
+    if (image.width or 0) * (image.height or 0) > max_pixels:
+        raise ImageError("image too large", f"video of {image.width} × {image.height} pixels")
 
 
 def _seek_frames(file: BinaryIO, count: int, max_pixels: int) -> list[Image.Image] | None:

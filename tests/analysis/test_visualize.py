@@ -138,7 +138,7 @@ def test_its_own_drawings_are_not_drawn(model, processor, pictures, tmp_path):
     assert (pictures / "report" / "a.jpg.kept.png").exists()
     result = visualize(model, pictures / "a.jpg", tmp_path / "both", progress=False)  # a folder
     assert result.page == tmp_path / "both" / "report.html"
-    assert result.images[0] == tmp_path / "both" / "pictures" / "a.jpg.kept.png"
+    assert result.images[0] == tmp_path / "both" / "images" / "a.jpg.kept.png"
     with pytest.raises(ValueError, match="the results would be written among the images"):
         visualize(model, pictures, f"{pictures}.html", progress=False)
 

@@ -187,9 +187,9 @@ def test_4_ask_with_all_tokens_and_with_few(page):
 def test_5_another_picture(page, setting):
     _, folder = setting
     before = page.source("look")
-    page.one("picture", "button[aria-label='Remove Image']").click()
-    page.until(lambda: not page.browser.find_elements("css selector", "#picture img"))
-    page.one("picture", "input[type=file]").send_keys(str(folder / "b.png"))
+    page.one("image", "button[aria-label='Remove Image']").click()
+    page.until(lambda: not page.browser.find_elements("css selector", "#image img"))
+    page.one("image", "input[type=file]").send_keys(str(folder / "b.png"))
     page.until(lambda: page.source("look") != before)
     assert page.errors() == []
 
@@ -197,9 +197,9 @@ def test_5_another_picture(page, setting):
 def test_6_a_file_that_is_no_picture_gets_a_message(page, setting):
     _, folder = setting
     (folder / "broken.png").write_bytes(b"no picture")
-    page.one("picture", "button[aria-label='Remove Image']").click()
-    page.until(lambda: not page.browser.find_elements("css selector", "#picture img"))
-    page.one("picture", "input[type=file]").send_keys(str(folder / "broken.png"))
+    page.one("image", "button[aria-label='Remove Image']").click()
+    page.until(lambda: not page.browser.find_elements("css selector", "#image img"))
+    page.one("image", "input[type=file]").send_keys(str(folder / "broken.png"))
     page.until(lambda: "unreadable image" in page.browser.find_element("tag name", "body").text)
 
 

@@ -33,7 +33,7 @@ def encoded(chat, monkeypatch):
 
 def anew(chat):
     """The last answer, from the whole conversation at once without any cache."""
-    row = prompt_inputs(usual_template(chat.processor), chat.messages[:-1], chat.pictures)
+    row = prompt_inputs(usual_template(chat.processor), chat.messages[:-1], chat.images)
     inputs = batch_prompts(chat.processor, [row])
     with torch.no_grad():
         output = chat.model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=False, suppress_tokens=[4])
@@ -45,14 +45,14 @@ def test_turns_reuse_the_cache_and_answer_as_if_computed_anew(chat, encoded):
     chat.show(picture(0))
     first = chat.ask("what is this")
     assert (first.text, encoded) == (anew(chat), [1, 1])  # once by the chat, once by the check
-    assert first.pictures == [(8, 16)]
+    assert first.images == [(8, 16)]
     assert first.prefilled == first.prompt == 1 + SYSTEM + 1 + 8 + 3 + 1
     encoded.clear()
 
     second = chat.ask("is this red")
     assert encoded == []  # no picture was read again
     assert second.text == anew(chat)
-    assert (second.pictures, second.encoded) == ([], 0)
+    assert (second.images, second.encoded) == ([], 0)
     assert second.prefilled < second.prompt - 8
     encoded.clear()
 
@@ -61,7 +61,7 @@ def test_turns_reuse_the_cache_and_answer_as_if_computed_anew(chat, encoded):
     third = chat.ask("how many")
     assert encoded == [2]  # the new ones only
     assert third.text == anew(chat)
-    assert third.pictures == [(8, 16), (8, 16)]
+    assert third.images == [(8, 16), (8, 16)]
     assert third.prompt - third.prefilled >= second.prompt  # all that was there before
     assert [message.role for message in chat.messages] == ["user", "assistant"] * 3
 
@@ -90,12 +90,12 @@ def test_another_budget_keeps_the_conversation(chat, encoded):
     assert turn.prefilled == turn.prompt
     assert turn.text == anew(chat)
     chat.show(picture(1))
-    assert chat.ask("what").pictures == [(11, 16)]
+    assert chat.ask("what").images == [(11, 16)]
     chat.budget(None)
     assert attached(chat.model) is None
     chat.show(picture(2))
     turn = chat.ask("what")
-    assert turn.pictures == [(16, 16)]
+    assert turn.images == [(16, 16)]
     assert turn.text == anew(chat)
     chat.budget(BUDGET)
     assert chat.ask("what").encoded == 3

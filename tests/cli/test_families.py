@@ -30,10 +30,10 @@ def test_three_turns_with_two_pictures(family):
     third = chat.ask("how many")
     new = 2 if name in M_ROPE else 1  # elsewhere the first picture stays in the cache
     assert [turn.encoded for turn in (first, second, third)] == [1, 0, new]
-    assert second.prefilled < second.prompt - first.pictures[0][0]
-    assert first.pictures[0][0] < first.pictures[0][1]
-    row = text_inputs(processor, chat._prompt(chat.messages[:-1], chat.pictures).tolist())
-    inputs = {**batch_prompts(processor, [row]), **chat._pixels(chat.pictures)}
+    assert second.prefilled < second.prompt - first.images[0][0]
+    assert first.images[0][0] < first.images[0][1]
+    row = text_inputs(processor, chat._prompt(chat.messages[:-1], chat.images).tolist())
+    inputs = {**batch_prompts(processor, [row]), **chat._pixels(chat.images)}
     with torch.no_grad():
         anew = model.generate(
             **inputs, max_new_tokens=3, do_sample=False, use_cache=False, suppress_tokens=chat.family.placeholder_ids

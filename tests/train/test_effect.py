@@ -28,7 +28,7 @@ def test_fine_tuning_wins_back_what_compression_lost(ranks: Ranks, tmp_path: Pat
     config["trainer"] |= {
         "max_steps": 60, "per_device_train_batch_size": 16, "global_batch_size": 32, "save_strategy": "no",
     }  # fmt: skip
-    config |= {"wandb": {"enabled": False}, "report": {"pictures": 0}}
+    config |= {"wandb": {"enabled": False}, "report": {"images": 0}}
     ranks.run(config)
     found = json.loads((tmp_path / "run" / "report" / "results.json").read_text())
     assert (found["tokens"], found["of_tokens"], found["questions"]) == (16, 81, 400)

@@ -139,7 +139,7 @@ def test_budgets_of_each_picture_under_zero3(workspace: Path, ranks: Ranks, tmp_
     """The encoder looks at the held-out pictures before there is an engine, while its weights are sharded."""
     stages = {
         stage: config_of(workspace, tmp_path / stage, zip=ADAPTIVE, eval=held_out(workspace), trainer__deepspeed=stage,
-                         trainer__max_steps=1, report__enabled=True, report__pictures=0)
+                         trainer__max_steps=1, report__enabled=True, report__images=0)
         for stage in ("zero2", "zero3")
     }  # fmt: skip
     ranks.run(*stages.values())
@@ -154,7 +154,7 @@ def test_budgets_of_each_picture_under_zero3(workspace: Path, ranks: Ranks, tmp_
 def test_a_run_compares_all_three_and_writes_its_report(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
     known = known_answers(workspace, tmp_path / "probe")
     section = {**held_out(workspace), "sources": [{"path": str(known), "images": str(workspace / "images")}]}
-    changes = {"eval": section, "report__enabled": True, "report__pictures": 2, "seed": 3}
+    changes = {"eval": section, "report__enabled": True, "report__images": 2, "seed": 3}
     two = config_of(workspace, tmp_path / "two", **changes)
     own = tmp_path / "own.json"  # a file of one's own is known for ZeRO-3 by what it says
     own.write_bytes((ROOT / "configs" / "deepspeed" / "zero3.json").read_bytes())
@@ -218,7 +218,7 @@ def test_a_lora_run_is_evaluated_with_its_adapters(workspace: Path, ranks: Ranks
     """From its directory: the answers of what it trained, and afterwards those of the base model, as the run itself had them."""
     config = config_of(
         workspace, tmp_path / "run", eval=held_out(workspace), train={"lora": {"on": ["llm"], "r": 4}},
-        trainer__learning_rate=3e-2, report__enabled=True, report__pictures=0, trainer__deepspeed="off",
+        trainer__learning_rate=3e-2, report__enabled=True, report__images=0, trainer__deepspeed="off",
     )  # fmt: skip
     assert f"adapter: {tmp_path / 'run' / 'adapter'}" in ranks.run(config, world=1)
     said = [json.loads(line) for line in (tmp_path / "run/report/answers.jsonl").read_text().splitlines()]

@@ -31,7 +31,7 @@ def config(workspace: Path, tmp_path: Path) -> Path:
     }
     return write_config(
         config_of(
-            workspace, tmp_path / "run", eval=held_out, report={"pictures": 0}, trainer__deepspeed="off",
+            workspace, tmp_path / "run", eval=held_out, report={"images": 0}, trainer__deepspeed="off",
             trainer__max_steps=3,
         )
     )  # fmt: skip
@@ -145,7 +145,7 @@ def group(free: float, right: list[list[float]], selector: str = "x") -> Group:
 
     seeds = [float(np.mean(seed)) for seed in right]
     return Group({"selector": selector, "budget": "8"}, 8, len(right), free, float(np.mean(seeds)), float(np.std(seeds, ddof=1)),
-                 right=np.mean(right, axis=0), pictures=np.array([0, 0, 1, 1]))  # fmt: skip
+                 right=np.mean(right, axis=0), images=np.array([0, 0, 1, 1]))  # fmt: skip
 
 
 def test_the_error_of_a_difference_is_over_pictures_and_seeds() -> None:

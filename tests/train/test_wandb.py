@@ -77,7 +77,7 @@ def test_a_killed_and_resumed_run_is_one_run_with_each_step_once(
     assert set(stand_in.upserted) == {run_id}
     assert training_rows(stand_in.history[run_id]) == rows
     logged = stand_in.history[run_id][0]
-    for name in ("train/learning_rate", "train/grad_norm", "train/tokens_per_second", "train/pictures_per_second"):
+    for name in ("train/learning_rate", "train/grad_norm", "train/tokens_per_second", "train/images_per_second"):
         assert name in logged
     assert (logged["train/tokens_per_image"], logged["train/tokens_per_image_before"]) == (0, 0)
 

@@ -14,7 +14,7 @@ def run(tmp_path_factory):
     folder = make_workspace(tmp_path_factory.mktemp("space"))
     output = folder / "run"
     config = config_of(
-        folder, output, wandb={"enabled": True, "mode": "offline"}, report={"enabled": True, "pictures": 2, "look_every": 3},
+        folder, output, wandb={"enabled": True, "mode": "offline"}, report={"enabled": True, "images": 2, "look_every": 3},
         trainer__deepspeed="off",
         eval={"sources": [{"path": str(folder / "heldout.json"), "images": str(folder / "images")}], "max_new_tokens": 4},
     )  # fmt: skip

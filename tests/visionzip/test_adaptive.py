@@ -370,14 +370,14 @@ def test_a_chat_keeps_its_cache_and_encodes_each_picture_once(model, processor):
         encoded.clear()
         turn = chat.ask(question)
         assert encoded == [1] * len(pictures)
-        row = prompt_inputs(usual_template(processor), chat.messages[:-1], chat.pictures)
+        row = prompt_inputs(usual_template(processor), chat.messages[:-1], chat.images)
         whole = batch_prompts(processor, [row])
         assert turn.text == processor.tokenizer.decode(
             answer(model, whole, suppress_tokens=[IMAGE])[0], skip_special_tokens=True
         )
-        assert [now for now, _ in turn.pictures] == [
+        assert [now for now, _ in turn.images] == [
             len(attached(model).compress(**chat._pixels([each]))[0])
-            for each in chat.pictures[len(chat.pictures) - len(pictures) :]
+            for each in chat.images[len(chat.images) - len(pictures) :]
         ]
     assert turn.prompt - turn.prefilled > 20, "the conversation so far was not computed again"
     chat.budget(ZipConfig(dominant=5, contextual=3))

@@ -35,7 +35,7 @@ def all_of(facts: dict[str, Any], maps: list[np.ndarray]) -> Iterator[tuple[str,
 def about(facts: dict[str, Any], measured: str = "mean") -> str:
     """The line below a title: model, budget, and over how many images."""
     budget = f"{facts['zip']['dominant']} + {facts['zip']['contextual']}"
-    return f"{facts['name'] or facts['model']}, budget {budget}, {measured} of {facts['pictures']} images"
+    return f"{facts['name'] or facts['model']}, budget {budget}, {measured} of {facts['images']} images"
 
 
 def spread(facts: dict[str, Any]) -> Any:

@@ -1,6 +1,6 @@
 """`visionzip analyze`: how concentrated the attention of an encoder is, over many images, layer by layer.
 
-What is measured of an image is one line of ``pictures.jsonl``, so a run that was stopped goes on where it was; table, plots and
+What is measured of an image is one line of ``images.jsonl``, so a run that was stopped goes on where it was; table, plots and
 JSON are made of that file.
 """
 
@@ -25,7 +25,7 @@ from visionzip.fingerprint import short
 from visionzip.images import decode_image
 from visionzip.projector import fingerprint
 
-LINES = "pictures.jsonl"
+LINES = "images.jsonl"
 TOP = 0.10
 """Share of the patches whose part of the attention is reported for each layer."""
 _DIGITS = 5
@@ -48,7 +48,7 @@ class Analysis:
 def analyze(
     model: Any, path: str | Path, out: str | Path, *, limit: int | None = None, progress: bool = True
 ) -> Analysis:
-    """Measure every image in the folder `path` that ``out/pictures.jsonl`` does not hold yet, told by name and content.
+    """Measure every image in the folder `path` that ``out/images.jsonl`` does not hold yet, told by name and content.
 
     Raises:
         ValueError: where nothing is attached, no image can be read, or `out` was made with another model or budget.
@@ -71,8 +71,8 @@ def analyze(
     with open(folder / LINES, "a", encoding="utf-8") as file:
         if not lines and not file.tell():
             file.write(json.dumps(head) + "\n")
-        for name, picture in _bar(todo, progress):
-            line = {"content": contents[name], **measure(attachment, name, picture)}
+        for name, image in _bar(todo, progress):
+            line = {"content": contents[name], **measure(attachment, name, image)}
             file.write(json.dumps(line) + "\n")
             file.flush()  # if the process is killed, only the current image is lost
             result.lines.append(line)
@@ -92,10 +92,10 @@ def content_of(path: Path) -> str:
         return ""
 
 
-def measure(attachment: Attachment, name: str, picture: Any) -> dict[str, Any]:
+def measure(attachment: Attachment, name: str, image: Any) -> dict[str, Any]:
     """Everything that is known of one image; lists are by layer, tiles are averaged."""
-    layers = attention_by_layer(attachment, image_inputs(attachment.processor, picture, attachment.config.pad_images))
-    traced = trace(attachment.model, picture, name=name)
+    layers = attention_by_layer(attachment, image_inputs(attachment.processor, image, attachment.config.pad_images))
+    traced = trace(attachment.model, image, name=name)
     chosen = _scores(traced)
     keep = [int(tile.kept_mask.sum()) for tile in traced.tiles]
     per_tile = [torch.stack([layer[place] for layer in layers]) for place in range(len(layers[0]))]  # each (L, P)
@@ -127,11 +127,11 @@ def measure(attachment: Attachment, name: str, picture: Any) -> dict[str, Any]:
     }
 
 
-def layer_maps(attachment: Attachment, picture: Any) -> list[np.ndarray]:
+def layer_maps(attachment: Attachment, image: Any) -> list[np.ndarray]:
     """The attention of each layer on the patches of an image (its first tile), ``(rows, columns)``, where it has such a shape."""
-    inputs = image_inputs(attachment.processor, picture, attachment.config.pad_images)
+    inputs = image_inputs(attachment.processor, image, attachment.config.pad_images)
     layers = attention_by_layer(attachment, inputs)
-    grid = trace(attachment.model, picture).tiles[0].grid
+    grid = trace(attachment.model, image).tiles[0].grid
     count = layers[0].shape[1]
     if count == grid[0] * grid[1]:
         return [layer[0].reshape(grid).numpy() for layer in layers]
@@ -152,7 +152,7 @@ def summary(analysis: Analysis) -> dict[str, Any]:
     budgets, patches = stack("budgets"), stack("patches")
     return {
         **analysis.head,
-        "pictures": len(lines),
+        "images": len(lines),
         "skipped": analysis.skipped,
         "patches_per_tile": _mean(patches),
         "kept_patches_per_tile": _mean(stack("keep")),
@@ -182,7 +182,7 @@ def summary(analysis: Analysis) -> dict[str, Any]:
 def render_summary(facts: dict[str, Any]) -> str:
     """The summary as Markdown: budgets, then one line a layer."""
     lines = [
-        f"{facts['pictures']} images, {facts['patches_per_tile']:.0f} patches per image or tile; median and quartiles", "",
+        f"{facts['images']} images, {facts['patches_per_tile']:.0f} patches per image or tile; median and quartiles", "",
         "| attention held | patches needed | share of all |", "|---|---:|---:|",
     ]  # fmt: skip
     for level, found in facts["budget_for"].items():

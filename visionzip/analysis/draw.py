@@ -51,22 +51,22 @@ def enlarged(tile: Tile, side: int = 480) -> Image.Image:
 
 def kept(tile: Tile, side: int = 480, veil: float = 0.82) -> Image.Image:
     """The image with the kept patches outlined and the rest whitened."""
-    picture, cell = enlarged(tile, side), cell_size(tile.grid, side)
+    image, cell = enlarged(tile, side), cell_size(tile.grid, side)
     mask = np.kron(tile.kept_mask.numpy(), np.ones((cell, cell), dtype=bool))
-    pixels = np.asarray(picture).astype(np.float32)
+    pixels = np.asarray(image).astype(np.float32)
     pixels[~mask] += (255 - pixels[~mask]) * veil
-    picture = Image.fromarray(pixels.round().astype(np.uint8))
-    pen = ImageDraw.Draw(picture)
+    image = Image.fromarray(pixels.round().astype(np.uint8))
+    pen = ImageDraw.Draw(image)
     for row, column in tile.kept_mask.nonzero().tolist():
         pen.rectangle(_box(row, column, cell), outline=MARK, width=max(1, cell // 14))
-    return picture
+    return image
 
 
 def merged(tile: Tile, side: int = 480, tint: float = 0.6) -> Image.Image:
     """Patches that became one contextual token have one colour and number, its target's on a disc. Kept ones are outlined as in `kept`."""
-    picture, cell = enlarged(tile, side), cell_size(tile.grid, side)
-    pixels = np.asarray(picture).astype(np.float32)
-    grey = np.asarray(picture.convert("L").convert("RGB")).astype(np.float32)  # all hue is a group's
+    image, cell = enlarged(tile, side), cell_size(tile.grid, side)
+    pixels = np.asarray(image).astype(np.float32)
+    grey = np.asarray(image.convert("L").convert("RGB")).astype(np.float32)  # all hue is a group's
     groups = tile.groups.numpy()
     for row, column in np.ndindex(*tile.grid):
         group = int(groups[row, column])
@@ -76,15 +76,15 @@ def merged(tile: Tile, side: int = 480, tint: float = 0.6) -> Image.Image:
         colour = np.array((255, 255, 255) if group == DROPPED else colour_of(group), dtype=np.float32)
         share = 0.82 if group == DROPPED else tint
         pixels[place] = grey[place] * (1 - share) + colour * share
-    picture = Image.fromarray(pixels.round().astype(np.uint8))
-    pen = ImageDraw.Draw(picture)
+    image = Image.fromarray(pixels.round().astype(np.uint8))
+    pen = ImageDraw.Draw(image)
     digits = font(max(10, round(cell * 0.42)))
     for row, column in np.ndindex(*tile.grid):
         group = int(groups[row, column])
         if group >= 0:
             left, top, right, bottom = _box(row, column, cell)
             centre = ((left + right) / 2, (top + bottom) / 2)
-            ink = text_on(_mixed(picture, centre))
+            ink = text_on(_mixed(image, centre))
             if row * tile.grid[1] + column in tile.target_patches:
                 radius = 0.38 * cell
                 box = (centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius)
@@ -93,7 +93,7 @@ def merged(tile: Tile, side: int = 480, tint: float = 0.6) -> Image.Image:
             pen.text(centre, str(group + 1), fill=ink, font=digits, anchor="mm")
         elif group == KEPT:
             pen.rectangle(_box(row, column, cell), outline=MARK, width=max(1, cell // 14))
-    return picture
+    return image
 
 
 def heat(tile: Tile, side: int = 480, opacity: float = 0.72) -> Image.Image:
@@ -136,7 +136,7 @@ def text_on(colour: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def panel(
-    pictures: Sequence[tuple[str, Image.Image]], title: str = "", note: str = "", theme: str = "light"
+    images: Sequence[tuple[str, Image.Image]], title: str = "", note: str = "", theme: str = "light"
 ) -> Image.Image:
     """Images with their captions side by side, a title above and a note below."""
     look = THEMES[theme]
@@ -144,19 +144,19 @@ def panel(
     gap, line = 16, 24
     top = gap + (34 if title else 0)
     notes = note.splitlines()
-    width = gap + sum(picture.width + gap for _, picture in pictures)
+    width = gap + sum(image.width + gap for _, image in images)
     width = max(
         [width, *(round(small.getlength(text)) + 2 * gap for text in notes), round(big.getlength(title)) + 2 * gap]
     )
-    height = top + line + max(picture.height for _, picture in pictures) + gap + line * len(notes)
+    height = top + line + max(image.height for _, image in images) + gap + line * len(notes)
     sheet = Image.new("RGB", (width, height), look.background)
     pen = ImageDraw.Draw(sheet)
     pen.text((gap, gap), title, fill=look.text, font=big)
     left = gap
-    for caption, picture in pictures:
-        pen.text((left, top), _fitted(caption, small, picture.width), fill=look.text, font=small)
-        sheet.paste(picture, (left, top + line))
-        left += picture.width + gap
+    for caption, image in images:
+        pen.text((left, top), _fitted(caption, small, image.width), fill=look.text, font=small)
+        sheet.paste(image, (left, top + line))
+        left += image.width + gap
     for number, text in enumerate(notes):
         pen.text((gap, height - gap // 2 - line * (len(notes) - number)), text, fill=look.quiet, font=small)
     return sheet
@@ -174,6 +174,6 @@ def _box(row: int, column: int, cell: int) -> tuple[int, int, int, int]:
     return column * cell, row * cell, (column + 1) * cell - 1, (row + 1) * cell - 1
 
 
-def _mixed(picture: Image.Image, place: tuple[float, float]) -> tuple[int, int, int]:
-    red, green, blue = picture.getpixel((int(place[0]), int(place[1])))  # type: ignore[misc]
+def _mixed(image: Image.Image, place: tuple[float, float]) -> tuple[int, int, int]:
+    red, green, blue = image.getpixel((int(place[0]), int(place[1])))  # type: ignore[misc]
     return int(red), int(green), int(blue)

@@ -47,15 +47,15 @@ def section(title: str, lines: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     return f"<section><h2>{html.escape(title)}</h2>{text}{body}</section>"
 
 
-def figure(caption: str, picture: Image.Image) -> str:
+def figure(caption: str, image: Image.Image) -> str:
     """An image, embedded as WebP: a fifth of a PNG's size, and a page of many images still opens."""
     buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=88)
+    image.save(buffer, "WEBP", quality=88)
     data = base64.b64encode(buffer.getvalue()).decode()
     words = html.escape(caption, quote=True)
     return (
-        f'<figure><figcaption>{words}</figcaption><img alt="{words}" loading="lazy" width="{picture.width}" '
-        f'height="{picture.height}" src="data:image/webp;base64,{data}"></figure>'
+        f'<figure><figcaption>{words}</figcaption><img alt="{words}" loading="lazy" width="{image.width}" '
+        f'height="{image.height}" src="data:image/webp;base64,{data}"></figure>'
     )
 
 

@@ -112,8 +112,8 @@ class Trace:
         return sum(shares) / len(shares) if shares else None
 
 
-def trace(model: Any, picture: Image.Image, processor: Any = None, name: str = "") -> Trace:
-    """What the attached `model` keeps of `picture`.
+def trace(model: Any, image: Image.Image, processor: Any = None, name: str = "") -> Trace:
+    """What the attached `model` keeps of `image`.
 
     Args:
         processor: whose image processor is used; default: the one attached with the model.
@@ -122,9 +122,7 @@ def trace(model: Any, picture: Image.Image, processor: Any = None, name: str = "
         ValueError: for a model nothing is attached to, or without a processor.
     """
     attachment, processor = _parts(model, processor)
-    return _traced(
-        attachment, processor, image_inputs(processor, picture, attachment.config.pad_images), [picture], name
-    )
+    return _traced(attachment, processor, image_inputs(processor, image, attachment.config.pad_images), [image], name)
 
 
 def trace_video(model: Any, frames: Sequence[Image.Image], processor: Any = None, name: str = "") -> Trace:
@@ -155,7 +153,7 @@ def image_inputs(processor: Any, image: Image.Image, pad_images: PadImages = "au
 
 
 def _traced(
-    attachment: Attachment, processor: Any, inputs: dict[str, Any], pictures: list[Image.Image], name: str
+    attachment: Attachment, processor: Any, inputs: dict[str, Any], given: list[Image.Image], name: str
 ) -> Trace:
     seen: list[tuple[Features, Compressed]] = []
     moved = to_model(attachment.model, inputs)
@@ -171,7 +169,7 @@ def _traced(
     ]
     counts = attachment.token_counts(**moved)
     return Trace(
-        pictures[0] if pictures else images[0],
+        given[0] if given else images[0],
         tiles,
         sum(now for _, now in counts),
         sum(was for was, _ in counts),

@@ -62,7 +62,7 @@ def visualize(
     else:
         found = image_files.find_images(path, limit, folder)
         count = len(found.names)
-        traces = (trace(model, picture, name=name) for name, picture in found.images())
+        traces = (trace(model, image, name=name) for name, image in found.images())
 
     result = Result(target)
     sections = []
@@ -90,7 +90,7 @@ def places(out: str | Path) -> tuple[Path, Path]:
     target = Path(out)
     if target.suffix.lower() in (".html", ".htm"):
         return target, target.with_suffix("")
-    return target / "report.html", target / "pictures"
+    return target / "report.html", target / "images"
 
 
 def _section(one: Trace, folder: Path, theme: str, result: Result, model: str) -> str:
@@ -112,7 +112,7 @@ def _section(one: Trace, folder: Path, theme: str, result: Result, model: str) -
         (folder / stem).parent.mkdir(parents=True, exist_ok=True)
         sheet.save(folder / f"{stem}.kept.png")
         result.images.append(folder / f"{stem}.kept.png")
-        rows.append([page.figure(caption, picture) for caption, picture in drawings])
+        rows.append([page.figure(caption, image) for caption, image in drawings])
     if one.held is not None:
         with style(theme):
             figure = plots.histogram(one.tiles, what)

@@ -26,7 +26,7 @@ class Look:
     `maps` ``(tiles, N, N)``: attention, once a patch was clicked. `shown`: the tile as it was drawn last.
     """
 
-    picture: Image.Image
+    image: Image.Image
     trace: Trace
     maps: Tensor | None = None
     shown: Tile | None = None
@@ -59,9 +59,9 @@ class Looker:
         Raises:
             ValueError: if the image can't be read.
         """
-        picture = decode_image(path)
+        image = decode_image(path)
         with self.lock:
-            return Look(picture, trace(self.model, picture))
+            return Look(image, trace(self.model, image))
 
     def blank(self) -> tuple[Tile, tuple[int, int, int]]:
         """A tile of a blank image, and its `budget`: what the sliders show before there is an image."""
@@ -91,7 +91,7 @@ class Looker:
         if look.maps is None:
             with self.lock:
                 look.maps = attention_map(
-                    self._attachment(), image_inputs(self.processor, look.picture, self.config.pad_images)
+                    self._attachment(), image_inputs(self.processor, look.image, self.config.pad_images)
                 )
         total = tile.features.hidden_states.shape[1]
         if look.maps.shape[1] != total:
@@ -115,18 +115,18 @@ class Looker:
         with self.lock:
             before = self._attachment().config
             if not self.warm:  # the first run of a process pays for what no other pays for
-                ask(self.model, self.processor, look.picture, question, max_new_tokens=2, pad_images=pad_images)
+                ask(self.model, self.processor, look.image, question, max_new_tokens=2, pad_images=pad_images)
                 self.warm = True
             try:
                 attach(self.model, self.processor, config)
-                inputs = image_inputs(self.processor, look.picture, self.config.pad_images)
+                inputs = image_inputs(self.processor, look.image, self.config.pad_images)
                 ((full_tokens, tokens),) = self._attachment().token_counts(**inputs)
                 compressed = ask(
-                    self.model, self.processor, look.picture, question, max_new_tokens=length, pad_images=pad_images
+                    self.model, self.processor, look.image, question, max_new_tokens=length, pad_images=pad_images
                 )
                 detach(self.model)
                 full = ask(
-                    self.model, self.processor, look.picture, question, max_new_tokens=length, pad_images=pad_images
+                    self.model, self.processor, look.image, question, max_new_tokens=length, pad_images=pad_images
                 )
             finally:
                 attach(self.model, self.processor, before)

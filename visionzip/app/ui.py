@@ -20,8 +20,8 @@ SIDE = 420
 QUESTION = "What is in the image?"
 
 
-def build(looker: Looker, title: str, picture: str | None = None) -> Any:
-    """The page as ``gr.Blocks``, not yet served. `picture` is there from the start."""
+def build(looker: Looker, title: str, image: str | None = None) -> Any:
+    """The page as ``gr.Blocks``, not yet served. `image` is there from the start."""
     gr = gradio()
 
     def shown(
@@ -46,7 +46,7 @@ def build(looker: Looker, title: str, picture: str | None = None) -> Any:
             raise gr.Error(f"This image can't be used: {error.words}") from error
         tile = look.trace.tiles[0]
         dominant, contextual, total = looker.budget(tile)
-        picture = draw.enlarged(tile, SIDE)
+        image = draw.enlarged(tile, SIDE)
         names = [(f"{place + 1} of {len(look.trace.tiles)}", place) for place in range(len(look.trace.tiles))]
         return [
             look,
@@ -54,15 +54,15 @@ def build(looker: Looker, title: str, picture: str | None = None) -> Any:
             gr.Slider(maximum=total, minimum=1 + tile.cls, value=dominant),
             gr.Slider(maximum=total - 1 - tile.cls, value=contextual),
             *shown(look, 0, dominant, contextual, selector, merge),
-            picture, None, None, "",
+            image, None, None, "",
         ]  # fmt: skip
 
     def turned(look: Look | None, number: int, *budget: Any) -> list[Any]:
         """Another tile of the same image."""
         if look is None:
             return [None, None, None, "", None, None, None, ""]
-        picture = draw.enlarged(look.trace.tiles[number], SIDE)
-        return [*shown(look, number, *budget), picture, None, None, ""]
+        image = draw.enlarged(look.trace.tiles[number], SIDE)
+        return [*shown(look, number, *budget), image, None, None, ""]
 
     def clicked(
         look: Look | None, number: int, dominant: float, contextual: float, selector: str, merge: str, event: Any
@@ -71,14 +71,14 @@ def build(looker: Looker, title: str, picture: str | None = None) -> Any:
         if look is None:
             return [gr.skip()] * 4
         tile = budgeted(looker, look, number, dominant, contextual, selector, merge)
-        picture = draw.enlarged(tile, SIDE)
-        patch = patch_at(tile, picture.size, *event.index)
+        image = draw.enlarged(tile, SIDE)
+        patch = patch_at(tile, image.size, *event.index)
         try:
             to, by = looker.attention_of(look, number, patch)
         except ValueError as error:
             raise gr.Error(str(error)) from error
         row, column = divmod(patch, tile.grid[1])
-        return [framed(tile, picture, patch), framed(tile, draw.overlay(tile, to, SIDE), patch),
+        return [framed(tile, image, patch), framed(tile, draw.overlay(tile, to, SIDE), patch),
                 framed(tile, draw.overlay(tile, by, SIDE), patch), about(tile, patch, row, column, to, by)]  # fmt: skip
 
     clicked.__annotations__["event"] = gr.SelectData  # how Gradio knows to pass the click; not importable at the top
@@ -108,7 +108,7 @@ def build(looker: Looker, title: str, picture: str | None = None) -> Any:
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 upload = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Image", height=240,
-                                  value=decode_image(picture) if picture else None, elem_id="picture", format="png", buttons=[])  # fmt: skip
+                                  value=decode_image(image) if image else None, elem_id="image", format="png", buttons=[])  # fmt: skip
                 # Gradio would decode it first, whatever its size, and show a stack trace where it can't; `decode_image` says why.
                 upload.preprocess = lambda payload: payload.path if payload else None
                 tile_choice = gr.Dropdown(label="Tile", choices=[("1 of 1", 0)], value=0, visible=False, elem_id="tile")
@@ -169,7 +169,7 @@ def build(looker: Looker, title: str, picture: str | None = None) -> Any:
         patch_views = [look_at, attends, attended, patch_words]
         everything = [state, tile_choice, dominant, contextual, *drawings, *patch_views]
         upload.change(opened, [upload, selector, merge], everything, api_name="open")
-        if picture:
+        if image:
             page.load(opened, [upload, selector, merge], everything, api_name=False)
         tile_choice.input(turned, [state, tile_choice, *budget], [*drawings, *patch_views], api_name=False)
         for control in budget:
@@ -193,20 +193,20 @@ def budgeted(
     return tile.again(looker.with_budget(kept, min(int(contextual), total - kept), selector, merge))
 
 
-def framed(tile: Tile, picture: Image.Image, patch: int) -> Image.Image:
+def framed(tile: Tile, image: Image.Image, patch: int) -> Image.Image:
     """A drawing with one patch framed."""
     from PIL import ImageDraw
 
     cell = draw.cell_size(tile.grid, SIDE)
     row, column = divmod(patch, tile.grid[1])
     box = (column * cell - 1, row * cell - 1, (column + 1) * cell, (row + 1) * cell)
-    picture = picture.copy()
-    pen = ImageDraw.Draw(picture)
+    image = image.copy()
+    pen = ImageDraw.Draw(image)
     pen.rectangle(
         tuple(side + grow for side, grow in zip(box, (-2, -2, 2, 2), strict=True)), outline=(255, 255, 255), width=2
     )
     pen.rectangle(box, outline=draw.MARK, width=3)
-    return picture
+    return image
 
 
 def about(tile: Tile, patch: int, row: int, column: int, to: np.ndarray, by: np.ndarray) -> str:

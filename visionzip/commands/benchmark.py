@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
         batches = [int(part) for part in arguments.batches.split(",")]
     except ValueError as error:
         raise ValueError(f"--batches {arguments.batches!r} is not understood; expected numbers such as 1,8") from error
-    picture = decode_image(arguments.image) if arguments.image else gradient()
+    image = decode_image(arguments.image) if arguments.image else gradient()
     if arguments.plot:
         with style.style(arguments.theme):
             pass  # says what is missing before minutes of measuring
@@ -69,12 +69,12 @@ def run(arguments: argparse.Namespace) -> None:
     own = attachment.config
     budgets = parse_budgets(arguments.budgets, own) if arguments.budgets is not None else [None, own]
     rows = bench.benchmark(
-        model, processor, picture, budgets=budgets, batches=batches, turns=arguments.turns,
+        model, processor, image, budgets=budgets, batches=batches, turns=arguments.turns,
         new_tokens=arguments.new_tokens, repeats=arguments.repeats,
         report=lambda doing: print(f"  {doing}", file=sys.stderr, flush=True),
     )  # fmt: skip
     found = bench.facts(rows, model, name=arguments.model, quantize=arguments.quantize, new_tokens=arguments.new_tokens,
-                        picture=list(picture.size))  # fmt: skip
+                        image=list(image.size))  # fmt: skip
     where = f"{arguments.model} on {found['device']}, {found['dtype']}" + (
         f", {arguments.quantize} bit" if arguments.quantize else ""
     )

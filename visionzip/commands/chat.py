@@ -42,8 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
     begun = [open_image(path) for path in arguments.image]  # before the model: a wrong path costs nothing
     model, processor = _model.load(arguments)
     chat = Chat(model, processor, arguments.max_new_tokens, arguments.temperature)
-    for picture in begun:
-        chat.show(picture)
+    for image in begun:
+        chat.show(image)
     Terminal(chat, arguments.model).run()
 
 
@@ -116,9 +116,9 @@ class Terminal:
                 own, rest = " ".join(rest[place + 1 : place + 2]), rest[:place] + rest[place + 2 :]
             if not rest:
                 raise ValueError("/image takes one or more files: /image photo.jpg")
-            for picture in [open_image(path) for path in rest]:
-                self.chat.show(picture, own)
-                self.note(f"{picture.width} × {picture.height} image, shown with the next question.")
+            for image in [open_image(path) for path in rest]:
+                self.chat.show(image, own)
+                self.note(f"{image.width} × {image.height} image, shown with the next question.")
         elif word == "/budget":
             if len(rest) != 1:
                 raise ValueError(f"/budget takes one value such as 64, 54+10, 0.1 or all; now: {self.budget_words()}")
@@ -145,10 +145,10 @@ class Terminal:
 
 def summary(turn: Any) -> str:
     """One line of what a turn took."""
-    parts = [f"image: {now} of {stock} tokens" for now, stock in turn.pictures]
+    parts = [f"image: {now} of {stock} tokens" for now, stock in turn.images]
     cached = turn.prompt - turn.prefilled
     parts.append(f"prompt {turn.prompt} tokens" + (f" ({cached} from the cache)" if cached else ""))
-    if turn.encoded > len(turn.pictures):
+    if turn.encoded > len(turn.images):
         parts.append(f"images encoded again: {turn.encoded}")
     rate = (turn.tokens - 1) / (turn.seconds - turn.first) if turn.tokens > 1 and turn.seconds > turn.first else None
     parts.append(f"first token after {1000 * turn.first:.0f} ms")
