@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from data.config_file import config_errors
@@ -21,6 +24,10 @@ from train.result_checks import check_answers
 from train.scores import Scores
 from train.setup import Run
 from visionzip import attach, detach
+from visionzip.attach import unwrap
+from visionzip.families import family_for
+from visionzip.families.base import dtype_of
+from visionzip.intercept import Interceptions
 from visionzip.words import count_of
 
 QUESTIONS = {"template", "max_length", "max_pixels", "pad_images", "frames", "subset_seed"}
@@ -62,12 +69,32 @@ def evaluate_base(run: Run, base: dict[str, str]) -> dict[str, Scores]:
         scores["training_free"] = evaluate(run, "training-free")
     if "full" in config.eval.compare:
         detach(run.model)
-        scores["full"] = evaluate(run, "full tokens")
+        with projectors_in_their_dtype(run.model):
+            scores["full"] = evaluate(run, "full tokens")
         attach(run.model, run.processor, config.zip)
     if run.rank == 0:
         measured = json.loads(json.dumps({name: asdict(found) for name, found in scores.items()}))
         replace_text(known, json.dumps({"key": key, "digest": digest(measured), "scores": measured}))
     return scores
+
+
+@contextmanager
+def projectors_in_their_dtype(model: Any) -> Iterator[None]:
+    """Inside, projectors take features of the encoder's dtype, whatever their own: what trains is float32 beside frozen weights in
+    bfloat16, and a model that is not attached hands the features on as they are. (The LLM's embeddings are joined with a cast.)"""
+    base = unwrap(model)
+
+    def own(module: Any, value: Any) -> Any:
+        floating = torch.is_tensor(value) and value.is_floating_point()
+        return value.to(dtype_of(module, value.dtype)) if floating else value
+
+    def cast(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return tuple(own(module, value) for value in args), {name: own(module, value) for name, value in kwargs.items()}
+
+    with Interceptions() as put:
+        for name in family_for(base).projectors:
+            put.before_forward(base.get_submodule(name), cast)
+        yield
 
 
 def key_of_scores(config: RunConfig, processor: Any, base: dict[str, str]) -> str:

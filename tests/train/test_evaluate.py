@@ -260,3 +260,22 @@ def test_the_table_and_what_was_won_back() -> None:
     assert describe_recovery(scores(full=1)) == ""
     assert report.summarize_results(found, 16, 81, 0, 5)["fine_tuned"] == 0.7
     assert "full" not in report.summarize_results(scores(fine_tuned=9), 16, 81, 0, 5)
+
+
+def test_full_tokens_where_the_projector_has_another_dtype_than_the_encoder() -> None:
+    """Without DeepSpeed what trains is float32 beside frozen weights in bfloat16; here float64 beside float32."""
+    from transformers import AutoModelForImageTextToText
+
+    from train.evaluation import projectors_in_their_dtype
+
+    model = AutoModelForImageTextToText.from_pretrained(ROOT / "data" / "tiny-llava").eval()
+    pixels = torch.randn(1, 3, 72, 72, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.model.get_image_features(pixel_values=pixels).pooler_output[0]
+        projector = model.model.multi_modal_projector.double()
+        with pytest.raises(RuntimeError, match="dtype"):
+            model.model.get_image_features(pixel_values=pixels)
+        with projectors_in_their_dtype(model):
+            found = model.model.get_image_features(pixel_values=pixels).pooler_output[0]
+    torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-4)
+    assert not projector._forward_pre_hooks
