@@ -16,6 +16,8 @@ LIBRARY = [
         "budgets",
         "version",
         "words",
+        "decode",
+        "device",
         "intercept",
         "images",
         "video",

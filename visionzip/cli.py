@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
         arguments.others = others
     else:
         arguments = inner.parse_intermixed_args(argv[1:])
-    if name not in PROGRAM:  # which says for itself what is printed by which rank
+    light = getattr(command, "without_torch", lambda arguments: False)(arguments)
+    if name not in PROGRAM and not light:  # the program says for itself what is printed by which rank
         quiet()
     return guarded(name, command.run, arguments)
 

@@ -1,12 +1,15 @@
 """A base model on disk and one that was trained from it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.tiny import picture, tiny_llava, tiny_processor
-from visionzip import ZipConfig, attach
+from visionzip import ZipConfig, attach, load, save
 
 BUDGET = ZipConfig(dominant=5, contextual=3)
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -60,3 +63,17 @@ def answers(model, processor):
     assert inputs["input_ids"].shape[1] == 5 + 2 * 8
     with torch.no_grad():
         return model(**inputs.to(model.device)).logits.float()
+
+
+@pytest.fixture(scope="session")
+def torch_model():
+    """The embedded tiny model with its processor, 13 + 3 tokens per image."""
+    return load(ROOT / "data/tiny-llava", "cpu", "float32", config=ZipConfig(dominant=13, contextual=3))
+
+
+@pytest.fixture(scope="session")
+def exported(torch_model, tmp_path_factory):
+    """The directory of its ONNX export, made once for all tests."""
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name)
+    return save(torch_model[0], tmp_path_factory.mktemp("device") / "onnx", "onnx", budgets="16,8")

@@ -29,7 +29,7 @@ def same(a, b, dtype=torch.float32):
 
 
 def test_these_are_the_formats():
-    assert FORMATS.names() == sorted(NAMES)
+    assert FORMATS.names() == sorted((*NAMES, "onnx"))  # which can't be read back: tests/export/test_onnx.py
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -11,8 +11,11 @@ from typing import Any
 FIELDS = ("dominant", "contextual", "selector", "merge", "layer")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a model, or anything that was fine-tuned: file, directory or hub id")
+def add_arguments(parser: argparse.ArgumentParser, *, model: str | None = None) -> None:
+    """`model`: nargs of the model, for a command that can do without (``"?"``)."""
+    parser.add_argument(
+        "model", nargs=model, help="a model, or anything that was fine-tuned: file, directory or hub id"
+    )
     parser.add_argument("--base", help="the model that a projector belongs to, if not the one it names")
     parser.add_argument("--force", action="store_true", help="load a projector although it was trained on another base")
     parser.add_argument(

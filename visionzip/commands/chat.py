@@ -2,6 +2,7 @@
 
   visionzip chat runs/demo/projector --image photo.jpg
   visionzip chat llava-hf/llava-1.5-7b-hf --dominant 54 --contextual 10
+  visionzip chat --device runs/demo-onnx --image photo.jpg    (an ONNX export, without PyTorch)
 
 In the chat:
   /image photo.jpg [more.png]   show images before the next question
@@ -23,7 +24,7 @@ from visionzip.commands import _model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    _model.add_arguments(parser)
+    _model.add_arguments(parser, model="?")
     parser.add_argument("--image", action="append", default=[], help="an image to begin with; can be given again")
     parser.add_argument("--max-new-tokens", type=_model.count, default=512, help="longest answer (default: 512)")
     parser.add_argument("--temperature", type=temperature, default=0.0, help="0 (default): always the likeliest token")
@@ -37,6 +38,13 @@ def temperature(text: str) -> float:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    directory = onnx_export(arguments)
+    if directory is not None:
+        from visionzip.commands._device import talk
+
+        return talk(directory, arguments)
+    if arguments.model is None:
+        raise ValueError("name a model, or an ONNX export: visionzip chat --device DIRECTORY")
     from visionzip.chat import Chat
 
     begun = [open_image(path) for path in arguments.image]  # before the model: a wrong path costs nothing
@@ -45,6 +53,20 @@ def run(arguments: argparse.Namespace) -> None:
     for image in begun:
         chat.show(image)
     Terminal(chat, arguments.model).run()
+
+
+def without_torch(arguments: argparse.Namespace) -> bool:
+    """For `visionzip.cli`, which sets up torch and transformers for all other commands."""
+    return onnx_export(arguments) is not None
+
+
+def onnx_export(arguments: argparse.Namespace) -> str | None:
+    """The directory of an ONNX export, as the model or as the device to run on; None where neither is one."""
+    from visionzip.device.package import MANIFEST
+
+    if arguments.model is None and arguments.device and os.path.isdir(arguments.device):
+        return arguments.device
+    return arguments.model if arguments.model and os.path.isfile(os.path.join(arguments.model, MANIFEST)) else None
 
 
 class Terminal:
@@ -162,6 +184,6 @@ def open_image(path: str) -> Any:
     Raises:
         ImageError: when it can't be read.
     """
-    from visionzip.images import decode_image
+    from visionzip.decode import decode_image
 
     return decode_image(os.path.expanduser(path))

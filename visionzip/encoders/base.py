@@ -68,6 +68,8 @@ class Encoder(ABC):
         Raises:
             ValueError: for a layer that can't be read, see `layers_run`; for a `grid` where only one size can be read.
         """
+        if exporting() and grid is None:  # a graph has one way for batches of any size
+            return self.read(tower, pixel_values, layer, scores)
         slices = pixel_values.split(self.at_once(tower, pixel_values))
         with in_own_precision(tower, pixel_values.device):
             if grid is not None:
@@ -130,6 +132,11 @@ def encoder_for(tower: Any) -> Encoder:
         f"the vision encoder {type(tower).__name__} is not supported; supported: {', '.join(ENCODERS.names())}. "
         f"A new one is one file in visionzip/encoders/."
     )
+
+
+def exporting() -> bool:
+    """Inside of ``torch.export``, which PyTorch says of itself since 2.7."""
+    return torch.compiler.is_compiling() and getattr(torch.compiler, "is_exporting", lambda: False)()
 
 
 def in_own_precision(module: nn.Module, device: torch.device) -> AbstractContextManager[None]:

@@ -100,6 +100,8 @@ class Format(ABC):
     tags: ClassVar[tuple[str, ...]] = ()
     #: writing needs the whole model, not only what was trained
     whole: ClassVar[bool] = False
+    #: can be read back into a PyTorch model
+    loadable: ClassVar[bool] = True
 
     def recognises(self, path: Path) -> bool:
         """Is this a file or directory of this format? Looks at names and at small files only."""
@@ -158,6 +160,10 @@ def read_export(path: str | os.PathLike[str]) -> Trained:
         known = "; ".join(f"{name}: {entry.summary}" for name, entry in FORMATS)
         raise ValueError(f"{path} is not an export. Known formats: {known}")
     check_complete(place)
+    if not found.loadable:
+        raise ValueError(
+            f"{path} contains {found.what}, and can't be loaded with PyTorch; load what it was exported from"
+        )
     return found.read(place)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from visionzip.compress import listened
+from visionzip.compress import Compressed, listened
 from visionzip.config import ZipConfig
 from visionzip.encoders import Encoder, Layer, encoder_for
 from visionzip.families.stand_ins import MediaFeatures, Placeholders, TokenCount, TokenCounts
@@ -202,6 +202,11 @@ class Family(ABC):
             together = self.compress(configs[places[0]], **merge_image_inputs([parts[place] for place in places]))
             found |= dict(zip(places, together, strict=True))
         return [found[place] for place in range(len(parts))]
+
+    def compress_batch(self, config: ZipConfig, pixel_values: Tensor) -> Compressed:
+        """``(B, 3, height, width)`` → the same as `compress` in one tensor, for families whose images are all of one size and need
+        no more than pixels: what is exported as a graph (`visionzip.export.onnx`)."""
+        raise NotImplementedError
 
     def project(self, visual_tokens: list[VisualTokens]) -> list[Tensor]:
         """``(L_i, D)`` an image → ``(L_i, hidden)`` an image, through the projector, in one call."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from visionzip.compress import compress_to_budget
+from visionzip.compress import Compressed, compress_to_budget
 from visionzip.config import ZipConfig
 from visionzip.encoders import Layer
 from visionzip.encoders.base import in_own_precision
@@ -83,6 +83,11 @@ class Grouped(Family):
     @torch.no_grad()
     def tiles(self, config: ZipConfig, pixel_values: Tensor) -> Tensor:
         """``(T, 3, height, width)`` → ``(T, K, C)``."""
+        return self.compress_batch(config, pixel_values).tokens
+
+    @torch.no_grad()
+    def compress_batch(self, config: ZipConfig, pixel_values: Tensor) -> Compressed:
+        """Its `kept` are places among the ``n`` groups."""
         tower = self.model.get_submodule(self.tower)
         with in_own_precision(tower, pixel_values.device):
             found = self.encode(config, pixel_values)
@@ -93,7 +98,7 @@ class Grouped(Family):
             scores = found.scores
             if scores is not None:
                 scores = group_mean(scores[:, cls:, None].to(there), side).squeeze(-1)
-            return compress_to_budget(Features(tokens, metric, scores, has_cls=False), config).tokens
+            return compress_to_budget(Features(tokens, metric, scores, has_cls=False), config)
 
     def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:
         """One entry a *tile*: nothing in ``pixel_values`` says which tiles are of one image, and nothing needs to know."""

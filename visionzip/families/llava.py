@@ -6,13 +6,14 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from visionzip.adaptive import compress_each
-from visionzip.compress import compress_to_budget
+from visionzip.compress import Compressed, compress_to_budget
 from visionzip.config import ZipConfig
 from visionzip.families.base import FAMILIES, Family, VisualTokens
 from visionzip.families.stand_ins import FixedCount, TokenCount
-from visionzip.selectors import SELECTORS
+from visionzip.selectors import SELECTORS, Features
 from visionzip.selectors.pooled import scaled_grid
 
 
@@ -57,12 +58,16 @@ class Llava(Family):
 
     def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:
         with torch.no_grad():
-            budget = self.budget(config)
-            grid = scaled_grid(sum(budget)) if SELECTORS[config.selector].scales else None
-            features = self.encode(config, image_inputs["pixel_values"], grid=grid)
             if config.adaptive is not None:
-                return [each.tokens[0] for each in compress_each(features, config)]
-            return list(compress_to_budget(features, config, budget).tokens)
+                return [each.tokens[0] for each in compress_each(self.features(config, image_inputs["pixel_values"]), config)]
+            return list(self.compress_batch(config, image_inputs["pixel_values"]).tokens)
+
+    def compress_batch(self, config: ZipConfig, pixel_values: Tensor) -> Compressed:
+        return compress_to_budget(self.features(config, pixel_values), config, self.budget(config))
+
+    def features(self, config: ZipConfig, pixel_values: Tensor) -> Features:
+        grid = scaled_grid(sum(self.budget(config))) if SELECTORS[config.selector].scales else None
+        return self.encode(config, pixel_values, grid=grid)
 
     def placeholder_counts(self, config: ZipConfig) -> dict[str, TokenCount]:
         return {"image": FixedCount(sum(self.budget(config)))}
