@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-for package in ("onnx", "onnxruntime", "onnxscript"):
-    pytest.importorskip(package)
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
 
 from tests.export.conftest import BUDGET, ROOT
 from tests.tiny import tiny_llava, tiny_processor

@@ -16,6 +16,7 @@ import torch
 
 from visionzip.attach import Attachment
 from visionzip.budgets import ALL, at_budget, ladder, parse_budgets
+from visionzip.config import ZipConfig
 from visionzip.device.package import FORMAT, MANIFEST, TOKENIZER, read_package
 from visionzip.export.base import FORMATS, Format, Trained
 from visionzip.export.files import read_json, write_json
@@ -84,7 +85,9 @@ In a terminal: `visionzip chat --device {here} --image photo.jpg`. `device.json`
             "format": FORMAT,
             "model_type": attachment.model.config.model_type,
             "budgets": budgets,
-            "default": default if (default := str(sum(attachment.family.budget(attachment.config)))) in budgets else next(iter(budgets)),
+            "default": default
+            if (default := str(sum(attachment.family.budget(attachment.config)))) in budgets
+            else next(iter(budgets)),
             "language": {"file": LANGUAGE, **language.sizes},
             "end_ids": end_ids(attachment.model, processor),
             "precision": precision,

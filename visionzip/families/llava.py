@@ -59,7 +59,10 @@ class Llava(Family):
     def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:
         with torch.no_grad():
             if config.adaptive is not None:
-                return [each.tokens[0] for each in compress_each(self.features(config, image_inputs["pixel_values"]), config)]
+                return [
+                    each.tokens[0]
+                    for each in compress_each(self.features(config, image_inputs["pixel_values"]), config)
+                ]
             return list(self.compress_batch(config, image_inputs["pixel_values"]).tokens)
 
     def compress_batch(self, config: ZipConfig, pixel_values: Tensor) -> Compressed:
