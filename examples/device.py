@@ -37,7 +37,7 @@ shown = (
 text = prompt["first"]["image"].replace(prompt["image"], shown) + question + prompt["ask"]
 tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 pieces = [tokenizer.encode(piece, add_special_tokens=False).ids for piece in text.split(prompt["cut"]) if piece]
-new, answer = [*prompt["begin"], *sum(pieces, [])], []
+new, answer = prompt["begin"] + [token for piece in pieces for token in piece], []
 
 language = onnxruntime.InferenceSession(folder / sizes["file"])
 names = [value.name for value in language.get_inputs() if value.name.startswith("past.")]

@@ -169,7 +169,7 @@ def test_a_listed_path_outside_of_the_directory_is_not_read(exported, tmp_path):
     out = shutil.copytree(exported, tmp_path / "copy")
     files = json.loads((out / "device.json").read_text())["files"]
     rewrite(files=files | {"../secret": {"bytes": 1}})(out)
-    with pytest.raises(ValueError, match="names the file '../secret'; only files beside it are read"):
+    with pytest.raises(ValueError, match=r"names the file '\.\./secret'; only files beside it are read"):
         read_package(out)
 
 
