@@ -40,9 +40,7 @@ def temperature(text: str) -> float:
 def run(arguments: argparse.Namespace) -> None:
     directory = onnx_export(arguments)
     if directory is not None:
-        from visionzip.commands._device import talk
-
-        return talk(directory, arguments)
+        return talk_on_device(directory, arguments)
     if arguments.model is None:
         raise ValueError("name a model, or an ONNX export: visionzip chat --device DIRECTORY")
     from visionzip.chat import Chat
@@ -144,6 +142,8 @@ class Terminal:
         elif word == "/budget":
             if len(rest) != 1:
                 raise ValueError(f"/budget takes one value such as 64, 54+10, 0.1 or all; now: {self.budget_words()}")
+            from visionzip.budgets import parse_budget
+
             self.chat.budget(rest[0])
             self.note(f"{self.budget_words()}; the images so far are encoded again.")
         elif word == "/reset":
@@ -187,3 +187,75 @@ def open_image(path: str) -> Any:
     from visionzip.decode import decode_image
 
     return decode_image(os.path.expanduser(path))
+
+
+#: arguments of `visionzip chat` that mean nothing to a graph
+MEANINGLESS = ("base", "dominant", "contextual", "selector", "merge", "layer", "temperature", "force")
+
+
+def talk_on_device(directory: str, arguments: argparse.Namespace) -> None:
+    """Raises ``ValueError`` for a directory that can't be used, or an argument that a graph does not have."""
+    from visionzip.device import load
+    from visionzip.device.package import MANIFEST
+
+    given = [name for name in MEANINGLESS if getattr(arguments, name)]
+    if given:
+        raise ValueError(
+            f"--{given[0]} can't be changed in an ONNX export ({directory}/{MANIFEST}); export the model again"
+        )
+    if len(arguments.image) > 1:
+        raise ValueError("an ONNX export shows one image a question; give one --image, and others later with /image")
+    chat = load(directory).chat(arguments.budget, arguments.max_new_tokens)
+    for path in arguments.image:
+        chat.show(path)
+    DeviceTerminal(chat, directory).run()
+
+
+class DeviceTerminal(Terminal):
+    """On an ONNX export: neither torch nor transformers is imported."""
+
+    @property
+    def model(self) -> Any:
+        return self.chat.model
+
+    def answer(self, question: str) -> None:
+        def write(text: str) -> None:
+            print(text, end="", flush=True)
+
+        try:
+            found = self.chat.ask(question, write)
+        except KeyboardInterrupt:
+            print(" … (stopped)")
+            return
+        print()
+        self.note(device_summary(found))
+
+    def command(self, line: str) -> None:
+        word, *rest = shlex.split(line) if line.count('"') % 2 == 0 and line.count("'") % 2 == 0 else line.split()
+        if word == "/image":
+            if len(rest) != 1:
+                raise ValueError("/image takes one file here: /image photo.jpg")
+            image = self.chat.show(rest[0])
+            self.note(f"{image.width} × {image.height} image, shown with the next question.")
+        elif word == "/budget":
+            if len(rest) != 1:
+                raise ValueError(f"/budget takes one of {', '.join(self.model.budgets)}; now: {self.budget_words()}")
+            waiting: list[Any] = self.chat.waiting
+            self.chat = self.model.chat(rest[0], self.chat.limit)
+            self.chat.waiting = waiting
+            self.note(f"{self.budget_words()}; the conversation begins anew.")
+        else:
+            super().command(line)
+
+    def budget_words(self) -> str:
+        return f"{self.model.budgets[str(self.chat.budget)]} visual tokens per image"
+
+
+def device_summary(answer: Any) -> str:
+    """One line of what an answer took."""
+    cached = answer.prompt - answer.prefilled
+    parts = [f"prompt {answer.prompt} tokens" + (f" ({cached} from the cache)" if cached else "")]
+    rate = (answer.tokens - 1) / (answer.seconds - answer.first) if answer.tokens > 1 else None
+    parts.append(f"first token after {1000 * answer.first:.0f} ms")
+    parts.append(f"{answer.tokens} tokens" + (f", {rate:.0f}/s" if rate else ""))
+    return " · ".join(parts)
