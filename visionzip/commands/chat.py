@@ -142,8 +142,6 @@ class Terminal:
         elif word == "/budget":
             if len(rest) != 1:
                 raise ValueError(f"/budget takes one value such as 64, 54+10, 0.1 or all; now: {self.budget_words()}")
-            from visionzip.budgets import parse_budget
-
             self.chat.budget(rest[0])
             self.note(f"{self.budget_words()}; the images so far are encoded again.")
         elif word == "/reset":
