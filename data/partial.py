@@ -3,7 +3,6 @@ are made."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,23 +14,19 @@ from visionzip import pretrained
 
 
 @contextmanager
-def loading(section: ModelSection) -> Iterator[None]:
-    """What goes wrong while the model or its processor is loaded or compressed, as a `ConfigError` with one line."""
-    path = section.path
+def as_config_error(place: str) -> Iterator[None]:
+    """Errors of `visionzip.pretrained` and `attach`, each one sentence, as a `ConfigError` at this place of the config."""
     try:
         yield
+    except ConfigError:
+        raise
     except (OSError, ImportError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        if os.path.isabs(os.path.expanduser(path)) and not os.path.isdir(path):
-            raise ConfigError(f"model.path: there is no directory {path}") from error
-        said = " ".join(str(error).split())
-        raise ConfigError(f"model {path} with this zip section can't be used: {said}") from error
+        raise ConfigError(f"{place}: {error}") from error
 
 
 def load_processor(section: ModelSection) -> Any:
     """The processor of `model.path`. Raises `ConfigError`."""
-    with loading(section):
+    with as_config_error("model.path"):
         return pretrained.load_processor(section.path, **section.source_options)
 
 

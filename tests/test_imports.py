@@ -14,6 +14,7 @@ LIBRARY = [
         "merges",
         "config",
         "budgets",
+        "argument_types",
         "version",
         "words",
         "decode",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.partial import load_without
+from data.partial import as_config_error, load_without
 from train.config import ConfigError, ModelSection, RunConfig
 from visionzip import attach
 from visionzip.export import load_into
@@ -29,7 +29,7 @@ def build_model(config: RunConfig) -> tuple[Any, Any]:
     if config.data.cache is not None and config.eval is None:  # an evaluation sees images that are in no cache
         load = partial(load_without, without=["encoder"])
     quantized = quantization_options(section)
-    try:
+    with as_config_error("model.path"):
         model = load(
             section.path,
             **section.source_options,
@@ -38,14 +38,10 @@ def build_model(config: RunConfig) -> tuple[Any, Any]:
             **quantized,
         )
         processor = load_processor(section.path, **section.source_options)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"model.path: {error}") from error
-    try:
+    with as_config_error("model / zip"):
         attach(model, processor, config.zip)
         if section.projector is not None:
             load_into(model, section.projector, force=section.force_projector, adapters=False)
-    except (ValueError, FileNotFoundError) as error:
-        raise ConfigError(f"zip / model: {error}") from error
     model.config.use_cache = False
     return model, processor
 

@@ -21,7 +21,7 @@ from data.cache.shards import SHARD_BYTES, SUFFIX, Key, Writer
 from data.cache.store import Store
 from data.collate import merge_images
 from data.config import DataConfig, PipelineConfig
-from data.partial import load_processor, load_without, loading
+from data.partial import as_config_error, load_processor, load_without
 from data.processes import own_device, rank_and_world
 from data.sample import Rejection
 from visionzip import Attachment, attach, attached
@@ -162,7 +162,7 @@ def build_cache(config: PipelineConfig, batch: int = 64, workers: int = 4) -> No
     processor = load_processor(section)
     folder.mkdir(parents=True, exist_ok=True)  # what can go wrong at once does so before weights are read
     open_listing(data, processor)
-    with loading(section):
+    with as_config_error("model / zip"):
         model = load_without(section.path, ["llm"], dtype=dtype, **section.source_options)
         attachment = attached(attach(model.to(device).eval(), processor, config.zip))
     assert attachment is not None

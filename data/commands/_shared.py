@@ -1,4 +1,4 @@
-"""What all commands of `data` have in common: how a config is named, how integers are checked, how a failure is reported."""
+"""What all commands of `data` have in common: how a config is named, how a failure is reported."""
 
 from __future__ import annotations
 
@@ -28,21 +28,6 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="put over the file, e.g. data.max_length=1024"
     )
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """The `type` of an option: an integer of at least `least`."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected an integer, found {text!r}") from None
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, found {value}")
-        return value
-
-    return parse
 
 
 def run_guarded(program: str, action: Callable[[], int]) -> int:

@@ -13,7 +13,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from data.commands._shared import add_config, at_least, run_guarded, start
+from data.commands._shared import add_config, run_guarded, start
+from visionzip.argument_types import at_least
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

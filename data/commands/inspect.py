@@ -21,13 +21,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.cache.identity import check_identity, settings
-from data.commands._shared import add_config, at_least, run_guarded, start
+from data.commands._shared import add_config, run_guarded, start
 from data.config import DataConfig, PipelineConfig, load_config
 from data.dataset import InstructionDataset, build_dataset
 from data.inspect.survey import Survey, survey
-from data.partial import load_processor, load_shapes, loading
+from data.partial import as_config_error, load_processor, load_shapes
 from data.sample import Rejection, Sample
 from data.stream import StreamedDataset, build_stream, is_streamed
+from visionzip.argument_types import at_least
 
 LIMIT = 2000
 
@@ -77,7 +78,7 @@ def prepare_processor(config: PipelineConfig, compress: bool = True) -> Any:
 
     processor = load_processor(config.model)
     if compress:
-        with loading(config.model):
+        with as_config_error("model / zip"):
             model = load_shapes(config.model)
             attach(model, processor, config.zip)
         processor.visionzip_model = model  # the processor lives as long as its model

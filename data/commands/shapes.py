@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 
 from data import shapes
-from data.commands._shared import at_least, run_guarded, start
+from data.commands._shared import run_guarded, start
+from visionzip.argument_types import at_least
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data import stamps
-from data.commands._shared import at_least, run_guarded, start
+from data.commands._shared import run_guarded, start
 from data.stamp_files import check_stamps, fetch, find_photographs
+from visionzip.argument_types import at_least
 
 PROGRAM = "data.commands.stamps"
 CACHE = "~/.cache/visionzip-ft/stamps"

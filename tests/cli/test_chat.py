@@ -201,7 +201,7 @@ class TestTerminal:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--max-new-tokens", "0"], "argument --max-new-tokens: expected a number of at least 1, got '0'"),
+            (["--max-new-tokens", "0"], "argument --max-new-tokens: must be at least 1, found 0"),
             (["--temperature", "-1"], "argument --temperature: expected a number of at least 0, got '-1'"),
             (
                 ["--dominant", "x"],

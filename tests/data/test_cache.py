@@ -329,7 +329,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(place, cache):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("model.path=/nonexistent", "model.path: there is no directory /nonexistent"),
+        ("model.path=/nonexistent", "model.path: there is nothing at /nonexistent"),
         ("model.dtype=nope", "model.dtype"),
         ("zip.dominant=5000", "5000"),
         ("data.sources.0.path=/nowhere/a.json", "there is no file /nowhere/a.json"),

@@ -15,17 +15,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def positive(text: str) -> int:
-    """An argument that counts something.
-
-    Raises:
-        argparse.ArgumentTypeError: not a whole number, or less than 1.
-    """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1 (found {text!r})")
-    return int(text)
-
-
 def read_config(arguments: argparse.Namespace, also: Sequence[str] = ()) -> RunConfig:
     """The config that the command line names.
 

@@ -14,15 +14,16 @@ from pathlib import Path
 from train.commands import _config
 from train.guard import run_guarded
 from train.memory import TEXT, list_plans, measure_model, model_without_weights, render_plans
+from visionzip.argument_types import at_least
 from visionzip.words import count_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _config.add_arguments(parser)
-    parser.add_argument("--gpus", type=_config.positive, default=8, help="number of GPUs (default: %(default)s)")
+    parser.add_argument("--gpus", type=at_least(1), default=8, help="number of GPUs (default: %(default)s)")
     parser.add_argument("--gpu-memory", type=gibibytes, default=24.0, help="GiB of one GPU (default: %(default)s)")
     parser.add_argument(
-        "--length", type=_config.positive, help=f"average tokens per sample (default: {TEXT} of text and an image's)"
+        "--length", type=at_least(1), help=f"average tokens per sample (default: {TEXT} of text and an image's)"
     )
 
 

@@ -21,13 +21,14 @@ from pathlib import Path
 from train.commands import _config
 from train.guard import run_guarded
 from train.sweep_cells import make_cells
+from visionzip.argument_types import at_least
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _config.add_arguments(parser)
     parser.add_argument("--out", required=True, type=Path, help="folder of the sweep")
     parser.add_argument(
-        "--jobs", type=_config.positive, default=1, help="cells at once, a process each (default: %(default)s)"
+        "--jobs", type=at_least(1), default=1, help="cells at once, a process each (default: %(default)s)"
     )
     parser.add_argument("--pixels", action="store_true", help="compute visual tokens in every run, in place of once")
 

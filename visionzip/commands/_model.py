@@ -71,13 +71,6 @@ def tokens(text: str) -> int | float:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def count(text: str) -> int:
-    """A number of things of which there has to be at least one."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
-    return int(text)
-
-
 def load(arguments: argparse.Namespace, **options: Any) -> tuple[Any, Any]:
     """Model and processor, attached with the requested budget. `options` go to ``from_pretrained``.
 

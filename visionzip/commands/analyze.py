@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from visionzip.argument_types import at_least
 from visionzip.commands import _model
 from visionzip.words import count_of
 
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="a folder of images")
     parser.add_argument("--out", default="visionzip-analysis", help="folder for table, plots and JSON")
     parser.add_argument("--theme", choices=("light", "dark"), default="light", help="of the plots")
-    parser.add_argument("--limit", type=_model.count, help="at most this many images, in the order of their names")
+    parser.add_argument("--limit", type=at_least(1), help="at most this many images, in the order of their names")
 
 
 def run(arguments: argparse.Namespace) -> None:

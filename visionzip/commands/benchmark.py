@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from visionzip.argument_types import at_least
 from visionzip.commands import _model
 
 
@@ -24,10 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budgets", help="all, 64, 54+10 or 0.1, separated by commas (default: all and the model's own)"
     )
     parser.add_argument("--batches", default="1", help="batch sizes, separated by commas (default: 1)")
-    parser.add_argument("--turns", type=_model.count, default=1, help="of the conversation (default: 1)")
-    parser.add_argument("--new-tokens", type=_model.count, default=32, help="length of each answer (default: 32)")
+    parser.add_argument("--turns", type=at_least(1), default=1, help="of the conversation (default: 1)")
+    parser.add_argument("--new-tokens", type=at_least(1), default=32, help="length of each answer (default: 32)")
     parser.add_argument(
-        "--repeats", type=_model.count, default=3, help="the median of so many runs (default: 3), after one to warm up"
+        "--repeats", type=at_least(1), default=3, help="the median of so many runs (default: 3), after one to warm up"
     )
     parser.add_argument("--image", "--picture", help="default: 640 × 480 pixels of a gradient")
     parser.add_argument(

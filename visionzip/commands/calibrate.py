@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from visionzip.argument_types import at_least
 from visionzip.commands import _model
 
 
@@ -20,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="an image or a folder of images")
     parser.add_argument("--mean", type=float, required=True, help="tokens per image (or tile) on average")
     parser.add_argument("--measure", choices=("attention", "coverage"), default="attention", help="measure of the threshold (default: attention)")  # fmt: skip
-    parser.add_argument("--least", type=_model.count, default=1, help="dominant tokens every image keeps (default: 1)")
-    parser.add_argument("--limit", type=_model.count, help="at most this many images of a folder")
+    parser.add_argument("--least", type=at_least(1), default=1, help="dominant tokens every image keeps (default: 1)")
+    parser.add_argument("--limit", type=at_least(1), help="at most this many images of a folder")
 
 
 def run(arguments: argparse.Namespace) -> None:

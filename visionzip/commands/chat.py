@@ -20,13 +20,14 @@ import shlex
 import sys
 from typing import Any
 
+from visionzip.argument_types import at_least
 from visionzip.commands import _model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _model.add_arguments(parser, model="?")
     parser.add_argument("--image", action="append", default=[], help="an image to begin with; can be given again")
-    parser.add_argument("--max-new-tokens", type=_model.count, default=512, help="longest answer (default: 512)")
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=512, help="longest answer (default: 512)")
     parser.add_argument("--temperature", type=temperature, default=0.0, help="0 (default): always the likeliest token")
 
 

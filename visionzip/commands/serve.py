@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 
-from visionzip.commands import _model
+from visionzip.argument_types import at_least
 
 #: what `add_arguments` does not know is in ``arguments.others``
 PASSES_ON = True
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", help="of the weights: float32, bfloat16, float16 (default: as stored)"
     )
     parser.add_argument(
-        "--images", type=_model.count, default=4, help="images that a request may contain (default: %(default)s)"
+        "--images", type=at_least(1), default=4, help="images that a request may contain (default: %(default)s)"
     )
     parser.add_argument("--name", help="the model's name in requests (default: the directory's)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")

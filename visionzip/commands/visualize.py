@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from visionzip.argument_types import at_least
 from visionzip.commands import _model
 
 
@@ -25,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--theme", choices=("light", "dark"), default="light", help="of the PNGs (the page follows the reader)"
     )
-    parser.add_argument("--frames", type=_model.count, default=8, help="taken evenly from a video (default: 8)")
-    parser.add_argument("--limit", type=_model.count, help="at most this many images of a folder")
+    parser.add_argument("--frames", type=at_least(1), default=8, help="taken evenly from a video (default: 8)")
+    parser.add_argument("--limit", type=at_least(1), help="at most this many images of a folder")
 
 
 def run(arguments: argparse.Namespace) -> None:
