@@ -37,7 +37,7 @@ class Collator:
         self.processor = processor
         self.images = images
         tokenizer = getattr(processor, "tokenizer", processor)
-        # A pad id that is never looked at (the attention mask is 0 there) only has to be a row of the embedding.
+        # A pad id that is never read (the attention mask is 0 there) only has to be a row of the embedding.
         self.pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
         self._blank: dict[str, Any] | None = None
 

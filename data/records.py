@@ -97,7 +97,7 @@ def content_digest(sources: Sequence[SourceConfig], cache_dir: str | None = None
 
     A JSON file counts with all its bytes, which its index has hashed already. Other local files (Parquet, Arrow, CSV, a folder's)
     count whole up to 4 MB, above that with their size and `SAMPLED` places; a data set of the hub with the files that `datasets`
-    keeps of it, a streamed one with its name, subset and split alone. The files of images are not looked at.
+    keeps of it, a streamed one with its name, subset and split alone. Image files are not read.
 
     Raises:
         ValueError, FileNotFoundError: for a source that can't be opened.

@@ -1,4 +1,4 @@
-"""What the images of the embedded data set show, and the pictures: a few coloured shapes before a greyish background.
+"""What the images of the embedded data set show, and how it is drawn: a few coloured shapes before a greyish background.
 
 Everything is a function of one integer, the image's seed. Questions about a scene are in `data/shapes/`.
 """
@@ -135,8 +135,8 @@ def _outline(shape: Shape) -> list[tuple[float, float]]:
     ]
 
 
-def jpeg(picture: Image.Image) -> bytes:
+def encode_jpeg(image: Image.Image) -> bytes:
     """JPEG without chroma subsampling: with it, the colour of a shape two patches wide runs into the background."""
     out = io.BytesIO()
-    picture.save(out, "JPEG", quality=92, subsampling=0)
+    image.save(out, "JPEG", quality=92, subsampling=0)
     return out.getvalue()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from data.folder import write_once
 from data.rounds import Round, render_record
-from data.scenes import jpeg
+from data.scenes import encode_jpeg
 from data.stamp_scenes import CATALOGUE, KINDS, QUADRANTS, Placed, StampScene, Thing, compose, paint
 
 TYPES = ("what", "where", "count", "exists", "kind", "beside", "order")
@@ -258,7 +258,7 @@ def _write_image(
     folder: Path, split: str, seed: int, stamps: Path, backgrounds: Sequence[Path], side: int, index: int
 ) -> None:
     image = paint(scene_of(split, seed, index), stamps, backgrounds, side)
-    (folder / f"{split}/{index:06d}.jpg").write_bytes(jpeg(image))
+    (folder / f"{split}/{index:06d}.jpg").write_bytes(encode_jpeg(image))
 
 
 def _spread(work: Callable[[int], None], count: int, workers: int) -> Iterator[None]:

@@ -55,14 +55,14 @@ class Pictures:
 
 def render(split: str, seed: int, count: int, workers: int) -> Pictures:
     """Draw images ahead, in `workers` processes, so that training never waits for one."""
-    seeds = [shapes.picture_seed(split, seed, index) for index in range(count)]
+    seeds = [shapes.image_seed(split, seed, index) for index in range(count)]
     with ProcessPoolExecutor(workers) as pool:
         drawn = list(pool.map(_pixels, seeds, chunksize=256))
     return Pictures([shapes.scene(number) for number in seeds], torch.from_numpy(np.stack(drawn)))
 
 
 def _pixels(seed: int) -> np.ndarray:
-    return np.array(Image.open(io.BytesIO(shapes.jpeg(shapes.draw(shapes.scene(seed))))))
+    return np.array(Image.open(io.BytesIO(shapes.encode_jpeg(shapes.draw(shapes.scene(seed))))))
 
 
 def normalise(pixels: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class TrainerSection(BaseModel):
 
     @property
     def sharded(self) -> bool:
-        """Whether no rank has whole weights (ZeRO-3), by its name or by what a DeepSpeed config of one's own says."""
+        """Whether no rank has whole weights (ZeRO-3), by its name or by a custom DeepSpeed config."""
         return zero_stage(self.deepspeed_config()) == 3
 
 

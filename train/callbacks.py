@@ -1,4 +1,4 @@
-"""What a run tells while it runs: one progress bar, `metrics.jsonl`, Weights & Biases."""
+"""What a run reports while it trains: a progress bar, `metrics.jsonl`, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def to_number(value: Any) -> Any:
 
 
 class Wandb(WandbCallback):
-    """The Trainer's W&B callback with this run's id, config and folder. Whatever W&B does, training goes on."""
+    """The Trainer's W&B callback with this run's id, config and directory. A failure of W&B never ends the training."""
 
     def __init__(self, config: RunConfig, resolved: dict[str, Any], facts: dict[str, Any]) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class Wandb(WandbCallback):
                 self._wandb.log({**values, "train/global_step": line["step"]})
 
     def _run_id(self) -> str:
-        """The same id for every start of this run; another one where it starts anew, or its steps would count as logged before."""
+        """The same id for every start of this run; another one where it starts from the beginning, or its steps would count as logged before."""
         anew = self.run_config.trainer.resume is None
         if anew or not self.id_file.is_file() or not self.id_file.read_text().strip():
             self.id_file.parent.mkdir(parents=True, exist_ok=True)
@@ -207,7 +207,7 @@ class Wandb(WandbCallback):
             self._safely(lambda: self._wandb.log(values), "failed to log")
 
     def log_computed(self, make: Callable[[Any], dict[str, Any]]) -> None:
-        """What needs the library to be made: `make(wandb)` gives the values."""
+        """Log the values that `make(wandb)` returns, for those made of W&B's own types."""
         if self._wandb is not None and self._wandb.run is not None:
             self._safely(lambda: self._wandb.log(make(self._wandb)), "failed to log")
 
@@ -248,7 +248,7 @@ def choose_mode(config: RunConfig) -> str:
 
 
 def has_key() -> bool:
-    """Whether somebody logged in on this machine: WANDB_API_KEY, or `wandb login`'s entry in ~/.netrc."""
+    """Whether there is a W&B key on this machine: WANDB_API_KEY, or `wandb login`'s entry in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""

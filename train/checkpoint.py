@@ -8,7 +8,7 @@
         manifest.json               size and SHA-256 of each of these, and of itself
 
 Only rank 0 writes and only rank 0 reads: no shared file system is needed, and a checkpoint does not depend on how many
-processes there are. A directory that is called `checkpoint-N` is complete unless somebody changed it afterwards; while it is
+processes there are. A directory that is called `checkpoint-N` is complete unless it was changed afterwards; while it is
 written or deleted its name starts with a dot. A checkpoint is exactly the files that its manifest lists.
 """
 
@@ -84,7 +84,9 @@ class Writer:
         manifest["sha256"] = digest_of(manifest)
         write_through(self.aside / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
         sync(self.aside)
-        if self.final.exists():  # damaged, or left over: this run started from an older checkpoint, or anew
+        if (
+            self.final.exists()
+        ):  # damaged, or left over: this run started from an older checkpoint, or from the beginning
             discard(self.final)
         os.rename(self.aside, self.final)
         sync(self.final.parent)
@@ -116,7 +118,7 @@ def step_of(path: Path) -> int:
 
 
 def list_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
-    """Directories called `checkpoint-N`, oldest first. Their content is not looked at."""
+    """Directories called `checkpoint-N`, oldest first. Their content is not read."""
     root = Path(output_dir)
     found = [p for p in root.iterdir() if NAME.match(p.name) and p.is_dir()] if root.is_dir() else []
     return sorted(found, key=step_of)
@@ -178,7 +180,7 @@ def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def find_newest_complete(output_dir: str | os.PathLike[str], warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that is complete; `warn` is told of every one that is skipped."""
+    """The newest checkpoint that is complete; `warn` is called for every one that is skipped."""
     for path in reversed(list_checkpoints(output_dir)):
         try:
             verify(path)

@@ -89,7 +89,7 @@ class TrainSection(Section):
 class WandbSection(Section):
     enabled: bool = True
     project: str = "visionzip-ft"
-    name: str | None = Field(None, description="of the run; null: the last part of output_dir")
+    name: str | None = Field(None, description="name of the run; null: the last part of output_dir")
     group: str | None = None
     tags: list[str] = Field([])
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
@@ -119,7 +119,7 @@ class RunConfig(PipelineConfig):
     """One run. The YAML file has these sections; any key can be overridden as `section.key=value`."""
 
     output_dir: str = Field(description="the run directory: checkpoints, logs, what was trained, report")
-    seed: int = Field(0, ge=0, description="of the data order and of every random generator")
+    seed: int = Field(0, ge=0, description="seed of the data order and of every random generator")
     train: TrainSection = Field(default_factory=lambda: TrainSection.model_validate({}))
     trainer: TrainerSection = Field(default_factory=lambda: TrainerSection.model_validate({}))
     wandb: WandbSection = Field(default_factory=lambda: WandbSection.model_validate({}))

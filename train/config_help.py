@@ -46,7 +46,7 @@ COMPARED = (
 
 
 def describe_type(annotation: Any) -> str:
-    """`int | float`, `'a' | 'b' | null` …: a type as somebody who writes YAML would say it."""
+    """`int | float`, `'a' | 'b' | null` …: a type in the terms of YAML."""
     if annotation is type(None):
         return "null"
     origin, inner = get_origin(annotation), get_args(annotation)
@@ -110,7 +110,7 @@ def describe_recipes(folder: Path = CONFIGS) -> str:
         try:
             trainer = read_config_file(path).get("trainer") or {}
         except ConfigError:
-            continue  # a file that somebody is working on
+            continue  # a config that is being edited
         rows.append([str(path.relative_to(folder)), *(str(trainer.get(name, "-")) for name in COMPARED)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(

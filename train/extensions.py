@@ -1,8 +1,8 @@
 """DeepSpeed compiles its extensions when they are first used. How they are built must not depend on how a run was started, and a
 run that was killed while it built them must not stop the next one.
 
-torch guards a build with a file that exists while somebody is at it. A killed process leaves it behind, and every later one
-waits for it without end. Here extensions are built before DeepSpeed asks for them, by one process at a time; whoever has the
+torch guards a build with a file that exists while the build runs. A killed process leaves it behind, and every later one
+waits for it forever. Here extensions are built before DeepSpeed asks for them, by one process at a time; whoever has the
 lock, which goes with its process, knows that such a file means nothing.
 """
 

@@ -31,7 +31,7 @@ def record_finish(config: RunConfig, step: int) -> None:
 def find_finish(config: RunConfig, rank: int, world_size: int) -> int | None:
     """The last step, where the same command was run to its end before and nothing is missing; else None. Collective.
 
-    A run that starts anew, or from a checkpoint that was named, is never finished, nor is one without a checkpoint of its last step.
+    A run that starts from the beginning, or from a checkpoint that was named, is never finished, nor is one without a checkpoint of its last step.
     """
     found: list[Any] = [_find(config) if rank == 0 and config.trainer.resume == "auto" else None]
     if world_size > 1:

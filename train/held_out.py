@@ -1,4 +1,4 @@
-"""Asks a model the held-out questions, shared over all processes. What its answers are worth: `train.scores`."""
+"""Asks a model the held-out questions, shared over all processes. Scores: `train.scores`."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def prepare_environment() -> int:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on, of those below what the kernel gives to outgoing connections (32768 and up on Linux): one
+    """A free TCP port, of those below what the kernel gives to outgoing connections (32768 and up on Linux): one
     of these could be taken between here and the moment it is listened on.
 
     Raises:

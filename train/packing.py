@@ -255,7 +255,7 @@ def causal_options(kernel: Callable[..., Any], width: int, scaling: float, share
     and a scale, 2.12 also ``enable_gqa``. What it takes for granted is left out.
 
     Raises:
-        TypeError: what is asked for can't be said.
+        TypeError: the installed torch can't express what is requested.
     """
     known = inspect.signature(kernel).parameters
     options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}

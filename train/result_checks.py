@@ -9,7 +9,7 @@ import numpy as np
 from train.scores import Scores
 
 FEWEST = 12
-"""Log lines without which nothing is said about the loss."""
+"""Log lines below which the loss is not judged."""
 
 SHOWN = 3
 """Wrong answers in a warning."""

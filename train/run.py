@@ -65,7 +65,7 @@ def run(config: RunConfig) -> int:
 
 
 def train_and_leave_behind(run: Run) -> int:
-    """A built run to its end; returns the exit code."""
+    """Train, evaluate, export; returns the exit code."""
     dataset = build_data(run)
     tokens = count_tokens(run)
     identity = describe_identity(run, size_of(dataset))
@@ -232,7 +232,7 @@ def wandb_callbacks(run: Run, wandb: Wandb | None) -> list[Any]:
 
 
 def tell_finished(config: RunConfig, step: int) -> None:
-    """What is printed in place of a run."""
+    """Say that the run is finished already, in place of running it."""
     folder = Path(config.output_dir)
     found = [f"{name}: {folder / name}" for name in (*RESULTS.values(), "report") if (folder / name).is_dir()]
     print(
@@ -269,7 +269,7 @@ def announce(run: Run, trainer: ProjectorTrainer, dataset: Any, tokens: Tokens) 
 
 
 def end_early(run: Run, trainer: ProjectorTrainer, wandb: Wandb | None) -> None:
-    """A signal asked for it.
+    """End a run that was stopped by a signal.
 
     Raises:
         RunEnded: always.

@@ -112,7 +112,7 @@ def compare_groups(best: Group, other: Group) -> tuple[float, float]:
     """How much better `best` is, and the standard error of that.
 
     Both answered the same questions, so it is the paired difference of each image (its questions are not independent) that varies
-    over images; what varies over seeds is added, which counts a part of it twice: the error is rather too large.
+    over images; what varies over seeds is added, which counts a part of it twice: the error is overestimated.
     """
     gap = best.right - other.right  # (questions,)
     by_image = np.bincount(best.images, weights=gap)

@@ -95,7 +95,7 @@ def perform(task: Task, gpu: int | None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpu(gpu, os.environ.get("CUDA_VISIBLE_DEVICES"))
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore between processes, which nobody would give back
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore between processes, which would not be released
     threading.Thread(target=end_with_parent, daemon=True).start()
     code = run_guarded(lambda: task.action(task.config))
     print(f"{time.process_time():.1f} s of CPU time", file=sys.stderr)

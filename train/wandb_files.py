@@ -1,7 +1,7 @@
-"""Reads the `.wandb` files that W&B writes when it is offline, with W&B's own record types.
+"""Reads the `.wandb` files that W&B writes when it is offline: which steps reached the disk before a run was killed.
 
-Since 0.2x the Python package no longer holds the reader of the file around the records (it moved into `wandb-core`). That
-format is LevelDB's log (github.com/google/leveldb/blob/main/doc/log_format.md) behind a seven-byte header.
+W&B's Python package (0.31) has the record types but no reader of the file around them, which is inside the `wandb-core` binary;
+hence this one. The file is LevelDB's log (github.com/google/leveldb/blob/main/doc/log_format.md) behind a seven-byte header.
 """
 
 from __future__ import annotations

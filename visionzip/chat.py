@@ -246,7 +246,7 @@ class Chat:
         known = int(differs[0]) if len(differs) else shorter
         places = (ids == self.family.image_token_id).nonzero().flatten().tolist()
         if len(places) != sum(counts):
-            return 0, 0  # a family that writes more than its images' tokens: begin anew
+            return 0, 0  # a family that writes more than its images' tokens: start again
         old, done = 0, 0
         while old < len(counts) and places[done + counts[old] - 1] < known:
             done, old = done + counts[old], old + 1

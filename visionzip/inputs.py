@@ -194,7 +194,7 @@ def _adds_token_type_ids(processor: Any) -> bool:
 def batch_prompts(processor: Any, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Prompts (each ``input_ids`` (L,), token types and image inputs) → ``(B, L)``, padded on the left for ``generate``."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    # A pad id that is never looked at (the attention mask is 0 there) only has to be a row of the embedding.
+    # A pad id that is never read (the attention mask is 0 there) only has to be a row of the embedding.
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     length = max(len(row["input_ids"]) for row in rows)
     batch: dict[str, Any] = {

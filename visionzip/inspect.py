@@ -121,7 +121,7 @@ def export_use(trained: Trained, path: Path, form: Format) -> list[str]:
 
 
 def _loose(path: Path) -> Description | None:
-    """A safetensors file of somebody else's."""
+    """A safetensors file of another tool."""
     try:
         with safe_open(path, framework="pt") as file:  # names and sizes; the values may be many gigabytes
             state = {}

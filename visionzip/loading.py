@@ -165,7 +165,7 @@ def save(
     """
     form = FORMATS[format]
     if write:
-        free(out, overwrite=overwrite, ours=recognise(out) is not None)  # before a model is loaded for nothing
+        free(out, overwrite=overwrite, ours=recognise(out) is not None)  # fails before a model is loaded
     if isinstance(source, str | os.PathLike):
         place = local_copy(source)
         trained = read_export(place)

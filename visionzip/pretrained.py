@@ -66,7 +66,7 @@ def load_model(
         loaded: Any = (loader or AutoModelForImageTextToText).from_pretrained(
             source,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # said below, by name
+            ignore_mismatched_sizes=True,  # reported below, by name
             **options,
         )
     except torch.OutOfMemoryError:

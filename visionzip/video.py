@@ -111,7 +111,7 @@ def _seek_frames(file: BinaryIO, count: int, max_pixels: int) -> list[Image.Imag
         if not times:
             return None
     wanted = [times[index] for index in spread_evenly(len(times), count)]
-    with _opened(file, max_pixels) as (container, stream):  # opened anew: not every container seeks to its beginning
+    with _opened(file, max_pixels) as (container, stream):  # opened again: not every container seeks to its beginning
         frames = container.decode(stream)
         found: list[Image.Image] = []
         position = 0

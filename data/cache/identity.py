@@ -125,7 +125,7 @@ def cache_at(folder: str | os.PathLike[str]) -> MadeFor:
 
 
 def claim(folder: Path, wanted: dict[str, Any]) -> None:
-    """Write the manifest if nobody has, else compare. Any number of processes may do so at once.
+    """Write the manifest if there is none, else compare. Any number of processes may do so at once.
 
     Raises:
         CacheError: the folder is another cache's.

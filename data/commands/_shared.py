@@ -1,4 +1,4 @@
-"""What all commands of `data` have in common: how a config is named, how a failure is reported."""
+"""What all commands of `data` have in common: how a config is named, how failures are reported."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def start(command: Any, program: str, arguments: Sequence[str] | None) -> int:
 def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="a run's YAML file; its sections model, zip and data are read")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="put over the file, e.g. data.max_length=1024"
+        "overrides", nargs="*", metavar="key=value", help="overrides of the file, e.g. data.max_length=1024"
     )
 
 

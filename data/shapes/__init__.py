@@ -21,11 +21,11 @@ from PIL import Image
 
 from data.folder import write_once
 from data.rounds import Round, render_record
-from data.scenes import COLOURS, PAIRS, SHAPES, SIZE, Scene, Shape, draw, jpeg, once, scene
+from data.scenes import COLOURS, PAIRS, SHAPES, SIZE, Scene, Shape, draw, encode_jpeg, once, scene
 
 __all__ = [
     "COLOURS", "PAIRS", "PLACES", "SHAPES", "SIZE", "SPLITS", "TYPES", "Round", "Scene", "Shape",
-    "conversation", "draw", "jpeg", "picture_seed", "record", "records", "scene", "write",
+    "conversation", "draw", "encode_jpeg", "image_seed", "record", "records", "scene", "write",
 ]  # fmt: skip
 
 PLACES = (
@@ -37,10 +37,10 @@ TYPES = ("exists", "count", "colour", "shape", "where")
 SPLITS = ("train", "eval")
 
 _MANIFEST = "shapes.json"
-_VERSION = 1  # raise it when images or questions change, so that folders written before are made anew
+_VERSION = 1  # raise it when images or questions change, so that folders written before are made again
 
 
-def picture_seed(split: str, seed: int, index: int) -> int:
+def image_seed(split: str, seed: int, index: int) -> int:
     """The integer that makes the `index`-th image of a split: even for "train", odd for "eval", so never the same."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
@@ -129,14 +129,14 @@ def conversation(made: Scene, variant: int = 0, types: Sequence[str] = TYPES) ->
 
 def record(split: str, seed: int, index: int) -> dict:
     """The `index`-th record of a split in LLaVA's form; `image` is relative to the `images` folder."""
-    rounds = conversation(scene(picture_seed(split, seed, index)))
+    rounds = conversation(scene(image_seed(split, seed, index)))
     return render_record(f"shapes-{split}-{seed}-{index}", f"{split}/{index:06d}.jpg", rounds)
 
 
 def records(split: str, count: int, seed: int = 0) -> Iterator[tuple[dict, Image.Image]]:
     """`count` records and their images, without a disk. Held-out records: `records("eval", ...)`."""
     for index in range(count):
-        yield record(split, seed, index), draw(scene(picture_seed(split, seed, index)))
+        yield record(split, seed, index), draw(scene(image_seed(split, seed, index)))
 
 
 def write(out: str | Path, train: int = 4000, held_out: int = 400, seed: int = 0) -> bool:
@@ -157,7 +157,7 @@ def write(out: str | Path, train: int = 4000, held_out: int = 400, seed: int = 0
 def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
     (folder / "images" / split).mkdir(parents=True)
     made = []
-    for entry, picture in records(split, count, seed):
-        (folder / "images" / entry["image"]).write_bytes(jpeg(picture))
+    for entry, image in records(split, count, seed):
+        (folder / "images" / entry["image"]).write_bytes(encode_jpeg(image))
         made.append(entry)
     (folder / f"{split}.json").write_text(json.dumps(made, indent=0) + "\n", encoding="utf-8")

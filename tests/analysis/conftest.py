@@ -1,4 +1,4 @@
-"""A model on disk and a folder of pictures, some of them unreadable, as a user has them."""
+"""A model on disk and a folder of images, some of them unreadable, as a user has them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Three good pictures, one of them in a subfolder, and four that are none."""
+    """Three good images, one of them in a subfolder, and four files that are not images."""
     folder = tmp_path / "pictures"
     (folder / "more").mkdir(parents=True)
     for place, name in enumerate(("a.jpg", "b & c.png", "more/a.jpg")):

@@ -18,13 +18,13 @@ from PIL import Image
 from data import shapes
 from data.commands.shapes import main
 
-SCENES = [shapes.scene(shapes.picture_seed("train", 5, index)) for index in range(300)]
+SCENES = [shapes.scene(shapes.image_seed("train", 5, index)) for index in range(300)]
 seeds, indices = st.integers(0, 10**9), st.integers(0, 2**32 - 1)
 
 
 @given(seeds, indices, seeds, indices)
 def test_train_and_held_out_seeds_never_meet(seed, index, other_seed, other_index):
-    train, held_out = shapes.picture_seed("train", seed, index), shapes.picture_seed("eval", other_seed, other_index)
+    train, held_out = shapes.image_seed("train", seed, index), shapes.image_seed("eval", other_seed, other_index)
     assert train != held_out
     assert train % 2 == 0
     assert held_out % 2 == 1
@@ -33,9 +33,7 @@ def test_train_and_held_out_seeds_never_meet(seed, index, other_seed, other_inde
 @given(st.sampled_from(shapes.SPLITS), seeds, indices, st.sampled_from(shapes.SPLITS), seeds, indices)
 def test_every_picture_has_a_seed_of_its_own(split, seed, index, other_split, other_seed, other_index):
     same = (split, seed, index) == (other_split, other_seed, other_index)
-    assert (
-        shapes.picture_seed(split, seed, index) == shapes.picture_seed(other_split, other_seed, other_index)
-    ) is same
+    assert (shapes.image_seed(split, seed, index) == shapes.image_seed(other_split, other_seed, other_index)) is same
 
 
 def test_no_held_out_picture_is_a_training_picture():
@@ -50,7 +48,7 @@ def test_no_held_out_picture_is_a_training_picture():
 @pytest.mark.parametrize(("split", "seed", "index"), [("test", 0, 0), ("train", -1, 0), ("train", 0, 2**32)])
 def test_a_seed_that_could_collide_is_refused(split, seed, index):
     with pytest.raises(ValueError, match="expected"):
-        shapes.picture_seed(split, seed, index)
+        shapes.image_seed(split, seed, index)
 
 
 def test_pictures_and_questions_are_functions_of_the_seed():
@@ -120,7 +118,7 @@ def test_every_type_is_asked_once_and_comes_first_sometimes():
 def test_colours_survive_the_jpeg():
     for scene in SCENES[:150]:
         drawn = shapes.draw(scene)
-        picture = Image.open(io.BytesIO(shapes.jpeg(drawn)))
+        picture = Image.open(io.BytesIO(shapes.encode_jpeg(drawn)))
         assert picture.size == (shapes.SIZE, shapes.SIZE)
         chroma, wanted = (np.asarray(image.convert("YCbCr"), dtype=float)[..., 1:] for image in (picture, drawn))
         for shape in scene.shapes:
@@ -181,7 +179,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
 def test_a_write_that_dies_leaves_nothing_and_takes_nothing(tmp_path, monkeypatch):
     out = tmp_path / "shapes"
     shapes.write(out, train=2, held_out=1)
-    real, calls = shapes.jpeg, []
+    real, calls = shapes.encode_jpeg, []
 
     def dies(picture):
         calls.append(picture)
@@ -189,7 +187,7 @@ def test_a_write_that_dies_leaves_nothing_and_takes_nothing(tmp_path, monkeypatc
             raise OSError("disk full")
         return real(picture)
 
-    monkeypatch.setattr(shapes, "jpeg", dies)
+    monkeypatch.setattr(shapes, "encode_jpeg", dies)
     with pytest.raises(OSError, match="disk full"):
         shapes.write(out, train=5, held_out=1)
     assert [path.name for path in tmp_path.iterdir()] == ["shapes"]

@@ -107,7 +107,7 @@ def test_the_chat_template_marks_answers_and_their_end(processor):
 
 def test_it_was_trained_on_what_processor_and_template_make(processor):
     """The script builds its batches faster than the processor can; they have to be the same ids, labels and pixels."""
-    scene = shapes.scene(shapes.picture_seed("train", 0, 3))
+    scene = shapes.scene(shapes.image_seed("train", 0, 3))
     rounds, picture = shapes.conversation(scene), shapes.draw(scene)
     for system in (False, True):
         text = processor.apply_chat_template(messages(rounds, make.SYSTEM if system else None))
@@ -138,7 +138,7 @@ def answered(model, processor, scenes, system=None) -> tuple[float, float]:
 
 
 def held_out(count: int, seed: int) -> list[shapes.Scene]:
-    return [shapes.scene(shapes.picture_seed("eval", seed, index)) for index in range(count)]
+    return [shapes.scene(shapes.image_seed("eval", seed, index)) for index in range(count)]
 
 
 def test_it_answers_held_out_questions(model, processor):

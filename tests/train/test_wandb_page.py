@@ -10,7 +10,7 @@ from train.wandb_files import read_history
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of six steps that looks at two pictures every third."""
+    """A run of six steps that shows two images at every third."""
     folder = make_workspace(tmp_path_factory.mktemp("space"))
     output = folder / "run"
     config = config_of(

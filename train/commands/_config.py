@@ -11,7 +11,7 @@ from train.config import RunConfig, load_config
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="the YAML file of a run; see configs/")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="put over the file, e.g. trainer.learning_rate=1e-4"
+        "overrides", nargs="*", metavar="key=value", help="overrides of the file, e.g. trainer.learning_rate=1e-4"
     )
 
 

@@ -36,6 +36,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def train(arguments: argparse.Namespace) -> int:
     config = _config.read_config(arguments)
-    from train.run import run  # DeepSpeed and the rest take seconds: a mistake in the config is said before
+    from train.run import run  # DeepSpeed and the rest take seconds: a mistake in the config is reported before
 
     return run(config)

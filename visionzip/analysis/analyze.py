@@ -1,6 +1,6 @@
 """`visionzip analyze`: how concentrated the attention of an encoder is, over many images, layer by layer.
 
-What is measured of an image is one line of ``images.jsonl``, so a run that was stopped goes on where it was; table, plots and
+What is measured of an image is one line of ``images.jsonl``, so an interrupted analysis continues; table, plots and
 JSON are made of that file.
 """
 

@@ -27,7 +27,7 @@ footer { display: none !important; }
 
 
 def gradio() -> Any:
-    """The library, told to call nobody and to keep uploads in a folder of this process.
+    """Gradio, without its calls to the network and with uploads in a folder of this process.
 
     Raises:
         ValueError: where it is not installed.

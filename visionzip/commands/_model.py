@@ -74,7 +74,7 @@ def tokens(text: str) -> int | float:
 def load(arguments: argparse.Namespace, **options: Any) -> tuple[Any, Any]:
     """Model and processor, attached with the requested budget. `options` go to ``from_pretrained``.
 
-    A projector may be looked at under another budget than it was trained with, so that is attached after the projector's
+    A projector may be inspected under another budget than it was trained with, so that is attached after the projector's
     own checks.
 
     Raises:

@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
     from visionzip.analysis import image_files
     from visionzip.analysis.analyze import analyze, render_summary, summary, write
 
-    image_files.find_images(arguments.path, results=arguments.out)  # before a model is loaded for nothing
+    image_files.find_images(arguments.path, results=arguments.out)  # fails before a model is loaded
     model, _ = _model.load(arguments)
     found = analyze(model, arguments.path, arguments.out, limit=arguments.limit)
     files = write(found, arguments.theme, arguments.model)  # before anything is printed: whoever reads may have gone

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     exit_on_signals()
     gradio()
-    check_port(arguments.host, arguments.port)  # both before a model is loaded for nothing
+    check_port(arguments.host, arguments.port)  # both can fail before a model is loaded
     if arguments.image:
         decode_image(arguments.image)
     model, processor = _model.load(arguments)

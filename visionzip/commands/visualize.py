@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     from visionzip.analysis.visualize import places, visualize
     from visionzip.video import decode_video
 
-    if image_files.is_video(arguments.path):  # all this before a model is loaded for nothing
+    if image_files.is_video(arguments.path):  # all of this can fail before a model is loaded
         decode_video(arguments.path, arguments.frames)
     else:
         image_files.find_images(arguments.path, results=places(arguments.out)[1])

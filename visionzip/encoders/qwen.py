@@ -155,7 +155,7 @@ class Windows:
     full: frozenset[int] = frozenset()
 
     def seqlens(self, block: int) -> dict[str, Any]:
-        """What the attention of a block is told of sequences."""
+        """Sequence boundaries that the attention of a block needs."""
         if self.cut is None or block in self.full:
             return {"cu_seqlens": self.whole[0], "max_seqlen": self.whole[1]}
         return {"cu_seqlens": self.cut, "max_seqlen": self.longest}

@@ -13,7 +13,7 @@ from visionzip.encoders.clip import ClipEncoder
 class SiglipEncoder(ClipEncoder):
     """Runs ``embeddings → layers[:k]``: bit-equal to ``hidden_states[k]``, which is not normalised, also at the last layer.
 
-    With nobody to ask what matters, a token scores what it receives from all others (authors' code for SigLIP: mean over
+    Without a CLS token that attends to them, a token scores what it receives from all others (authors' code for SigLIP: mean over
     heads, mean over queries).
     """
 

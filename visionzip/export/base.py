@@ -125,7 +125,7 @@ class Format(ABC):
 
         Raises:
             OSError: when the disk is full or can't be written.
-            ValueError: when the format can't hold what was trained, or a weight is not finite.
+            ValueError: when the format can't store what was trained, or a weight is not finite.
         """
 
     def problems(self, path: Path) -> list[str]:

@@ -149,7 +149,7 @@ def unpickle(path: Path) -> dict[str, Tensor]:
         ValueError: for a pickle that would run code, a damaged file, anything but a dict of tensors.
     """
     try:
-        with warnings.catch_warnings():  # about the pickle's protocol; what is wrong is said below
+        with warnings.catch_warnings():  # about the pickle's protocol; what is wrong is reported below
             warnings.simplefilter("ignore", UserWarning)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -216,7 +216,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_note(directory: Path) -> dict[str, Any]:
-    """The stored header of an export; empty where there is none (somebody else's export).
+    """The stored header of an export; empty where there is none (an export of another tool).
 
     Raises:
         ValueError: when it is no JSON object.

@@ -111,7 +111,7 @@ works, but slowly, and with a projector that was tuned for the compressed sequen
 
 
 def is_guarded(path: Path) -> bool:
-    """Is this a file whose change would change answers, and which nobody edits by hand?"""
+    """Is this a file whose change would change answers, and which is not edited by hand?"""
     return path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json")
 
 

@@ -161,7 +161,7 @@ class Family(ABC):
         module: nn.Module | None = None,
         grid: tuple[int, int] | None = None,
     ) -> Features:
-        """``(B, C, height, width)`` → features, with scores where the selector (or somebody who looks on) needs them.
+        """``(B, C, height, width)`` → features, with scores where the selector (or a listener) needs them.
 
         Args:
             module: the encoder, for families that have several; default: `encoder_module`.

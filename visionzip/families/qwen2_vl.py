@@ -11,7 +11,7 @@ result is still a pure function of the image that a cache can hold. The price: a
 0``), all groups have to be kept, 4·D values each (Qwen2.5-VL-7B: 5120 a group, 14 MB in bf16 for an image of a megapixel,
 where LLaVA at 64 tokens has 0.13 MB). A cache then saves the encoder's time, not space; with ``contextual=0`` it holds the chosen groups alone.
 
-A video's frames are compressed each on its own, as every other family does it. An image with fewer tokens than an ``int``
+Frames of a video are compressed one by one, as in every other family. An image with fewer tokens than an ``int``
 budget keeps all it has; budgets are better given as shares (the authors': 0.65 + 0.05).
 """
 
