@@ -12,6 +12,7 @@ from data.config_file import ConfigError, parse, read_config_file
 from train.arguments import TrainerSection, trainer_mistakes
 from train.losses import DEFAULT, LOSSES
 from train.metrics import METRICS
+from visionzip.budgets import ladder
 
 __all__ = ["ConfigError", "DistillSection", "EvalSection", "LoraSection", "ModelSection", "ReportSection", "RunConfig",
            "TrainSection", "WandbSection", "load_config", "parse_config", "to_yaml"]  # fmt: skip
@@ -134,6 +135,17 @@ class RunConfig(PipelineConfig):
         if self.train.budgets_per_sample > 1 and self.zip.budgets is None:
             raise ValueError(
                 "train.budgets_per_sample: there is one budget; list several in zip.budgets, or leave it out"
+            )
+        in_force = (self.zip.dominant, self.zip.contextual)
+        if (
+            self.zip.budgets is not None
+            and self.eval is not None
+            and self.eval.cache
+            and in_force not in ladder(self.zip)
+        ):
+            raise ValueError(
+                f"eval.cache has the tokens of zip.budgets, but not of zip.dominant + zip.contextual = {in_force[0]} + {in_force[1]}, at "
+                "which held-out questions are asked; set these to one of the budgets, or leave eval.cache out"
             )
         if self.model.quantization and "llm" in self.train.parts:
             raise ValueError(

@@ -39,11 +39,14 @@ class CompressToEach:
         self.config, self.family = attachment.config, attachment.family
         self.budgets: list[Budget] = ladder(self.config)
         self.sizes = [self.family.budget(at_budget(self.config, budget)) for budget in self.budgets]
-        nested = SELECTORS[self.config.selector].nested
+        entry = SELECTORS[self.config.selector]
+        nested = entry.nested
         self.ranked = nested and self.family.ranked
         merges = any(contextual for _, contextual in self.sizes)
-        if not nested and not merges:
-            others = ", ".join(sorted(name for name, entry in SELECTORS if entry.nested))
+        if not nested and (
+            not merges or entry.pools or entry.scales
+        ):  # a control encodes an image anew for each budget
+            others = ", ".join(sorted(name for name, other in SELECTORS if other.nested))
             raise ValueError(
                 f"the selector {self.config.selector} is not nested: what it keeps at a small budget is not part of what it keeps "
                 f"at a larger one, so one cached sequence can't serve zip.budgets; choose one of {others}"

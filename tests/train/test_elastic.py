@@ -10,7 +10,7 @@ import pytest
 from data.commands.cache import main as make_cache
 from tests.train.test_resume import far, saving
 from tests.train.workspace import Ranks, config_of, equal, losses, projector, write_config
-from train.ending import Exit
+from train.config import ConfigError, parse_config
 
 BUDGETS = {"dominant": 5, "contextual": 2, "budgets": {"totals": [4, 7, 12], "density": [0.5, 0.3, 0.2]}}
 RANGE = {"dominant": 5, "contextual": 0, "budgets": {"least": 3, "most": 12}}
@@ -91,9 +91,15 @@ def test_several_budgets_of_a_sample_packed_or_not(workspace: Path, ranks: Ranks
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "packed"), rel=1e-5), name
 
 
-@pytest.mark.launch
-def test_what_is_not_possible_is_said_at_once(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
-    config = config_of(workspace, tmp_path / "one", train__budgets_per_sample=2)
-    ranks.start(config, world=1)
-    assert ranks.wait() == [Exit.CONFIG]
-    assert "train.budgets_per_sample: there is one budget" in ranks.output()
+def test_what_is_not_possible_is_said_at_once(workspace: Path, tmp_path: Path, capsys) -> None:
+    one = config_of(workspace, tmp_path / "one", train__budgets_per_sample=2)
+    with pytest.raises(ConfigError, match="there is one budget; list several in zip.budgets"):
+        parse_config(one)
+    held_out = {"sources": one["data"]["sources"], "cache": "tokens"}
+    other = {**BUDGETS, "dominant": 6}
+    with pytest.raises(ConfigError, match=r"eval\.cache has the tokens of zip\.budgets, but not of .* = 6 \+ 2"):
+        parse_config(config_of(workspace, tmp_path / "two", zip=other, eval=held_out))
+    tokens = str(tmp_path / "tokens")
+    config = config_of(workspace, tmp_path / "three", zip={**RANGE, "selector": "uniform"}, data__cache=tokens)
+    assert make_cache(["--config", str(write_config(config)), "--workers", "0"]) == 2
+    assert "the selector uniform is not nested" in capsys.readouterr().err
