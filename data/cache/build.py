@@ -166,6 +166,8 @@ def build_cache(config: PipelineConfig, batch: int = 64, workers: int = 4) -> No
         model = load_without(section.path, ["llm"], dtype=dtype, **section.source_options)
         attachment = attached(attach(model.to(device).eval(), processor, config.zip))
     assert attachment is not None
+    if config.zip.budgets is not None:
+        CompressToEach(attachment)  # what it refuses leaves no folder behind
     claim(folder, identity(model, processor, config.zip, data, section.dtype))
     builder, rejected = fill(
         folder, attachment, processor, data, process=process, processes=processes, device=device, dtype=dtype,
