@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from data.cache.budgets import EncodeOnce
 from data.cache.reader import VISUAL
 from data.elastic import Budget
 from data.images import AT_BUDGET
@@ -18,6 +19,7 @@ from visionzip.budgets import at_budget, ladder
 from visionzip.families import Family
 from visionzip.families.stand_ins import TokenCount
 from visionzip.inputs import merge_image_inputs
+from visionzip.selectors import SELECTORS
 
 
 def check_supported(attachment: Attachment) -> None:
@@ -26,6 +28,11 @@ def check_supported(attachment: Attachment) -> None:
         raise ValueError(
             f"zip.budgets: {type(attachment.model).__name__} can't be trained for several budgets; LLaVA-1.5 and LLaVA-NeXT can. "
             "Leave zip.budgets out"
+        )
+    if SELECTORS[attachment.config.selector].scales:
+        raise ValueError(
+            f"zip.budgets: {attachment.config.selector} scales the image to the budget, so one pass of the encoder can't serve several; "
+            "choose another selector, or leave zip.budgets out"
         )
 
 
@@ -54,23 +61,27 @@ def describe_budgets(attachment: Attachment) -> str:
 
 def compress_at_budgets(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """A batch's images through the encoder, each row's at its own budget: what comes back is what a cache gives (`train.cached`).
-    A batch without such images is handed on."""
+    A batch without such images is handed on.
+
+    The encoder runs once, whatever the budgets: under ZeRO-3, where each of its modules is a collective, all ranks have to run it
+    equally often.
+    """
     if AT_BUDGET not in inputs:
         return inputs
     attachment = attached(model)
     assert attachment is not None
     rows: list[tuple[Budget, dict[str, Any]]] = inputs[AT_BUDGET]
-    together: dict[Budget, list[int]] = {}
-    for number, (budget, _) in enumerate(rows):
-        together.setdefault(budget, []).append(number)
-    found: dict[int, list[Any]] = {}
-    for budget, numbers in together.items():
-        images = merge_image_inputs([rows[number][1] for number in numbers])
+    budgets = [budget for budget, images in rows for _ in range(attachment.family.count_images(images))]
+    together = merge_image_inputs([images for _, images in rows])
+    family = EncodeOnce.of(attachment.family)
+    tokens: list[Any] = [None] * len(budgets)
+    for budget in dict.fromkeys(budgets):
+        family.encode.rewind()
         with torch.no_grad():
-            left = iter(attachment.family.compress(at_budget(attachment.config, budget), **images))
-        for number in numbers:
-            found[number] = [next(left) for _ in range(attachment.family.count_images(rows[number][1]))]
-    tokens = [each for number in range(len(rows)) for each in found[number]]
+            found = family.compress(at_budget(attachment.config, budget), **together)
+        for place, own in enumerate(budgets):
+            if own == budget:
+                tokens[place] = found[place]
     return {**{name: value for name, value in inputs.items() if name != AT_BUDGET}, VISUAL: tokens}
 
 
