@@ -118,9 +118,10 @@ def measure_model(model: Any, config: RunConfig) -> Sizes:
 
 
 def visual_tokens(model: Any, config: RunConfig) -> int:
-    """Of one image (or tile, or frame), compressed; their mean where there are several budgets."""
+    """Of one image (or tile, or frame), compressed; their mean where there are several budgets; of 640 × 480 pixels where the
+    encoder has no size of its own."""
     family, zip_config = family_for(model), config.zip
-    each = [sum(family.budget(at_budget(zip_config, budget))) for budget in ladder(zip_config)]
+    each = [family.usual_tokens(at_budget(zip_config, budget)) for budget in ladder(zip_config)]
     return round(sum(share * tokens for share, tokens in zip(weights(zip_config), each, strict=True)))
 
 

@@ -123,7 +123,7 @@ def build_batches(run: Run, dataset: Any, tokens: int, packed: bool) -> Any:
         at = tokens_per_image(attachment, tokens)
     if run.config.data.batching == "random":
         return ShareOfBatches(order, run.rank, run.world_size, batch)
-    usual = tokens or sum(attachment.family.budget(attachment.config))
+    usual = tokens or attachment.family.usual_tokens(attachment.config)
     return BalancedBatches(order, run.rank, run.world_size, batch, accumulation, Lengths(dataset, usual, at), packed)
 
 

@@ -11,6 +11,7 @@ import torch
 from tests.train.workspace import ROOT, config_of
 from train.commands import start
 from train.config import load_config, parse_config
+from train.duration import sample_work
 from train.memory import (
     GIB,
     activation_bytes,
@@ -128,3 +129,38 @@ def test_a_way_fits_where_a_tenth_of_the_memory_is_left_free() -> None:
     total = sum(estimate_memory(way, sizes, 8, 364).values()) / GIB
     assert "It fits as it is." in render_plans([way], sizes, 8, total / 0.899, 364, False)
     assert "Nothing here fits" in render_plans([way], sizes, 8, total / 0.901, 364, False)
+
+
+def test_the_work_of_a_sample_is_counted() -> None:
+    """7B at 64 tokens: against products written out, and what each setting adds."""
+    config = load_config(SEVEN / "ft-64.yaml")
+    model = model_without_weights(config, SEVEN)
+    sizes = measure_model(model, config)
+    work = sample_work(model, config, sizes, 364)
+    body = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+    assert work.llm == 4 * body * 364 + 6 * 364**2 * 4096 * 32
+    assert work.projector == 6 * 20_979_712 * 64
+    assert work.encoder == pytest.approx(24 * (2 * 12_596_224 * 576 + 4 * 576**2 * 1024))
+    for overrides, more in (("trainer.gradient_checkpointing=true", 1.49), ("train.parts=[projector,llm]", 1.45)):
+        changed = load_config(SEVEN / "ft-64.yaml", [overrides, "train.expect_parameters=null"])
+        assert sample_work(model, changed, sizes, 364).llm > more * work.llm, overrides
+    cached = load_config(SEVEN / "ft-64.yaml", ["data.cache=/tokens"])
+    assert sample_work(model, cached, sizes, 364).encoder == 0
+
+
+def test_time_follows_from_work_and_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--config", str(SEVEN / "ft-64.yaml"), "--gpus", "8", "--tflops", "400", "--samples", "66500"]
+    assert start("plan", command) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    total, rate = float(said.split(" TFLOP per sample")[0]), float(said.split(" samples/s")[0].rsplit(" ", 1)[1])
+    assert rate == pytest.approx(8 * 400 / total, rel=0.01)
+    assert float(said.split(" hours")[0].rsplit(" ", 1)[1]) == pytest.approx(66_500 / rate / 3600, abs=0.01)
+    demo = [
+        "--config",
+        str(ROOT / "configs/tiny-llava/demo.yaml"),
+        f"model.path={ROOT / 'data/tiny-llava'}",
+        "--tflops",
+        "measure",
+    ]
+    assert start("plan", demo) == 0
+    assert "44,800 samples take" in capsys.readouterr().out  # its max_steps times its global batch

@@ -261,6 +261,10 @@ class Family(ABC):
     def budget(self, config: ZipConfig) -> tuple[int, int]:
         """``(dominant, contextual)`` in tokens, of one image, tile or frame of the encoder's own size."""
 
+    def usual_tokens(self, config: ZipConfig) -> int:
+        """Visual tokens to expect of an image, tile or frame before any is there: for estimates of length and memory."""
+        return sum(self.budget(config))
+
     @abstractmethod
     def token_counts(self, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
         """For each image (visual tokens of the untouched model, visual tokens now)."""

@@ -158,6 +158,12 @@ class Qwen2VL(Family):
             f"{type(self.model).__name__} takes images of any size; ask token_counts for the budget of one"
         )
 
+    def usual_tokens(self, config: ZipConfig) -> int:
+        """Of an image of 640 × 480 pixels."""
+        vision = self.model.config.vision_config
+        unit = vision.patch_size * vision.spatial_merge_size
+        return sum(config.resolve(round(640 / unit) * round(480 / unit), cap=True))
+
     def token_counts(self, config: ZipConfig, **image_inputs: Any) -> list[tuple[int, int]]:
         counts = []
         for _, _, grid in KINDS.values():
