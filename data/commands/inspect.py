@@ -52,14 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def inspect(options: argparse.Namespace) -> int:
-    from data.inspect.report import report
+    from data.inspect.report import print_report
     from data.inspect.samples import show_samples
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     config = load_config(options.config, options.overrides)
     data = open_data(config.data, prepare_processor(config, compress=not options.uncompressed))
     result = measure(data, None if options.all else options.limit, options.workers)
-    too_many = report(console, config.data, data, result)
+    too_many = print_report(console, config.data, data, result)
     if options.samples:
         show_samples(console, data, first_samples(data, options.samples))
     if options.out:
@@ -116,10 +116,10 @@ def first_samples(data: InstructionDataset | StreamedDataset, count: int) -> lis
 
 
 def write(folder: Path, config: DataConfig, result: Survey) -> None:
-    from data.inspect.plot import plot
+    from data.inspect.plot import draw_survey
 
     folder.mkdir(parents=True, exist_ok=True)
-    plot(result, config.max_length, folder / "inspect.png")
+    draw_survey(result, config.max_length, folder / "inspect.png")
     numbers = result.numbers()
     rejections: list[Rejection] = numbers.pop("rejections")
     (folder / "inspect.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")

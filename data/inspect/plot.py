@@ -13,22 +13,22 @@ from data.inspect.survey import Survey
 from visionzip.analysis.style import BLUE, GREEN, ORANGE, QUIET, VERMILION, new_figure, save, style, whole_ticks
 
 
-def plot(result: Survey, longest: int, path: Path) -> None:
+def draw_survey(result: Survey, longest: int, path: Path) -> None:
     with style():
         figure, ((length, images), (share, rejected)) = new_figure(11, 7.5, nrows=2, ncols=2)
         counts = (len(result.facts), "used"), (len(result.rejections), "rejected"), (len(result.cut), "cut")
         title = f"{result.read:,} records: {', '.join(f'{count:,} {what}' for count, what in counts)}"
         figure.suptitle(title, x=0.012, ha="left")
-        lengths(length, result, longest)
+        draw_lengths(length, result, longest)
         images_per_sample(images, result)
-        supervised(share, result)
-        reasons(rejected, result)
+        draw_supervised(share, result)
+        draw_reasons(rejected, result)
         for axes in (length, images, share):
             whole_ticks(axes.yaxis)
         save(figure, path, dpi=120)
 
 
-def lengths(axes: Axes, result: Survey, longest: int) -> None:
+def draw_lengths(axes: Axes, result: Survey, longest: int) -> None:
     bins: Any = np.linspace(0, max(int(result.column("total").max(initial=1)), 1), 41)
     for name, colour, label in (("total", BLUE, "total"), ("text", ORANGE, "text"), ("image", GREEN, "images")):
         axes.hist(result.column(name), bins=bins, color=colour, histtype="step", linewidth=1.8, label=label)
@@ -47,7 +47,7 @@ def images_per_sample(axes: Axes, result: Survey) -> None:
         axes.set_xlim(-0.75, 3.75)
 
 
-def supervised(axes: Axes, result: Survey) -> None:
+def draw_supervised(axes: Axes, result: Survey) -> None:
     total = result.column("total")
     axes.hist(result.column("supervised") / np.maximum(total, 1), bins=np.linspace(0, 1, 41).tolist(), color=BLUE)
     axes.axvline(
@@ -61,7 +61,7 @@ def supervised(axes: Axes, result: Survey) -> None:
     axes.legend()
 
 
-def reasons(axes: Axes, result: Survey) -> None:
+def draw_reasons(axes: Axes, result: Survey) -> None:
     axes.set(title="Rejected", xlabel="records")
     found = result.reasons.most_common(10)
     if rest := len(result.rejections) - sum(count for _, count in found):

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from data.config import DataConfig
 from data.dataset import InstructionDataset
-from data.inspect.samples import visible
+from data.inspect.samples import show_whitespace
 from data.inspect.survey import Survey, quantiles
 from data.rejects import SOONEST, allowed
 from data.stream import StreamedDataset
@@ -26,9 +26,11 @@ LABELS = {
 }
 
 
-def report(console: Console, config: DataConfig, data: InstructionDataset | StreamedDataset, result: Survey) -> bool:
+def print_report(
+    console: Console, config: DataConfig, data: InstructionDataset | StreamedDataset, result: Survey
+) -> bool:
     """Print everything but samples; True where a run would stop because too much is bad."""
-    console.print(sources(data, result))
+    console.print(build_sources_table(data, result))
     part = "" if result.share is None else f", {result.share:.1%} of an epoch"
     console.print(
         f"\n[bold]{result.read:,}[/bold] read{part}: [bold]{len(result.facts):,}[/bold] used, "
@@ -42,12 +44,12 @@ def report(console: Console, config: DataConfig, data: InstructionDataset | Stre
             f"{result.duplicates():,} share their id with another"
         )
         console.print(Text("\ntokens per sample", style="bold"))
-        console.print(histogram(result))
+        console.print(render_histogram(result))
     total = SOONEST if isinstance(data, StreamedDataset) else min(SOONEST, len(data))
-    return rejected(console, config, result, max(result.read, total))
+    return print_rejected(console, config, result, max(result.read, total))
 
 
-def sources(data: InstructionDataset | StreamedDataset, result: Survey) -> Table:
+def build_sources_table(data: InstructionDataset | StreamedDataset, result: Survey) -> Table:
     table = Table(title="sources", title_justify="left", title_style="bold")
     for name in ("source", "records", "used of them", "weight", "looked at", "rejected"):
         table.add_column(name, justify="left" if name == "source" else "right")
@@ -78,7 +80,7 @@ def per_sample(result: Survey) -> Table:
     return table
 
 
-def histogram(result: Survey) -> Text:
+def render_histogram(result: Survey) -> Text:
     """Samples by length; each bar in the proportion of image and text tokens of its samples."""
     total, image = result.column("total"), result.column("image")
     edges = np.histogram_bin_edges(total, BINS, (total.min(), total.max() + 1))
@@ -101,7 +103,7 @@ def histogram(result: Survey) -> Text:
     )
 
 
-def rejected(console: Console, config: DataConfig, result: Survey, of: int) -> bool:
+def print_rejected(console: Console, config: DataConfig, result: Survey, of: int) -> bool:
     """Print what is rejected; True where that is more than a run allows of so many records."""
     if not result.rejections:
         console.print("\n[green]nothing would be rejected[/green]")
@@ -114,7 +116,7 @@ def rejected(console: Console, config: DataConfig, result: Survey, of: int) -> b
     for reason, count in result.reasons.most_common():
         example = next(rejection for rejection in result.rejections if rejection.reason == reason)
         where = f"{example.source} #{example.index} ({example.id}) {example.detail}"
-        table.add_row(reason, f"{count:,}", f"{count / result.read:.2%}", Text(visible(where[:200])))
+        table.add_row(reason, f"{count:,}", f"{count / result.read:.2%}", Text(show_whitespace(where[:200])))
     console.print(table)
     limit = allowed(config.max_rejected, of)
     too_many = len(result.rejections) > limit

@@ -29,18 +29,18 @@ def show_samples(console: Console, data: InstructionDataset | StreamedDataset, s
     )
     console.print(legend)
     for sample in samples:
-        console.print(Text(visible(f"\n{sample.source} {sample.id}"), style="dim"))
+        console.print(Text(show_whitespace(f"\n{sample.source} {sample.id}"), style="dim"))
         try:
             encoded, _, before = data.encoder.encode(sample)
         except Reject as error:
-            console.print(Text(visible(f"rejected: {error}"), style="red"))
+            console.print(Text(show_whitespace(f"rejected: {error}"), style="red"))
             continue
-        console.print(coloured(data.encoder.template.tokenizer, encoded))
+        console.print(colour_tokens(data.encoder.template.tokenizer, encoded))
         if before > len(encoded.input_ids):
             console.print(Text(f"[truncated from {before} tokens]", style="red"))
 
 
-def coloured(tokenizer: Any, encoded: Encoded) -> Text:
+def colour_tokens(tokenizer: Any, encoded: Encoded) -> Text:
     """The text of all tokens; each image's placeholders as one note of how many there are."""
     text = Text()
     images = {position: index for index, (start, end) in encoded.images.items() for position in range(start, end)}
@@ -55,16 +55,18 @@ def coloured(tokenizer: Any, encoded: Encoded) -> Text:
         if kind == "image":
             text.append(f"[image {index + 1}: {len(ids)} tokens]", style=IMAGE)
         else:
-            text.append(visible(readable(tokenizer, ids)), style=SUPERVISED if kind == "supervised" else "")
+            text.append(
+                show_whitespace(decode_readable(tokenizer, ids)), style=SUPERVISED if kind == "supervised" else ""
+            )
     return text
 
 
-def visible(text: str) -> str:
+def show_whitespace(text: str) -> str:
     """Control characters as `␛` and its like: what a record holds must not steer the terminal."""
     return text.translate(_CONTROL)
 
 
-def readable(tokenizer: Any, ids: list[int]) -> str:
+def decode_readable(tokenizer: Any, ids: list[int]) -> str:
     """The decoded text; SentencePiece decoders drop the space a run begins with, which is put back."""
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return " " + text.lstrip(" ") if tokenizer.convert_ids_to_tokens(ids[0]).startswith("▁") else text

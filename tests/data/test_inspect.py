@@ -13,8 +13,8 @@ from PIL import Image
 
 from data.commands import cache, inspect
 from data.config import TRAINING_SECTIONS, PipelineConfig, load_config
-from data.inspect.report import histogram
-from data.inspect.samples import coloured
+from data.inspect.report import render_histogram
+from data.inspect.samples import colour_tokens
 from data.inspect.survey import Facts, Survey, survey
 from data.partial import load_without
 from data.sample import Rejection
@@ -193,7 +193,7 @@ def test_what_is_cut_and_what_shares_an_id():
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_histogram_of_samples_of_one_length(count):
-    text = histogram(Survey([facts(0, name=f"r{n}") for n in range(count)])).plain
+    text = render_histogram(Survey([facts(0, name=f"r{n}") for n in range(count)])).plain
     assert f"10 – 11 {'▒' * 60} {count}" in text
 
 
@@ -219,7 +219,7 @@ def test_samples_show_what_is_supervised_and_pictures_as_notes(tmp_path):
     kit.write_picture(tmp_path / "a.png")
     data = kit.dataset(tmp_path, kit.write_json(tmp_path / "a.json", [kit.record(0, "a.png", answer="2 cats.")]))
     encoded, _, _ = data.encoder.encode(data.sample(0))
-    text = coloured(data.encoder.template.tokenizer, encoded)
+    text = colour_tokens(data.encoder.template.tokenizer, encoded)
     styles = {text.plain[span.start : span.end]: span.style for span in text.spans if span.style}
     assert styles == {"[image 1: 16 tokens]": "bold magenta", " 2 cats.</s>": "bold green"}
     assert "USER: [image 1: 16 tokens] \nWhat is it? ASSISTANT: 2 cats.</s>" in text.plain

@@ -24,21 +24,21 @@ from visionzip.analysis.style import (
 
 def all_of(facts: dict[str, Any], maps: list[np.ndarray]) -> Iterator[tuple[str, Any]]:
     """File name and figure of each plot. `facts` is `analyze.summary`, `maps` one ``(rows, columns)`` a layer."""
-    yield "spread", spread(facts)
-    yield "budget", budget(facts)
-    yield "layers", layers(facts)
-    yield "agreement", agreement(facts)
+    yield "spread", draw_spread(facts)
+    yield "budget", draw_budget(facts)
+    yield "layers", draw_layers(facts)
+    yield "agreement", draw_agreement(facts)
     if maps:
         yield "layer_maps", layer_maps(facts, maps)
 
 
-def about(facts: dict[str, Any], measured: str = "mean") -> str:
+def describe_measurement(facts: dict[str, Any], measured: str = "mean") -> str:
     """The line below a title: model, budget, and over how many images."""
     budget = f"{facts['zip']['dominant']} + {facts['zip']['contextual']}"
     return f"{facts['name'] or facts['model']}, budget {budget}, {measured} of {facts['images']} images"
 
 
-def spread(facts: dict[str, Any]) -> Any:
+def draw_spread(facts: dict[str, Any]) -> Any:
     """How many patches have how much attention (figure 2 of the paper, right)."""
     edges = np.array(facts["spread"]["edges"])
     share = 100 * np.array(facts["spread"]["share_of_patches"])
@@ -53,11 +53,11 @@ def spread(facts: dict[str, Any]) -> Any:
     above = share[centres >= 1].sum()
     log_of_two(axes)
     axes.set(xlabel="attention a patch has, in multiples of its image's average", ylabel="patches, %")
-    entitle(figure, f"{above:.0f} % of the patches have more than the average attention", about(facts))
+    entitle(figure, f"{above:.0f} % of the patches have more than the average attention", describe_measurement(facts))
     return figure
 
 
-def budget(facts: dict[str, Any]) -> Any:
+def draw_budget(facts: dict[str, Any]) -> Any:
     """Attention held against patches kept, with the budgets that hold 80, 90 and 95 %."""
     curve = 100 * np.array(facts["curve"])
     patches = facts["patches_per_tile"]
@@ -78,11 +78,11 @@ def budget(facts: dict[str, Any]) -> Any:
     legend_beside(figure, axes)
     axes.set(xlabel=f"patches kept, of {patches:.0f}", ylabel="attention held, %", ylim=(0, 103), xlim=(0, patches))
     whole_ticks(axes.xaxis)
-    entitle(figure, "Attention held by a budget", about(facts, "curve: mean, points: median"))
+    entitle(figure, "Attention held by a budget", describe_measurement(facts, "curve: mean, points: median"))
     return figure
 
 
-def layers(facts: dict[str, Any]) -> Any:
+def draw_layers(facts: dict[str, Any]) -> Any:
     """Concentration layer by layer (figure 5 of the paper in numbers); bands are quartiles over images."""
     numbers = [layer["layer"] for layer in facts["layers"]]
     figure, axes = new_figure(8.6, 4.2)
@@ -98,11 +98,11 @@ def layers(facts: dict[str, Any]) -> Any:
     axes.set(xlabel="layer", ylabel="% of the attention, or of the patches", ylim=(0, 103))
     whole_ticks(axes.xaxis)
     legend_beside(figure, axes)
-    entitle(figure, "Concentration by layer", about(facts, "median and quartiles"))
+    entitle(figure, "Concentration by layer", describe_measurement(facts, "median and quartiles"))
     return figure
 
 
-def agreement(facts: dict[str, Any]) -> Any:
+def draw_agreement(facts: dict[str, Any]) -> Any:
     """Of the patches one layer would keep, the share another would keep too."""
     matrix = 100 * np.array(facts["agreement"])
     count = len(matrix)
@@ -119,7 +119,7 @@ def agreement(facts: dict[str, Any]) -> Any:
                 ink = "black" if matrix[row, column] > 50 else "white"
                 axes.text(column, row, f"{matrix[row, column]:.0f}", ha="center", va="center", color=ink, fontsize=10)
     axes.set(xlabel="layer", ylabel="layer")
-    entitle(figure, f"Patches that two layers both keep, % (by chance: {chance:.0f})", about(facts))
+    entitle(figure, f"Patches that two layers both keep, % (by chance: {chance:.0f})", describe_measurement(facts))
     figure.colorbar(image, ax=axes, shrink=0.85).outline.set_visible(False)
     return figure
 

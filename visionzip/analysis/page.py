@@ -30,8 +30,8 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 
-def page(title: str, intro: Sequence[str], sections: Sequence[str]) -> str:
-    """A whole document. `intro` are plain texts, `sections` HTML of `section`."""
+def render_page(title: str, intro: Sequence[str], sections: Sequence[str]) -> str:
+    """A whole document. `intro` are plain texts, `sections` HTML of `render_section`."""
     lines = "".join(f'<p class="quiet">{html.escape(line)}</p>' for line in intro)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
@@ -40,14 +40,14 @@ def page(title: str, intro: Sequence[str], sections: Sequence[str]) -> str:
     )
 
 
-def section(title: str, lines: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """One image's part; each of `rows` holds HTML of `figure` or `drawing`."""
+def render_section(title: str, lines: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """One image's part; each of `rows` holds HTML of `render_figure` or `render_drawing`."""
     text = "".join(f'<p class="quiet">{html.escape(line)}</p>' for line in lines)
     body = "".join(f'<div class="row">{"".join(row)}</div>' for row in rows)
     return f"<section><h2>{html.escape(title)}</h2>{text}{body}</section>"
 
 
-def figure(caption: str, image: Image.Image) -> str:
+def render_figure(caption: str, image: Image.Image) -> str:
     """An image, embedded as WebP: a fifth of a PNG's size, and a page of many images still opens."""
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=88)
@@ -59,7 +59,7 @@ def figure(caption: str, image: Image.Image) -> str:
     )
 
 
-def drawing(caption: str, svg: str) -> str:
+def render_drawing(caption: str, svg: str) -> str:
     """An SVG element with a caption."""
     return f'<figure class="wide"><figcaption>{html.escape(caption)}</figcaption>{svg}</figure>'
 
@@ -70,5 +70,5 @@ def render_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<section><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table></section>"
 
 
-def preformatted(title: str, text: str) -> str:
+def render_preformatted(title: str, text: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2><pre>{html.escape(text)}</pre></section>"

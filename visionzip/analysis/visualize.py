@@ -79,9 +79,9 @@ def visualize(
     head = ("image", "tiles or frames", "tokens", "of", "attention held by kept patches")
     parts = [page.render_table(head, result.rows), *sections]
     if found.skipped:
-        parts.append(page.preformatted("Skipped", found.summary()))
+        parts.append(page.render_preformatted("Skipped", found.summary()))
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page.page("What is kept", intro, parts), encoding="utf-8")
+    target.write_text(page.render_page("What is kept", intro, parts), encoding="utf-8")
     return result
 
 
@@ -112,7 +112,7 @@ def _section(one: Trace, folder: Path, theme: str, result: Result, model: str) -
         (folder / stem).parent.mkdir(parents=True, exist_ok=True)
         sheet.save(folder / f"{stem}.kept.png")
         result.images.append(folder / f"{stem}.kept.png")
-        rows.append([page.figure(caption, image) for caption, image in drawings])
+        rows.append([page.render_figure(caption, image) for caption, image in drawings])
     if one.held is not None:
         with style(theme):
             figure = plots.histogram(one.tiles, what)
@@ -123,13 +123,15 @@ def _section(one: Trace, folder: Path, theme: str, result: Result, model: str) -
             )
             result.images.append(save(figure, folder / f"{one.name}.attention.png"))
         with style("page"):
-            drawn = [page.drawing("how the attention is spread", svg(plots.histogram(one.tiles, what)))]
+            drawn = [page.render_drawing("how the attention is spread", svg(plots.histogram(one.tiles, what)))]
             if len(one.tiles) == 1:
-                drawn.append(page.drawing("attention covered by a budget", svg(plots.budget_curve(one.tiles[0]))))
+                drawn.append(
+                    page.render_drawing("attention covered by a budget", svg(plots.budget_curve(one.tiles[0])))
+                )
             rows.append(drawn)
     held = f"{one.held:.0%}" if one.held is not None else "no scores"
     result.rows.append((one.name, str(len(one.tiles)), str(one.tokens), str(one.of_tokens), held))
-    return page.section(one.name, [f"{one.tokens} of {one.of_tokens} visual tokens", note(one.tiles[0])], rows)
+    return page.render_section(one.name, [f"{one.tokens} of {one.of_tokens} visual tokens", note(one.tiles[0])], rows)
 
 
 def views(tile: Tile, side: int = SIDE) -> list[tuple[str, Image.Image]]:
