@@ -23,164 +23,172 @@ QUESTION = "What is in the image?"
 def build(looker: Looker, title: str, image: str | None = None) -> Any:
     """The page as ``gr.Blocks``, not yet served. `image` is there from the start."""
     gr = gradio()
+    with gr.Blocks(
+        title=f"VisionZip: {title}", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
+    ) as page:
+        gr.Markdown(f"# What a model keeps of an image\n`{title}`")
+        parts = {"look": gr.State()}
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                parts |= add_controls(gr, looker, image)
+            with gr.Column(scale=3):
+                with gr.Row():
+                    parts["heat"] = _image(gr, "Attention (yellow: most)", "heat")
+                    parts["kept"] = _image(gr, "Kept as they are", "kept")
+                    parts["merged"] = _image(gr, "Merged (disc: target)", "merged")
+                parts["words"] = gr.Markdown(elem_id="words")
+        with gr.Row():
+            parts["seen"] = _image(gr, "What the encoder saw: click a patch", "look")
+            parts["attends"] = _image(gr, "What this patch attends to", "attends")
+            parts["attended"] = _image(gr, "What attends to this patch", "attended")
+        parts["patch"] = gr.Markdown("Click a patch of the image on the left.", elem_id="patch")
+        parts |= add_question(gr)
+        connect(gr, Handlers(gr, looker), page, parts, open_at_once=image is not None)
+    return page
 
-    def shown(
-        look: Look | None, number: int, dominant: float, contextual: float, selector: str, merge: str
+
+def add_controls(gr: Any, looker: Looker, image: str | None) -> dict[str, Any]:
+    """The upload, the choice of a tile, and the budget."""
+    first, (kept, merged, total) = looker.blank()
+    upload = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Image", height=240,
+                      value=decode_image(image) if image else None, elem_id="image", format="png", buttons=[])  # fmt: skip
+    # Gradio would decode it first, whatever its size, and show a stack trace where it can't; `decode_image` says why.
+    upload.preprocess = lambda payload: payload.path if payload else None
+    tile = gr.Dropdown(label="Tile", choices=[("1 of 1", 0)], value=0, visible=False, elem_id="tile")
+    dominant = gr.Slider(1 + first.cls, total, kept, step=1, label="Kept as they are", info="tokens, CLS included",
+                         elem_id="dominant")  # fmt: skip
+    contextual = gr.Slider(0, total - 1 - first.cls, merged, step=1, label="Merged",
+                           info="tokens that the rest is merged into", elem_id="contextual")  # fmt: skip
+    with gr.Row():
+        selectors = [name for name, entry in SELECTORS if not entry.scales]  # what is scaled has to be encoded again
+        selector = gr.Dropdown(selectors, value=looker.config.selector, label="Selector", min_width=120)
+        merge = gr.Dropdown(MERGES.names(), value=looker.config.merge, label="Merge", min_width=120)
+    return {"upload": upload, "tile": tile, "dominant": dominant, "contextual": contextual, "selector": selector, "merge": merge}  # fmt: skip
+
+
+def add_question(gr: Any) -> dict[str, Any]:
+    """A question, and the answers with all tokens and with few."""
+    gr.Markdown("## Ask")
+    with gr.Row():
+        question = gr.Textbox(QUESTION, label="Question", scale=3, elem_id="question", max_length=2000)
+        length = gr.Slider(1, 256, 32, step=1, label="Longest answer, tokens", scale=1, elem_id="length")
+    button = gr.Button("Ask with all tokens and with few", variant="primary", elem_id="ask")
+    with gr.Row():
+        full = gr.Textbox(label="All tokens", lines=3, elem_id="full", elem_classes="answer")
+        few = gr.Textbox(label="Compressed", lines=3, elem_id="few", elem_classes="answer")
+    times = gr.Dataframe(
+        headers=["", "visual tokens", "prompt tokens", "first token, ms", "each further, ms", "answer tokens", "in all, ms"],
+        interactive=False, elem_id="times", show_label=False, buttons=[],
+    )  # fmt: skip
+    return {"question": question, "length": length, "button": button, "full": full, "few": few, "times": times}
+
+
+def connect(gr: Any, handlers: Handlers, page: Any, parts: dict[str, Any], open_at_once: bool) -> None:
+    """What happens at which event. `parts`: name → component, of all functions above."""
+
+    def named(*names: str) -> list[Any]:
+        return [parts[name] for name in names]
+
+    budget = named("dominant", "contextual", "selector", "merge")
+    drawings = named("heat", "kept", "merged", "words")
+    patch_views = named("seen", "attends", "attended", "patch")
+    everything = [*named("look", "tile", "dominant", "contextual"), *drawings, *patch_views]
+    opening = named("upload", "selector", "merge")
+    shown = [*named("look", "tile"), *budget]
+    parts["upload"].change(handlers.open, opening, everything, api_name="open")
+    if open_at_once:
+        page.load(handlers.open, opening, everything, api_name=False)
+    parts["tile"].input(handlers.choose_tile, shown, [*drawings, *patch_views], api_name=False)
+    for control in budget:
+        control.input(handlers.show_budget, shown, drawings, trigger_mode="always_last", show_progress="hidden",
+                      concurrency_limit=4, api_name="budget" if control is parts["dominant"] else False)  # fmt: skip
+    parts["seen"].select(handlers.click, shown, patch_views, api_name=False)
+    asking = [*named("look", "tile", "question", "length"), *budget]
+    events = [parts["button"].click, parts["question"].submit]
+    gr.on(events, handlers.ask, asking, named("full", "few", "times"), api_name="ask")
+
+
+class Handlers:
+    """What the page does at an event: values of components → values of others, in the order that `connect` gives."""
+
+    def __init__(self, gr: Any, looker: Looker) -> None:
+        self.gr, self.looker = gr, looker
+        # How Gradio knows to pass the click; not importable at the top.
+        Handlers.click.__annotations__["event"] = gr.SelectData
+
+    def show_budget(
+        self, look: Look | None, number: int, dominant: float, contextual: float, selector: str, merge: str
     ) -> list[Any]:
         """Heat map, kept, merged and the line below for a budget; called at every move of a slider."""
         if look is None:
             return [None, None, None, ""]
-        tile = look.shown = budgeted(looker, look, number, dominant, contextual, selector, merge)
+        tile = look.shown = budgeted(self.looker, look, number, dominant, contextual, selector, merge)
         heat = draw.heat(tile, SIDE) if tile.attention is not None else None
         tokens = (len(tile.kept) + len(tile.targets)) * len(look.trace.tiles)
         words = f"**{tokens} of {look.trace.of_tokens} visual tokens.** {note(tile)}."
         return [heat, draw.kept(tile, SIDE), draw.merged(tile, SIDE), words]
 
-    def opened(path: str | None, selector: str, merge: str) -> list[Any]:
+    def open(self, path: str | None, selector: str, merge: str) -> list[Any]:
         """A new image: run the encoder, set the sliders to what there is, draw."""
         if not path:
-            return [None, *[gr.skip()] * 3, None, None, None, "", None, None, None, ""]
+            return [None, *[self.gr.skip()] * 3, None, None, None, "", None, None, None, ""]
         try:
-            look = looker.look(path)
+            look = self.looker.look(path)
         except ImageError as error:  # without the name, which is that of a copy on the server
-            raise gr.Error(f"This image can't be used: {error.words}") from error
+            raise self.gr.Error(f"This image can't be used: {error.words}") from error
         tile = look.trace.tiles[0]
-        dominant, contextual, total = looker.budget(tile)
+        dominant, contextual, total = self.looker.budget(tile)
         image = draw.enlarged(tile, SIDE)
         names = [(f"{place + 1} of {len(look.trace.tiles)}", place) for place in range(len(look.trace.tiles))]
         return [
             look,
-            gr.Dropdown(choices=names, value=0, visible=len(names) > 1),
-            gr.Slider(maximum=total, minimum=1 + tile.cls, value=dominant),
-            gr.Slider(maximum=total - 1 - tile.cls, value=contextual),
-            *shown(look, 0, dominant, contextual, selector, merge),
+            self.gr.Dropdown(choices=names, value=0, visible=len(names) > 1),
+            self.gr.Slider(maximum=total, minimum=1 + tile.cls, value=dominant),
+            self.gr.Slider(maximum=total - 1 - tile.cls, value=contextual),
+            *self.show_budget(look, 0, dominant, contextual, selector, merge),
             image, None, None, "",
         ]  # fmt: skip
 
-    def turned(look: Look | None, number: int, *budget: Any) -> list[Any]:
+    def choose_tile(self, look: Look | None, number: int, *budget: Any) -> list[Any]:
         """Another tile of the same image."""
         if look is None:
             return [None, None, None, "", None, None, None, ""]
         image = draw.enlarged(look.trace.tiles[number], SIDE)
-        return [*shown(look, number, *budget), image, None, None, ""]
+        return [*self.show_budget(look, number, *budget), image, None, None, ""]
 
-    def clicked(
-        look: Look | None, number: int, dominant: float, contextual: float, selector: str, merge: str, event: Any
+    def click(
+        self, look: Look | None, number: int, dominant: float, contextual: float, selector: str, merge: str, event: Any
     ) -> list[Any]:
         """What the patch under the pointer attends to, and what attends to it."""
         if look is None:
-            return [gr.skip()] * 4
-        tile = budgeted(looker, look, number, dominant, contextual, selector, merge)
+            return [self.gr.skip()] * 4
+        tile = budgeted(self.looker, look, number, dominant, contextual, selector, merge)
         image = draw.enlarged(tile, SIDE)
         patch = patch_at(tile, image.size, *event.index)
         try:
-            to, by = looker.attention_of(look, number, patch)
+            to, by = self.looker.attention_of(look, number, patch)
         except ValueError as error:
-            raise gr.Error(str(error)) from error
+            raise self.gr.Error(str(error)) from error
         row, column = divmod(patch, tile.grid[1])
         return [framed(tile, image, patch), framed(tile, draw.overlay(tile, to, SIDE), patch),
                 framed(tile, draw.overlay(tile, by, SIDE), patch), about(tile, patch, row, column, to, by)]  # fmt: skip
 
-    clicked.__annotations__["event"] = gr.SelectData  # how Gradio knows to pass the click; not importable at the top
-
-    def asked(look: Look | None, number: int, question: str, length: float, *budget: Any) -> list[Any]:
+    def ask(self, look: Look | None, number: int, question: str, length: float, *budget: Any) -> list[Any]:
+        """Both answers, and a row of counts and times for each."""
         if look is None:
-            raise gr.Error("Upload an image first.")
+            raise self.gr.Error("Upload an image first.")
         try:
-            tile = budgeted(looker, look, number, *budget)
-            config = looker.with_budget(len(tile.kept), len(tile.targets), *budget[2:])
-            pair = looker.answers(look, question, config, int(length))
+            tile = budgeted(self.looker, look, number, *budget)
+            config = self.looker.with_budget(len(tile.kept), len(tile.targets), *budget[2:])
+            pair = self.looker.answers(look, question, config, int(length))
         except ValueError as error:
-            raise gr.Error(str(error)) from error
+            raise self.gr.Error(str(error)) from error
         rows = [
             [name, tokens, answer.prompt_tokens, f"{1000 * answer.first:.0f}", f"{answer.decode_ms:.0f}", answer.new_tokens,
              f"{1000 * answer.seconds:.0f}"]
             for name, tokens, answer in (("all tokens", pair.full_tokens, pair.full), ("compressed", pair.tokens, pair.compressed))
         ]  # fmt: skip
         return [pair.full.text, pair.compressed.text, rows]
-
-    first, (kept_now, merged_now, total) = looker.blank()
-    with gr.Blocks(
-        title=f"VisionZip: {title}", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
-    ) as page:
-        state = gr.State()
-        gr.Markdown(f"# What a model keeps of an image\n`{title}`")
-        with gr.Row():
-            with gr.Column(scale=1, min_width=280):
-                upload = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Image", height=240,
-                                  value=decode_image(image) if image else None, elem_id="image", format="png", buttons=[])  # fmt: skip
-                # Gradio would decode it first, whatever its size, and show a stack trace where it can't; `decode_image` says why.
-                upload.preprocess = lambda payload: payload.path if payload else None
-                tile_choice = gr.Dropdown(label="Tile", choices=[("1 of 1", 0)], value=0, visible=False, elem_id="tile")
-                dominant = gr.Slider(
-                    1 + first.cls,
-                    total,
-                    kept_now,
-                    step=1,
-                    label="Kept as they are",
-                    info="tokens, CLS included",
-                    elem_id="dominant",
-                )
-                contextual = gr.Slider(
-                    0,
-                    total - 1 - first.cls,
-                    merged_now,
-                    step=1,
-                    label="Merged",
-                    info="tokens that the rest is merged into",
-                    elem_id="contextual",
-                )
-                with gr.Row():
-                    selector = gr.Dropdown(
-                        [
-                            name for name, entry in SELECTORS if not entry.scales
-                        ],  # what is scaled has to be encoded again
-                        value=looker.config.selector,
-                        label="Selector",
-                        min_width=120,
-                    )
-                    merge = gr.Dropdown(MERGES.names(), value=looker.config.merge, label="Merge", min_width=120)
-            with gr.Column(scale=3):
-                with gr.Row():
-                    heat = _image(gr, "Attention (yellow: most)", "heat")
-                    kept = _image(gr, "Kept as they are", "kept")
-                    merged = _image(gr, "Merged (disc: target)", "merged")
-                words = gr.Markdown(elem_id="words")
-        with gr.Row():
-            look_at = _image(gr, "What the encoder saw: click a patch", "look")
-            attends = _image(gr, "What this patch attends to", "attends")
-            attended = _image(gr, "What attends to this patch", "attended")
-        patch_words = gr.Markdown("Click a patch of the image on the left.", elem_id="patch")
-        gr.Markdown("## Ask")
-        with gr.Row():
-            question = gr.Textbox(QUESTION, label="Question", scale=3, elem_id="question", max_length=2000)
-            length = gr.Slider(1, 256, 32, step=1, label="Longest answer, tokens", scale=1, elem_id="length")
-        button = gr.Button("Ask with all tokens and with few", variant="primary", elem_id="ask")
-        with gr.Row():
-            full = gr.Textbox(label="All tokens", lines=3, elem_id="full", elem_classes="answer")
-            few = gr.Textbox(label="Compressed", lines=3, elem_id="few", elem_classes="answer")
-        times = gr.Dataframe(
-            headers=["", "visual tokens", "prompt tokens", "first token, ms", "each further, ms", "answer tokens", "in all, ms"],
-            interactive=False, elem_id="times", show_label=False, buttons=[],
-        )  # fmt: skip
-
-        budget = [dominant, contextual, selector, merge]
-        drawings = [heat, kept, merged, words]
-        patch_views = [look_at, attends, attended, patch_words]
-        everything = [state, tile_choice, dominant, contextual, *drawings, *patch_views]
-        upload.change(opened, [upload, selector, merge], everything, api_name="open")
-        if image:
-            page.load(opened, [upload, selector, merge], everything, api_name=False)
-        tile_choice.input(turned, [state, tile_choice, *budget], [*drawings, *patch_views], api_name=False)
-        for control in budget:
-            control.input(shown, [state, tile_choice, *budget], drawings, trigger_mode="always_last", show_progress="hidden",
-                          concurrency_limit=4, api_name="budget" if control is dominant else False)  # fmt: skip
-        look_at.select(
-            clicked, [state, tile_choice, *budget], [look_at, attends, attended, patch_words], api_name=False
-        )
-        asking = [state, tile_choice, question, length, *budget]
-        gr.on([button.click, question.submit], asked, asking, [full, few, times], api_name="ask")
-    return page
 
 
 def budgeted(
