@@ -50,11 +50,30 @@ def short_prompts(model: Any, inputs: dict[str, Any], labels: Tensor) -> tuple[d
     """With per-image budgets (`zip.adaptive`) and pixels: run the encoder, and shorten the text to the tokens that each image keeps.
     What comes back is what a cache gives (`read_from_cache`). Without such budgets nothing is done."""
     attachment = attached(model)
-    if attachment is None or attachment.config.adaptive is None or inputs.get("pixel_values") is None:
+    if attachment is None:
+        return inputs, labels
+    if attachment.config.positions == "original":
+        return place_tokens(attachment, inputs), labels
+    if attachment.config.adaptive is None or inputs.get("pixel_values") is None:
         return inputs, labels
     fitted, images = attachment.fit({**inputs, "labels": labels})
     labels = fitted.pop("labels")
     return {**fitted, VISUAL: images}, labels
+
+
+def place_tokens(attachment: Attachment, inputs: dict[str, Any]) -> dict[str, Any]:
+    """With `zip.positions: original`: `position_ids` ``(B, L)`` for rows that are padded on the right, and visual tokens in place of
+    pixels, since positions depend on what was kept. Samples can then be packed, and share a prefix."""
+    pixels = attachment.family.image_inputs(inputs)
+    if pixels:
+        inputs = {name: value for name, value in inputs.items() if name not in pixels}
+        inputs[VISUAL] = attachment.compress(**pixels)
+    ids = inputs["input_ids"]
+    compact = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    places = [each["places"] for each in inputs.get(VISUAL) or []]
+    family: Any = attachment.family
+    positions = family.original_positions(compact, ids, places) if places else compact
+    return {**inputs, "position_ids": positions}
 
 
 def check_cache(config: RunConfig, model: Any, processor: Any, folder: str) -> None:

@@ -139,10 +139,12 @@ def pack(
     flat = (rows * width + places).to(ids.device)
     # Nothing before a sample predicts its first token.
     labels = labels.index_fill(1, torch.zeros(1, dtype=torch.long, device=labels.device), IGNORE)
+    given = inputs.get("position_ids")
+    positions = (places + packed.before).to(ids.device) if given is None else given.flatten()[flat]
     row = {
         **{name: value for name, value in inputs.items() if name != BRANCHES},
         "input_ids": ids.flatten()[flat][None],
-        "position_ids": (places + packed.before).to(ids.device)[None],
+        "position_ids": positions[None],
         # Four dimensions: handed through to the attention as it is, which ignores it.
         "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
         "packing": packed,
@@ -157,7 +159,8 @@ def pack_batch(
     if prefix is None or not prefix.starts(inputs, labels):
         return pack(inputs, labels, image_token=image_token)
     length = len(prefix.beginning)
-    shorter = {name: inputs[name][:, length:] for name in ("input_ids", "attention_mask")}
+    names = ("input_ids", "attention_mask", "position_ids")
+    shorter = {name: inputs[name][:, length:] for name in names if inputs.get(name) is not None}
     return pack({**inputs, **shorter}, labels[:, length:], prefix.layers, image_token)
 
 

@@ -46,7 +46,9 @@ class Prefix:
         if not self.starts(inputs, labels):
             return inputs, labels
         length = len(self.beginning)
-        shorter = {**inputs, "input_ids": inputs["input_ids"][:, length:], "past_key_values": self._cache(len(labels))}
+        names = ("input_ids", "position_ids")
+        shorter = {name: inputs[name][:, length:] for name in names if inputs.get(name) is not None}
+        shorter = {**inputs, **shorter, "past_key_values": self._cache(len(labels))}
         return shorter, labels[:, length:]  # a mask stays as long: it is over keys, the prefix among them
 
     def starts(self, inputs: dict[str, Any], labels: Tensor) -> bool:

@@ -87,7 +87,7 @@ def build_data(run: Run) -> Any:
         elif config.zip.budgets is not None:
             read_from_cache(model)  # `compress_at_budgets` makes of pixels what a cache has
             images = PixelImages(data, processor, placeholder_counts(attachment))
-        elif config.zip.adaptive is not None:
+        elif config.zip.adaptive is not None or config.zip.positions == "original":
             read_from_cache(model)  # `short_prompts` makes of pixels what a cache holds
         if is_streamed(data):
             if distill is not None:

@@ -198,6 +198,11 @@ def attach(model: nn.Module, processor: Any = None, config: ZipConfig | None = N
             f"{type(base).__name__} does not support per-image budgets (adaptive); LLaVA-1.5 and LLaVA-NeXT do. Leave "
             "adaptive out"
         )
+    if config.positions == "original" and not family.places:
+        raise ValueError(
+            f"{type(base).__name__} does not support positions=original; LLaVA-1.5 does (and Qwen's models always keep original "
+            "positions). Leave positions out"
+        )
     family.check(config)
     for rung in {ladder(config)[0], ladder(config)[-1]} if config.budgets is not None else ():
         try:

@@ -168,6 +168,11 @@ class ZipConfig(BaseModel):
         "`dominant` + `contextual` alone, which otherwise is the budget that is used where none is asked for",
         exclude_if=lambda budgets: budgets is None,  # what was stored before there were any stays what it is
     )
+    positions: Literal["compact", "original"] = Field(
+        "compact",
+        description="positions of kept tokens in the LLM: counted without gaps, or those of the uncompressed prompt (LLaVA-1.5)",
+        exclude_if=lambda positions: positions == "compact",  # as for budgets
+    )
     pad_images: bool | Literal["auto"] = Field(
         "auto",
         description="pad images to squares with the mean colour, as LLaVA-1.5 does; auto: where the image processor would "

@@ -54,6 +54,8 @@ class Family(ABC):
     needs_placeholders: ClassVar[bool] = True
     #: supports per-image budgets (`ZipConfig.adaptive`)
     per_image_budgets: ClassVar[bool] = False
+    #: supports original positions (`ZipConfig.positions`); a family with M-RoPE always has them
+    places: ClassVar[bool] = False
     #: supports the controls that select nothing (`Selector.pools`)
     controls: ClassVar[bool] = False
     #: images of one batch can have different budgets: what the model's forward takes has no need of one length

@@ -11,7 +11,14 @@ from torch import Tensor
 from visionzip.adaptive import compress_each
 from visionzip.compress import Compressed, compress_to_budget
 from visionzip.config import ZipConfig
-from visionzip.families.base import FAMILIES, Family, VisualTokens
+from visionzip.families.base import FAMILIES, Family, Hook, Patch, VisualTokens
+from visionzip.families.positions import (
+    OriginalGenerationPositions,
+    OriginalPositions,
+    PlacedOutput,
+    original_positions,
+    places_of,
+)
 from visionzip.families.stand_ins import FixedCount, TokenCount
 from visionzip.selectors import SELECTORS, Features
 from visionzip.selectors.pooled import scaled_grid
@@ -23,6 +30,7 @@ class Llava(Family):
     per_image_budgets = True
     controls = True
     ranked = True
+    places = True
     plain_positions = True
 
     def budget(self, config: ZipConfig) -> tuple[int, int]:
@@ -46,6 +54,14 @@ class Llava(Family):
             )
         if SELECTORS[config.selector].scales and config.adaptive is not None:
             raise ValueError(f"selector={config.selector} does not support per-image budgets (adaptive); leave it out")
+        refused = {
+            "per-image budgets (adaptive)": config.adaptive is not None,
+            "training for several budgets": config.budgets is not None,
+            f"selector={config.selector}": SELECTORS[config.selector].scales,
+        }
+        what = next((name for name, wanted in refused.items() if wanted), None)
+        if config.positions == "original" and what is not None:
+            raise ValueError(f"positions=original does not support {what}; leave one of them out")
         self.budget(config)
 
     def processor_facts(self, processor: Any) -> dict[str, tuple[Any, Any]]:
@@ -63,7 +79,13 @@ class Llava(Family):
                     each.tokens[0]
                     for each in compress_each(self.features(config, image_inputs["pixel_values"]), config)
                 ]
-            return list(self.compress_batch(config, image_inputs["pixel_values"]).tokens)
+            kept = self.compress_batch(config, image_inputs["pixel_values"])
+            if config.positions == "compact":
+                return list(kept.tokens)
+            stock, cls = self.stock_count(), int(self.encoder.has_cls)
+            assert stock is not None
+            places = places_of(kept, cls, kept.slots.shape[1] - cls, stock)
+            return [{"tokens": tokens, "places": place} for tokens, place in zip(kept.tokens, places, strict=True)]
 
     def compress_batch(self, config: ZipConfig, pixel_values: Tensor) -> Compressed:
         return compress_to_budget(self.features(config, pixel_values), config, self.budget(config))
@@ -71,6 +93,29 @@ class Llava(Family):
     def features(self, config: ZipConfig, pixel_values: Tensor) -> Features:
         grid = scaled_grid(sum(self.budget(config))) if SELECTORS[config.selector].scales else None
         return self.encode(config, pixel_values, grid=grid)
+
+    def project(self, visual_tokens: list[VisualTokens]) -> list[Tensor]:
+        return super().project([each["tokens"] if isinstance(each, dict) else each for each in visual_tokens])
+
+    def outputs(self, visual_tokens: list[VisualTokens], kind: str = "image") -> Any:
+        found = super().outputs(visual_tokens, kind)
+        places = [each["places"] for each in visual_tokens if isinstance(each, dict) and "places" in each]
+        return PlacedOutput(pooler_output=found.pooler_output, places=places) if places else found
+
+    def patches(self, processor: Any, config: ZipConfig) -> list[Patch]:
+        found = super().patches(processor, config)
+        if config.positions == "original":
+            found.append((self.model, "_prepare_position_ids_for_generation", OriginalGenerationPositions(self)))
+        return found
+
+    def hooks(self, config: ZipConfig) -> list[Hook]:
+        return [(self.model.model, OriginalPositions(self))] if config.positions == "original" else []
+
+    def original_positions(self, compact: Tensor, input_ids: Tensor, places: list[Tensor]) -> Tensor:
+        """``(B, L)`` positions without gaps → those of the uncompressed prompt; `places` of each image, see `compress`."""
+        stock = self.stock_count()
+        assert stock is not None
+        return original_positions(compact, input_ids == self.image_token_id, places, stock)
 
     def placeholder_counts(self, config: ZipConfig) -> dict[str, TokenCount]:
         return {"image": FixedCount(sum(self.budget(config)))}

@@ -47,6 +47,7 @@ class LlavaNext(Llava):
 
     controls = False
     ranked = False  # tiles
+    places = False
 
     inputs: ClassVar[dict[str, tuple[str, ...]]] = {"image": ("pixel_values", "image_sizes")}
     counted: ClassVar[dict[str, str]] = {"image": "image_sizes"}

@@ -27,6 +27,7 @@ class VideoLlava(Llava):
 
     per_image_budgets = False
     controls = False
+    places = False
     inputs: ClassVar[dict[str, tuple[str, ...]]] = {
         "image": ("pixel_values", "pixel_values_images"),  # the processor's name is an older one
         "video": ("pixel_values_videos",),
