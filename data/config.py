@@ -16,6 +16,7 @@ from data import formats
 from data.config_file import ConfigError, Section, parse, read_config_file
 from data.formats.common import Columns
 from data.precision import suitable_dtype
+from visionzip.budgets import as_config
 from visionzip.config import ZipConfig
 from visionzip.images import MAX_PIXELS
 from visionzip.prompts import template_names
@@ -168,9 +169,24 @@ class EvalSection(Section):
     batch_size: int = Field(8, ge=1, description="questions answered at once by a process")
     max_new_tokens: int = Field(32, ge=1)
     metric: str = Field("exact_match", description="what an answer is worth; see train/metrics/")
+    budgets: list[int | float | str] | None = Field(
+        None,
+        description="budgets that the fine-tuned model (without one, the base model) answers at as well: 8, 27+5, 0.1; images are "
+        "encoded again for each",
+        exclude_if=lambda budgets: budgets is None,
+    )
     compare: list[Literal["full", "training_free"]] = Field(
         ["full", "training_free"], description="models evaluated besides the fine-tuned one"
     )
+
+    @field_validator("budgets")
+    @classmethod
+    def _budgets_can_be_read(cls, budgets: list[int | float | str] | None) -> list[int | float | str] | None:
+        if budgets == []:
+            raise ValueError("the list of budgets is empty; name at least one, or leave it out")
+        for budget in budgets or ():
+            as_config(budget, ZipConfig.model_validate({}))
+        return budgets
 
 
 class PipelineConfig(Section):

@@ -8,7 +8,7 @@ from data.config_file import config_errors
 from data.processes import own_device
 from train.build import build_model
 from train.config import ConfigError, RunConfig
-from train.held_out import score_model, tokens_per_image
+from train.held_out import score_at_budgets, score_model, tokens_per_image
 from train.scores import Scores
 from visionzip import detach
 from visionzip.export import loaded_into
@@ -28,7 +28,12 @@ def compare_models(config: RunConfig, rank: int = 0, world_size: int = 1) -> tup
     model.to(own_device())
     with config_errors("eval"):
         tokens = tokens_per_image(model, processor, config)
-    results = {}
+    assert config.eval is not None
+
+    def ask(budget: str) -> Scores:
+        return score_model(model, processor, config, rank=rank, world_size=world_size)
+
+    results: dict[str, Scores] = {}
     if start is not None:  # first: a projector that can't be loaded ends it before anything is asked
         with ExitStack() as loaded:
             try:
@@ -36,7 +41,10 @@ def compare_models(config: RunConfig, rank: int = 0, world_size: int = 1) -> tup
             except (ValueError, OSError, ImportError) as error:
                 raise ConfigError(f"model.projector: {error}") from error
             results["fine_tuned"] = score_model(model, processor, config, rank=rank, world_size=world_size)
+            results |= score_at_budgets(model, "fine_tuned", config.eval.budgets, ask)
     results["training_free"] = score_model(model, processor, config, rank=rank, world_size=world_size)
+    if start is None:
+        results |= score_at_budgets(model, "training_free", config.eval.budgets, ask)
     detach(model)
     results["full"] = score_model(model, processor, config, rank=rank, world_size=world_size)
     return results, tokens

@@ -19,7 +19,7 @@ from train.cached import check_cache
 from train.callbacks import replace_text
 from train.config import RunConfig
 from train.digest import describe_processor, digest
-from train.held_out import score_model, tokens_per_image
+from train.held_out import score_at_budgets, score_model, tokens_per_image
 from train.result_checks import check_answers
 from train.scores import Scores
 from train.setup import Run
@@ -113,6 +113,17 @@ def key_of_scores(config: RunConfig, processor: Any, base: dict[str, str]) -> st
     )
 
 
+def evaluate_at_budgets(run: Run) -> dict[str, Scores]:
+    """The fine-tuned model under each of `eval.budgets`. Collective."""
+    assert run.config.eval is not None
+    return score_at_budgets(
+        run.model,
+        "fine_tuned",
+        run.config.eval.budgets,
+        lambda budget: evaluate(run, f"fine-tuned, {budget}"),
+    )
+
+
 def evaluate(run: Run, what: str) -> Scores:
     """The model as it is now on all held-out questions, with a progress bar. Collective."""
     from tqdm import tqdm
@@ -126,8 +137,9 @@ def evaluate(run: Run, what: str) -> Scores:
         bars[0].update(done - bars[0].n)
 
     scores = score_model(
-        run.model, run.processor, run.config, rank=run.rank, world_size=run.world_size, beat=run.watchdog.beat, bar=show
-    )
+        run.model, run.processor, run.config, rank=run.rank, world_size=run.world_size,
+        beat=run.watchdog.beat, bar=show,
+    )  # fmt: skip
     for bar in bars:
         bar.close()
     if scores.unread:

@@ -20,7 +20,8 @@ from train import random_state
 from train.config import EvalSection, RunConfig
 from train.metrics import METRICS
 from train.scores import ALL, Scores, runs_on
-from visionzip import Attachment, attached
+from visionzip import Attachment, attached, set_budget
+from visionzip.budgets import ladder
 from visionzip.fingerprint import gathered
 from visionzip.words import count_of
 
@@ -84,11 +85,15 @@ def score_model(
     beat: Callable[[str], None] = lambda doing: None,
     bar: Callable[[int, int], None] = lambda done, of: None,
 ) -> Scores:
-    """Answer every question greedily, each on one process; all processes get the scores. Collective."""
+    """Answer every question greedily, each on one process; all processes get the scores. Collective.
+
+    A compressed model reads `eval.cache`, where there is one and it has the budget in force.
+    """
     assert config.eval is not None
     attachment = attached(model)
     budget = None if attachment is None else (attachment.config.dominant, attachment.config.contextual)
-    asked_of = load_questions(config, processor, cached=attachment is not None, budget=budget)
+    stored = {*ladder(config.zip), (config.zip.dominant, config.zip.contextual)}  # what `eval.cache` has
+    asked_of = load_questions(config, processor, cached=budget in stored, budget=budget)
     questions = NumberedQuestions(asked_of, rank, world_size)
     loader = DataLoader(questions, batch_size=config.eval.batch_size, collate_fn=NumberedCollator(processor))
     answered: dict[int, dict[str, Any] | None] = {}
@@ -107,6 +112,31 @@ def score_model(
             bar(done, len(loader))
     model.train(training)
     return merge_answers(answered, world_size)
+
+
+def score_at_budgets(
+    model: Any, name: str, budgets: Sequence[Any] | None, ask: Callable[[str], Scores]
+) -> dict[str, Scores]:
+    """`model` under each of `budgets` (`eval.budgets`), as ``"fine_tuned@8"``; its own budget is in force again afterwards. Collective.
+
+    Args:
+        ask: a budget in words → its scores.
+
+    Raises:
+        ValueError: for a budget that the encoder can't meet, before anything is asked.
+    """
+    attachment = attached(model)
+    assert attachment is not None
+    own, found = attachment.config, {}
+    try:
+        for budget in budgets or ():
+            set_budget(model, budget)
+        for budget in budgets or ():
+            set_budget(model, budget)
+            found[f"{name}@{budget}"] = ask(f"budget {budget}")
+    finally:
+        set_budget(model, own)
+    return found
 
 
 class NumberedQuestions(Dataset):

@@ -9,7 +9,7 @@ from typing import Any
 from train import report_plots
 from train.config import RunConfig
 from train.held_out import image_inputs, load_questions, one_question_per_image
-from train.scores import LABELS, Scores, describe_scores
+from train.scores import LABELS, Scores, accuracy_at_budgets, describe_scores
 from visionzip import attached
 
 
@@ -19,6 +19,7 @@ def summarize_results(
     """The content of `results.json`; accuracies are fractions, what was not measured is left out."""
     return {
         **{name: scores[name].accuracy for name in LABELS if name in scores},
+        **({"budgets": at_budgets} if (at_budgets := accuracy_at_budgets(scores)) else {}),
         "tokens": tokens,
         "of_tokens": of_tokens,
         "ran_on": {name: found.ran_on / found.questions for name, found in scores.items() if found.questions},

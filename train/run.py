@@ -17,7 +17,7 @@ from train.compiled import compile_parts, describe_compiled
 from train.config import ConfigError, RunConfig
 from train.elastic import describe_budgets
 from train.ending import Exit, RunEnded, StopRequest, Watchdog
-from train.evaluation import count_tokens, evaluate, evaluate_base
+from train.evaluation import count_tokens, evaluate, evaluate_at_budgets, evaluate_base
 from train.finished import find_finish
 from train.held_out import load_questions
 from train.identity import compare_identity, describe_identity
@@ -96,6 +96,7 @@ def train_and_leave_behind(run: Run) -> int:
         run.say(f"{count_of(rejects.rejected, 'record')} not used ({rejects.summary()}); see {rejects.path}")
     if run.config.eval is not None:
         scores["fine_tuned"] = evaluate(run, "fine-tuned")
+        scores |= evaluate_at_budgets(run)
     leave_behind(run, trainer, scores, tokens, wandb)
     return Exit.DONE
 

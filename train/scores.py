@@ -67,6 +67,20 @@ def render_scores(results: dict[str, Scores], tokens: int, of_tokens: int) -> st
     return "\n".join(lines)
 
 
+def accuracy_at_budgets(results: dict[str, Scores]) -> dict[str, float]:
+    """Budget → accuracy, of what `eval.budgets` asked for."""
+    return {name.partition("@")[2]: scores.accuracy for name, scores in results.items() if "@" in name}
+
+
+def render_budgets(results: dict[str, Scores]) -> str:
+    """One row a budget of `eval.budgets`, as Markdown; empty where there is none."""
+    found = accuracy_at_budgets(results)
+    if not found:
+        return ""
+    rows = [f"| {budget} | {100 * accuracy:.1f} % |" for budget, accuracy in found.items()]
+    return "\n".join(["| budget | accuracy |", "|---|---:|", *rows])
+
+
 def format_percent(right: float, asked: int) -> str:
     return f"{100 * right / asked:.1f} %" if asked else ""
 
@@ -82,7 +96,7 @@ def describe_ran_on(results: dict[str, Scores]) -> str:
 
 def describe_scores(results: dict[str, Scores], tokens: int, of_tokens: int) -> str:
     """The table, and below it what it says."""
-    said = [describe_recovery(results), describe_ran_on(results)]
+    said = [render_budgets(results), describe_recovery(results), describe_ran_on(results)]
     return "\n\n".join([render_scores(results, tokens, of_tokens), *filter(None, said)])
 
 

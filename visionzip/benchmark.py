@@ -104,7 +104,7 @@ def benchmark(
                 _put(model, processor, case.budget)
                 if not repeat:
                     case.prepare(model, processor, image)
-                found = list(_turns(model, processor, case.inputs, turns, new_tokens))
+                found = list(time_turns(model, processor, case.inputs, turns, new_tokens))
                 case.runs += [found] if repeat else []
     finally:
         if before is not None:
@@ -150,7 +150,9 @@ class _Case:
                    cache=seen[0]["cache"], flops=flops, encode_flops=encode_flops, **middle)  # fmt: skip
 
 
-def _turns(model: Any, processor: Any, inputs: dict[str, Any], turns: int, new_tokens: int) -> Iterator[dict[str, Any]]:
+def time_turns(
+    model: Any, processor: Any, inputs: dict[str, Any], turns: int, new_tokens: int
+) -> Iterator[dict[str, Any]]:
     """One conversation. Later turns pass no pixels: the image is in the cache already."""
     tokenizer = getattr(processor, "tokenizer", processor)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -31,6 +31,7 @@ PROGRAM = {
     "teacher": "train.commands.teacher",
     "train": "train.commands.train",
     "evaluate": "train.commands.evaluate",
+    "budget": "train.commands.budget",
     "sweep": "train.commands.sweep",
 }
 GET_PROGRAM = (

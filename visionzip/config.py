@@ -16,7 +16,7 @@ class Adaptive(BaseModel):
     """Per-image budgets: an image keeps the fewest dominant tokens that reach `threshold` of the measure.
 
     `ZipConfig.dominant` is then the most an image keeps; contextual tokens are the same number for all. A threshold that
-    gives a wanted mean is found by ``visionzip calibrate``.
+    gives a wanted mean is found by `visionzip.analysis.calibrate.calibrated`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -93,7 +93,7 @@ def process_images(
     except (ValueError, ZeroDivisionError, OverflowError) as error:  # e.g. Qwen refuses 200 times as wide as high
         raise ImageError("image refused", f"by the image processor: {error}") from error
     queues = {"image": iter(image_texts), "video": iter(video_texts)}
-    unused = set(getattr(processor, "unused_input_names", ()))
+    unused = {"num_patches", *getattr(processor, "unused_input_names", ())}  # InternVL's: for the placeholders
     return ImageInputs(
         {name: torch.as_tensor(value) for name, value in inputs.items() if name not in unused} | chosen,
         ["".join(next(queues[kind]) for _ in range(count)) for kind, count in counts],

@@ -32,7 +32,6 @@ def place(tmp_path_factory):
 LOOK = {
     "visualize": ["model", "photos"],
     "analyze": ["model", "photos", "--out", "analysis"],
-    "calibrate": ["model", "photos", "--mean", "6", "--dominant", "10", "--contextual", "2"],
     "benchmark": ["model", "--repeats", "1"],
     "chat": ["model"],
     "app": ["model"],
@@ -42,7 +41,7 @@ OPTIONS = ["--device nope", "--dtype nope", "--layer x", "--layer 99", "--select
 OTHERS = [
     "visualize model nowhere", "visualize model empty", "visualize model photos --limit 0", "visualize model clip.mp4",
     "visualize model photos --out /proc/x/y.html", "analyze model photos --out photos", "analyze model photos --out text.txt",
-    "calibrate model photos --mean nan", "calibrate model photos --mean 9999 --dominant 10", "benchmark model --budgets 8,x",
+    "benchmark model --budgets 8,x",
     "benchmark model --budgets ", "benchmark model --batches x", "benchmark model --json photos", "benchmark model --plot x.nope",
     "benchmark model --image text.txt", "benchmark model --new-tokens 0", "chat model --image nowhere", "chat model --temperature nan",
     "app model --port 99999", "app model --host nowhere.invalid", "app model --image text.txt", "inspect nowhere",

@@ -13,7 +13,7 @@ from visionzip.export import read_export
 
 ROOT = Path(__file__).parents[2]
 OURS = (
-    "analyze", "app", "benchmark", "calibrate", "chat", "export", "inspect", "pull", "push", "serve", "table", "visualize",
+    "analyze", "app", "benchmark", "chat", "export", "inspect", "pull", "push", "serve", "table", "visualize",
 )  # fmt: skip
 
 

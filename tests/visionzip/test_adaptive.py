@@ -6,7 +6,6 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +17,6 @@ from visionzip.adaptive import calibrate, held, needed
 from visionzip.analysis.calibrate import calibrated
 from visionzip.analysis.trace import trace
 from visionzip.chat import Chat
-from visionzip.cli import main
 from visionzip.compress import compress
 from visionzip.config import Adaptive
 from visionzip.families.tiles import pack_each, pack_image
@@ -410,23 +408,3 @@ def test_what_is_drawn_is_what_each_picture_keeps(model, processor):
         (tile,) = shown.tiles
         assert len(tile.kept) + len(tile.targets) == shown.tokens
         assert shown.held >= 0.6 or len(tile.kept) == 9
-
-
-def test_the_command_prints_a_section_that_gives_its_mean(model, processor, tmp_path, capsys):
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    (tmp_path / "pictures").mkdir()
-    for number in range(8):
-        picture(number, (32, 32)).save(tmp_path / "pictures" / f"{number}.png")
-    (tmp_path / "pictures" / "broken.png").write_bytes(b"nothing")
-    asked = ["calibrate", str(tmp_path / "model"), str(tmp_path / "pictures"), "--device", "cpu", "--dominant", "9"]
-    capsys.readouterr()  # what saving had to say
-    assert main([*asked, "--contextual", "3", "--mean", "9.5"]) == 0
-    out, err = capsys.readouterr()
-    config = ZipConfig(**yaml.safe_load(out)["zip"])
-    assert config.adaptive is not None
-    assert (config.dominant, config.contextual, config.adaptive.measure) == (9, 3, "attention")
-    assert "# 8 images or tiles" in out
-    assert "broken.png" in err
-    assert main([*asked, "--contextual", "3", "--mean", "40"]) == 2
-    assert "a mean of 40 tokens is not possible" in capsys.readouterr().err
