@@ -203,16 +203,16 @@ def test_a_chat_in_which_one_image_has_a_budget_of_its_own():
     chat.show(picture(0))
     chat.show(picture(1), "9+3")
     turn = chat.ask("what is this")
-    assert [now for now, _ in turn.pictures] == [8, 12]
+    assert [now for now, _ in turn.images] == [8, 12]
     assert chat.ask("what").encoded == 0
-    row = prompt_inputs(usual_template(processor), chat.messages[:-1], chat.pictures, budgets=[None, 12])
+    row = prompt_inputs(usual_template(processor), chat.messages[:-1], chat.images, budgets=[None, 12])
     batch = attached(model).encode(batch_prompts(processor, [row]))
     output = model.generate(**batch, max_new_tokens=4, do_sample=False, use_cache=False, suppress_tokens=[4])
     said = processor.tokenizer.decode(output[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     assert chat.messages[-1].text == said.strip()
     chat.budget(4)
     chat.ask("how many")
-    assert [chat._count(one)[0] for one in chat.pictures] == [4, 12]
+    assert [chat._count(one)[0] for one in chat.images] == [4, 12]
     with pytest.raises(ValueError, match="can't be met"):
         chat.show(picture(2), 99)
     assert chat.waiting == []

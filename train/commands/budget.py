@@ -90,13 +90,12 @@ def show_curve(arguments: argparse.Namespace) -> None:
         {"sources": [source], "pad_images": attachment.config.pad_images, "template": template}
     )
     questions = build_questions(data, processor, arguments.max_questions, PixelImages(data, processor))
-    first = next(
-        (one for one in (questions[number] for number in range(len(questions))) if isinstance(one, Question)), None
-    )
+    asked = (questions[number] for number in range(len(questions)))
+    first = next((one for one in asked if isinstance(one, Question) and image_inputs(one)), None)
     if first is None:
-        raise ValueError(f"{arguments.data} has no usable question ({len(questions.rejections)} records rejected)")
-    if not image_inputs(first):
-        raise ValueError(f"the first question of {arguments.data} has no image")
+        raise ValueError(
+            f"{arguments.data} has no usable question with an image ({len(questions.rejections)} records rejected)"
+        )
     stock = attachment.token_counts(**image_inputs(first))[0][0]
     budgets = (
         arguments.budgets.split(",") if arguments.budgets is not None else budget_curve.default_budgets(model, stock)
