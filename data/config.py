@@ -89,7 +89,7 @@ class SourceConfig(Section):
     @field_validator("format")
     @classmethod
     def _format_exists(cls, value: str) -> str:
-        return _one_of(value, ["auto", *formats.names()], "format")
+        return _one_of(value, ["auto", *formats.list_formats()], "format")
 
     @property
     def label(self) -> str:

@@ -17,7 +17,7 @@ from data.cache.reader import CachedTokens
 from data.collate import Branches, Collator, text_item
 from data.config import DataConfig, SourceConfig
 from data.elastic import Budget, Drawn
-from data.formats import parse
+from data.formats import parse_record
 from data.formats.common import RecordSource, record_id
 from data.images import LoadImages, PixelImages
 from data.index import cache_folder
@@ -201,7 +201,7 @@ def guarded_parse(read: Callable[[], Any], layout: RecordSource, position: int) 
         record = read()
         if isinstance(record, Mapping):
             name = record_id(record.get("id"), position)
-        return parse(record, layout, position)
+        return parse_record(record, layout, position)
     except Exception as error:
         return as_rejection(error, name, layout.label, position)
 

@@ -18,7 +18,7 @@ class HFRecords:
     """Random access to a `datasets.Dataset`: memory-mapped Arrow, pickled as the path of its files."""
 
     def __init__(self, source: SourceConfig) -> None:
-        self.dataset = load(source).with_format("arrow")
+        self.dataset = load_source(source).with_format("arrow")
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -27,7 +27,7 @@ class HFRecords:
         return self.dataset[position].to_pylist()[0]
 
 
-def load(source: SourceConfig, streaming: bool = False) -> Any:
+def load_source(source: SourceConfig, streaming: bool = False) -> Any:
     """The `datasets` object of a source.
 
     Raises:

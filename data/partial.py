@@ -75,10 +75,10 @@ def load_without(
     def __init__(self: Any, *args: Any, **options: Any) -> None:
         kind.__init__(self, *args, **options)
         if "encoder" in without:
-            strip(self, family.tower, family.projectors)
+            strip_parameters(self, family.tower, family.projectors)
         if "llm" in without:
-            strip(self, family.llm, family.projectors)
-            strip(self, "lm_head", ())
+            strip_parameters(self, family.llm, family.projectors)
+            strip_parameters(self, "lm_head", ())
 
     names = {"__init__": __init__, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     loader: Any = type(kind.__name__, (kind,), {**names, "_keys_to_ignore_on_load_unexpected": [".*"]})
@@ -87,7 +87,7 @@ def load_without(
     return model
 
 
-def strip(model: nn.Module, name: str, keep: Sequence[str]) -> None:
+def strip_parameters(model: nn.Module, name: str, keep: Sequence[str]) -> None:
     """Take the parameters off the module called `name` and all inside it, except for the modules named in `keep`."""
     for inner, module in model.get_submodule(name).named_modules():
         full = f"{name}.{inner}" if inner else name

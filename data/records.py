@@ -120,9 +120,9 @@ def _digests(source: SourceConfig, cache_dir: str | None) -> Iterable[bytes]:
     else:
         files = [Path(file) for file in sorted(glob.glob(source.path))]
     if not files and not source.streaming:
-        from data.hf import load
+        from data.hf import load_source
 
-        files = sorted(Path(kept["filename"]) for kept in load(source).cache_files)
+        files = sorted(Path(kept["filename"]) for kept in load_source(source).cache_files)
     if not files:
         yield json.dumps([source.path, source.subset, source.split]).encode()
     yield from map(sampled_digest, files)

@@ -50,7 +50,7 @@ ALWAYS_ALLOWED = 3
 SMALLEST_SHARE = 20
 
 
-def allowed(max_rejected: float, records: int) -> int:
+def count_allowed(max_rejected: float, records: int) -> int:
     """How many of so many records may be rejected: the share `max_rejected` of them, but at least `ALWAYS_ALLOWED`, or one in
     `SMALLEST_SHARE` of a set so small that this is less. With `max_rejected=0` none."""
     if max_rejected == 0:
@@ -96,7 +96,7 @@ class RejectLog:
         Args:
             looked_at: of so many records that were not read (`data.precheck`); only for the message.
 
-        Raises `TooManyRejected` once there are more than `allowed`; they are in the file by then.
+        Raises `TooManyRejected` once there are more than `count_allowed`; they are in the file by then.
         """
         new = [rejection for rejection in rejections if self._note(rejection)]
         if new:
@@ -110,11 +110,11 @@ class RejectLog:
         soonest = SOONEST if self.total is None else min(SOONEST, self.total)
         reads = self.reads if self.total is None else min(self.reads, self.total)
         of = max(reads, soonest)
-        if self.rejected > allowed(self.max_rejected, of):
+        if self.rejected > count_allowed(self.max_rejected, of):
             raise TooManyRejected(
                 f"{self.rejected} bad record{'s' if self.rejected > 1 else ''} among the first "
                 f"{max(reads, looked_at, self.rejected)} read; "
-                f"data.max_rejected={self.max_rejected:g} allows {allowed(self.max_rejected, of)} of {of}. "
+                f"data.max_rejected={self.max_rejected:g} allows {count_allowed(self.max_rejected, of)} of {of}. "
                 f"{self.summary()}. Each is listed in {self.path}; fix or remove them, or raise data.max_rejected"
             )
 

@@ -55,7 +55,7 @@ class Scene:
         return sorted({PAIRS.index((s.colour, s.name)) for s in self.shapes})
 
 
-def scene(seed: int) -> Scene:
+def make_scene(seed: int) -> Scene:
     """What the image of this seed shows: 1 to 5 shapes; at least one has a colour and one a form that no other has.
 
     Without those, "what colour is the circle?" and "which shape is red?" could not be asked about every image.
@@ -91,7 +91,7 @@ def _shape(rng: random.Random, place: int) -> Shape:
     )
 
 
-def draw(made: Scene) -> Image.Image:
+def draw_scene(made: Scene) -> Image.Image:
     """The scene as an RGB image of `SIZE` x `SIZE` pixels."""
     background = Image.fromarray(_background(np.random.default_rng(made.seed)))
     large = SIZE * _OVERSAMPLE

@@ -47,9 +47,9 @@ class StreamSource:
         if reader_of(config) == "json":
             self.stored = open_records(config, cache_dir)
         else:
-            from data.hf import load
+            from data.hf import load_source
 
-            self.dataset = load(config, streaming=True).with_format("arrow")
+            self.dataset = load_source(config, streaming=True).with_format("arrow")
 
     def records(self, consumer: int, consumers: int) -> Iterator[tuple[int, Read]]:
         """One pass over this consumer's share: (a number no other record has, how to read the record)."""

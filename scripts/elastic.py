@@ -205,7 +205,7 @@ def render_table(args: argparse.Namespace, found: dict[str, Any], tokens: dict[s
 
 def draw(args: argparse.Namespace, found: dict[str, Any], path: Path) -> None:
     """Accuracy against tokens: everyone at every budget."""
-    from visionzip.analysis.style import BLUE, QUIET, entitle, legend_beside, new_figure, save, style
+    from visionzip.analysis.style import BLUE, QUIET, legend_beside, new_figure, save_figure, set_title, style
 
     budgets = all_budgets(args)
     totals = [sum(budget) for budget in budgets]
@@ -235,10 +235,10 @@ def draw(args: argparse.Namespace, found: dict[str, Any], path: Path) -> None:
         axes.minorticks_off()
         axes.set(xlabel="visual tokens per image", ylabel="exact match, %")
         legend_beside(figure, axes)
-        entitle(
+        set_title(
             figure, "One projector for every budget", f"{Path(settings(args).model.path).name}, {len(args.seeds)} seeds"
         )
-        save(figure, path)
+        save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> int:

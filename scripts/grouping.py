@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.scenes import draw, scene
+from data.scenes import draw_scene, make_scene
 from visionzip.encoders import encoder_for
 from visionzip.families.grouped import group_mean
 
@@ -64,7 +64,7 @@ def random_tower() -> Any:
 
 def pictures(size: int, count: int) -> Tensor:
     """``(count, 3, size, size)`` in [-1, 1]."""
-    drawn = [draw(scene(seed)).convert("RGB").resize((size, size)) for seed in range(count)]
+    drawn = [draw_scene(make_scene(seed)).convert("RGB").resize((size, size)) for seed in range(count)]
     return torch.stack([torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8) for p in drawn]).reshape(
         count, size, size, 3
     ).permute(0, 3, 1, 2).float().div(127.5).sub(1)  # fmt: skip

@@ -58,11 +58,11 @@ def render(split: str, seed: int, count: int, workers: int) -> Pictures:
     seeds = [shapes.image_seed(split, seed, index) for index in range(count)]
     with ProcessPoolExecutor(workers) as pool:
         drawn = list(pool.map(_pixels, seeds, chunksize=256))
-    return Pictures([shapes.scene(number) for number in seeds], torch.from_numpy(np.stack(drawn)))
+    return Pictures([shapes.make_scene(number) for number in seeds], torch.from_numpy(np.stack(drawn)))
 
 
 def _pixels(seed: int) -> np.ndarray:
-    return np.array(Image.open(io.BytesIO(shapes.encode_jpeg(shapes.draw(shapes.scene(seed))))))
+    return np.array(Image.open(io.BytesIO(shapes.encode_jpeg(shapes.draw_scene(shapes.make_scene(seed))))))
 
 
 def normalise(pixels: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.bar([row["budget"] for row in rows], [row["requests/s"] for row in rows])
         axes.set_xlabel("visual tokens per image")
         axes.set_ylabel("requests/s")
-        style.save(figure, path)
+        style.save_figure(figure, path)
 
 
 def main() -> None:

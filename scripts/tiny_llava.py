@@ -92,7 +92,7 @@ def _corpus(seed: int) -> Iterator[str]:
     yield from ENGLISH.split("\n") * 20
     yield from [SYSTEM, " USER: ASSISTANT:"] * 200
     for index in range(2000):
-        made = shapes.scene(shapes.image_seed("train", seed, index))
+        made = shapes.make_scene(shapes.image_seed("train", seed, index))
         for asked in shapes.conversation(made):
             yield f"USER:\n{asked.question} ASSISTANT: {asked.answer}"
             yield f"USER: {asked.question} ASSISTANT: {asked.answer}"

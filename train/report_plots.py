@@ -11,7 +11,17 @@ import numpy as np
 
 from train.config import RunConfig
 from train.scores import ALL, LABELS, Scores
-from visionzip.analysis.style import BLUE, MODELS, QUIET, entitle, legend_beside, new_figure, save, style, whole_ticks
+from visionzip.analysis.style import (
+    BLUE,
+    MODELS,
+    QUIET,
+    legend_beside,
+    new_figure,
+    save_figure,
+    set_title,
+    style,
+    whole_ticks,
+)
 from visionzip.budgets import format_budget
 
 
@@ -34,8 +44,8 @@ def draw_loss(path: Path, log: Sequence[dict[str, Any]], about: str) -> Path:
             axes.legend()
         axes.set(xlabel="optimizer step", ylabel="loss, nats per supervised token")
         whole_ticks(axes.xaxis)
-        entitle(figure, "Training loss", about)
-        return save(figure, path)
+        set_title(figure, "Training loss", about)
+        return save_figure(figure, path)
 
 
 def standard_error(right: float, asked: int) -> float:
@@ -68,8 +78,8 @@ def draw_accuracy(path: Path, scores: dict[str, Scores], facts: dict[str, Any], 
         axes.grid(visible=False, axis="x")
         axes.set(ylabel="exact match, %", ylim=(0, 112), yticks=range(0, 101, 20), xlim=(-0.6, len(kinds) - 0.4))
         legend_beside(figure, axes, "outside lower center", ncols=len(names))
-        entitle(figure, "Held-out questions", f"{about}; {facts['questions']:,} questions, ± one standard error")
-        return save(figure, path)
+        set_title(figure, "Held-out questions", f"{about}; {facts['questions']:,} questions, ± one standard error")
+        return save_figure(figure, path)
 
 
 def count_right(scores: Scores, kind: str) -> tuple[float, int]:
@@ -86,9 +96,9 @@ def draw_kept(path: Path, tile: Any, question: Any, answers: dict[str, str]) -> 
         answers: model → its answer, of those that were measured.
     """
     from visionzip.analysis import draw
-    from visionzip.analysis.visualize import note, views
+    from visionzip.analysis.visualize import describe_tile, draw_views
 
     said = " · ".join(f"{LABELS[name]}: {answers[name] or '(nothing)'}" for name in LABELS if name in answers)
-    lines = [f"expected: {question.answer}" + (f" · {said}" if said else ""), note(tile), question.id]
-    draw.panel(views(tile, 320), question.question, "\n".join(lines)).save(path)
+    lines = [f"expected: {question.answer}" + (f" · {said}" if said else ""), describe_tile(tile), question.id]
+    draw.draw_panel(draw_views(tile, 320), question.question, "\n".join(lines)).save(path)
     return path

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from train.report_plots import standard_error
-from visionzip.analysis.style import QUIET, SERIES, entitle, legend_beside, new_figure, save, style
+from visionzip.analysis.style import QUIET, SERIES, legend_beside, new_figure, save_figure, set_title, style
 
 #: A finished cell: its axes, the key of its training-free result, its folder, its results.json.
 Found = tuple[dict[str, str], str, Path, dict[str, Any]]
@@ -209,8 +209,8 @@ def draw_sweep(
             if seeds > 1
             else "± one standard error"
         )
-        entitle(figure, "Accuracy against visual tokens", f"{about}{questions:,} questions, {what}")
-        return save(figure, path)
+        set_title(figure, "Accuracy against visual tokens", f"{about}{questions:,} questions, {what}")
+        return save_figure(figure, path)
 
 
 def log_summary(config: Any, out: Path) -> None:

@@ -116,7 +116,7 @@ class ShowAnswers(TrainerCallback):
         """The model's answer now, and a drawing of what is kept of the (last) image; None without pixels."""
         from visionzip.analysis import draw
         from visionzip.analysis.trace import trace_inputs
-        from visionzip.analysis.visualize import note, views
+        from visionzip.analysis.visualize import describe_tile, draw_views
 
         attachment = attached(model)
         training = model.training
@@ -129,7 +129,7 @@ class ShowAnswers(TrainerCallback):
             drawn = None
             if attachment is not None and attachment.family.count_images(images):
                 tile = trace_inputs(attachment, self.processor, images).tiles[-1]
-                drawn = draw.panel(views(tile, 280), note=note(tile))
+                drawn = draw.draw_panel(draw_views(tile, 280), note=describe_tile(tile))
         finally:
             model.train(training)
         return text.strip(), drawn

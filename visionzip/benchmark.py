@@ -282,7 +282,7 @@ def facts(rows: Sequence[Row], model: Any, **more: Any) -> dict[str, Any]:
 
 def draw_rows(rows: Sequence[Row], where: str) -> Any:
     """Time to first token, prefill, cache and work against visual tokens, a line a batch size; first turns only."""
-    from visionzip.analysis.style import SERIES, entitle, new_figure, whole_ticks
+    from visionzip.analysis.style import SERIES, new_figure, set_title, whole_ticks
 
     first = [row for row in rows if row.turn == 1]
     figure, axes = new_figure(10, 6.8, nrows=2, ncols=2)
@@ -303,5 +303,5 @@ def draw_rows(rows: Sequence[Row], where: str) -> Any:
         panel.set_ylim(0, 1.1 * max(value(row) for row in first))
     if len({row.batch for row in first}) > 1:
         figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper right", ncols=6, fontsize=10)
-    entitle(figure, "Cost against visual tokens", where)
+    set_title(figure, "Cost against visual tokens", where)
     return figure

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from data.formats.common import Columns, Draft, Marker, RecordSource, column, record_media
+from data.formats.common import Columns, Draft, Marker, RecordSource, get_column, record_media
 from data.sample import Reject
 
 PRIORITY = 30
@@ -17,7 +17,7 @@ def matches(record: Mapping[str, Any], columns: Columns) -> bool:
 
 
 def read(record: Mapping[str, Any], source: RecordSource) -> Draft:
-    texts = column(record, source.columns.conversations, "texts")
+    texts = get_column(record, source.columns.conversations, "texts")
     if not isinstance(texts, list):
         raise Reject("wrong type", f"texts must be a list, found {type(texts).__name__}")
     turns: list[tuple[Any, list[str | Marker]]] = []
@@ -28,6 +28,6 @@ def read(record: Mapping[str, Any], source: RecordSource) -> Draft:
     return Draft(
         turns,
         record_media(record, source),
-        column(record, source.columns.id, "id"),
-        column(record, source.columns.types, "types"),
+        get_column(record, source.columns.id, "id"),
+        get_column(record, source.columns.types, "types"),
     )

@@ -69,7 +69,7 @@ class Draft:
     types: Any = None
 
 
-def column(record: Mapping[str, Any], name: str | None, *defaults: str) -> Any:
+def get_column(record: Mapping[str, Any], name: str | None, *defaults: str) -> Any:
     """The mapped column (dots reach into nested records), else the first of `defaults` that is there and not null."""
     if name is not None:
         value: Any = record
@@ -97,8 +97,8 @@ def split_markers(text: Any) -> list[str | Marker]:
 def record_media(record: Mapping[str, Any], source: RecordSource) -> list[Media]:
     """Images, then videos, of the usual columns or the mapped ones."""
     columns = source.columns
-    images = column(record, columns.image, *(() if columns.video else ("image", "images")))
-    videos = column(record, columns.video, *(() if columns.image else ("video", "videos")))
+    images = get_column(record, columns.image, *(() if columns.video else ("image", "images")))
+    videos = get_column(record, columns.video, *(() if columns.image else ("video", "videos")))
     return [*_media("image", images, source.root), *_media("video", videos, source.root)]
 
 
@@ -117,9 +117,9 @@ def to_media(kind: Literal["image", "video"], value: Any, root: str) -> Media:
     if isinstance(value, str):
         if value.startswith("data:"):
             return Media(kind, _data_uri(value))
-        return Media(kind, resolve(root, value))
+        return Media(kind, resolve_path(root, value))
     if kind == "video" and isinstance(value, list) and value:
-        return Media(kind, [resolve(root, item) for item in value])
+        return Media(kind, [resolve_path(root, item) for item in value])
     raise Reject("wrong type", f"a {kind} must be a path or bytes, found {type(value).__name__}")
 
 
@@ -133,7 +133,7 @@ def _data_uri(value: str) -> bytes:
         raise Reject("unreadable image", f"broken base64: {error}") from error
 
 
-def resolve(root: str, path: Any) -> str:
+def resolve_path(root: str, path: Any) -> str:
     """`path` inside `root`, absolute. Raises `Reject` where it leads out.
 
     By name, not by following links: a link that the owner of the folder put there (`coco -> /data/coco`) is theirs to make,
@@ -150,7 +150,7 @@ def resolve(root: str, path: Any) -> str:
     return full
 
 
-def build(draft: Draft, source: RecordSource, position: int) -> Sample:
+def build_sample(draft: Draft, source: RecordSource, position: int) -> Sample:
     """Check a draft's turns, put its images where they belong, and make the `Sample`."""
     if not draft.turns:
         raise Reject("empty conversation")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from data.formats.common import ROLES, Columns, Draft, RecordSource, column, record_media, split_markers
+from data.formats.common import ROLES, Columns, Draft, RecordSource, get_column, record_media, split_markers
 from data.sample import Reject
 
 PRIORITY = 10
@@ -21,7 +21,7 @@ def matches(record: Mapping[str, Any], columns: Columns) -> bool:
 
 
 def read(record: Mapping[str, Any], source: RecordSource) -> Draft:
-    turns = column(record, source.columns.conversations, "conversations")
+    turns = get_column(record, source.columns.conversations, "conversations")
     if not isinstance(turns, list):
         raise Reject("wrong type", f"conversations must be a list, found {type(turns).__name__}")
     parsed = []
@@ -35,6 +35,6 @@ def read(record: Mapping[str, Any], source: RecordSource) -> Draft:
     return Draft(
         parsed,
         record_media(record, source),
-        column(record, source.columns.id, "id"),
-        column(record, source.columns.types, "types"),
+        get_column(record, source.columns.id, "id"),
+        get_column(record, source.columns.types, "types"),
     )

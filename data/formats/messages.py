@@ -15,7 +15,7 @@ from data.formats.common import (
     Draft,
     Marker,
     RecordSource,
-    column,
+    get_column,
     record_media,
     split_markers,
     to_media,
@@ -34,7 +34,7 @@ def _columns(columns: Columns) -> tuple[str, ...]:
 
 
 def read(record: Mapping[str, Any], source: RecordSource) -> Draft:
-    turns = column(record, source.columns.conversations, *_columns(source.columns))
+    turns = get_column(record, source.columns.conversations, *_columns(source.columns))
     if not isinstance(turns, list):
         raise Reject("wrong type", f"messages must be a list, found {type(turns).__name__}")
     parsed = []
@@ -45,8 +45,8 @@ def read(record: Mapping[str, Any], source: RecordSource) -> Draft:
     return Draft(
         parsed,
         record_media(record, source),
-        column(record, source.columns.id, "id"),
-        column(record, source.columns.types, "types"),
+        get_column(record, source.columns.id, "id"),
+        get_column(record, source.columns.types, "types"),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from data.formats.common import Columns, Draft, Marker, RecordSource, column, record_media, split_markers
+from data.formats.common import Columns, Draft, Marker, RecordSource, get_column, record_media, split_markers
 from data.sample import Reject
 
 PRIORITY = 40
@@ -22,17 +22,17 @@ def read(record: Mapping[str, Any], source: RecordSource) -> Draft:
     columns = source.columns
     turns: list[tuple[Any, list[str | Marker]]]
     if columns.caption or (columns.question is None and "question" not in record):
-        caption = _text(column(record, columns.caption, *_CAPTIONS), "caption")
+        caption = _text(get_column(record, columns.caption, *_CAPTIONS), "caption")
         turns = [("user", []), ("assistant", [caption])]
     else:
-        question = column(record, columns.question, "question")
-        answer = _text(column(record, columns.answer, *_ANSWERS), "answer")
+        question = get_column(record, columns.question, "question")
+        answer = _text(get_column(record, columns.answer, *_ANSWERS), "answer")
         turns = [("user", split_markers(question)), ("assistant", [answer])]
     return Draft(
         turns,
         record_media(record, source),
-        column(record, columns.id, "id", "question_id"),
-        column(record, columns.types, "types", "question_type"),
+        get_column(record, columns.id, "id", "question_id"),
+        get_column(record, columns.types, "types", "question_type"),
     )
 
 

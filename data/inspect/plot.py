@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from data.inspect.survey import Survey
-from visionzip.analysis.style import BLUE, GREEN, ORANGE, QUIET, VERMILION, new_figure, save, style, whole_ticks
+from visionzip.analysis.style import BLUE, GREEN, ORANGE, QUIET, VERMILION, new_figure, save_figure, style, whole_ticks
 
 
 def draw_survey(result: Survey, longest: int, path: Path) -> None:
@@ -25,7 +25,7 @@ def draw_survey(result: Survey, longest: int, path: Path) -> None:
         draw_reasons(rejected, result)
         for axes in (length, images, share):
             whole_ticks(axes.yaxis)
-        save(figure, path, dpi=120)
+        save_figure(figure, path, dpi=120)
 
 
 def draw_lengths(axes: Axes, result: Survey, longest: int) -> None:

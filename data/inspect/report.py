@@ -11,7 +11,7 @@ from data.config import DataConfig
 from data.dataset import InstructionDataset
 from data.inspect.samples import show_whitespace
 from data.inspect.survey import Survey, quantiles
-from data.rejects import SOONEST, allowed
+from data.rejects import SOONEST, count_allowed
 from data.stream import StreamedDataset
 
 BAR = 60
@@ -118,7 +118,7 @@ def print_rejected(console: Console, config: DataConfig, result: Survey, of: int
         where = f"{example.source} #{example.index} ({example.id}) {example.detail}"
         table.add_row(reason, f"{count:,}", f"{count / result.read:.2%}", Text(show_whitespace(where[:200])))
     console.print(table)
-    limit = allowed(config.max_rejected, of)
+    limit = count_allowed(config.max_rejected, of)
     too_many = len(result.rejections) > limit
     verdict = "[bold red]a run would stop[/bold red]" if too_many else "[green]a run would go on[/green]"
     console.print(

@@ -21,11 +21,27 @@ from PIL import Image
 
 from data.folder import write_once
 from data.rounds import Round, render_record
-from data.scenes import COLOURS, PAIRS, SHAPES, SIZE, Scene, Shape, draw, encode_jpeg, once, scene
+from data.scenes import COLOURS, PAIRS, SHAPES, SIZE, Scene, Shape, draw_scene, encode_jpeg, make_scene, once
 
 __all__ = [
-    "COLOURS", "PAIRS", "PLACES", "SHAPES", "SIZE", "SPLITS", "TYPES", "Round", "Scene", "Shape",
-    "conversation", "draw", "encode_jpeg", "image_seed", "record", "records", "scene", "write",
+    "COLOURS",
+    "PAIRS",
+    "PLACES",
+    "SHAPES",
+    "SIZE",
+    "SPLITS",
+    "TYPES",
+    "Round",
+    "Scene",
+    "Shape",
+    "conversation",
+    "draw_scene",
+    "encode_jpeg",
+    "image_seed",
+    "make_scene",
+    "record",
+    "records",
+    "write",
 ]  # fmt: skip
 
 PLACES = (
@@ -129,14 +145,14 @@ def conversation(made: Scene, variant: int = 0, types: Sequence[str] = TYPES) ->
 
 def record(split: str, seed: int, index: int) -> dict:
     """The `index`-th record of a split in LLaVA's form; `image` is relative to the `images` folder."""
-    rounds = conversation(scene(image_seed(split, seed, index)))
+    rounds = conversation(make_scene(image_seed(split, seed, index)))
     return render_record(f"shapes-{split}-{seed}-{index}", f"{split}/{index:06d}.jpg", rounds)
 
 
 def records(split: str, count: int, seed: int = 0) -> Iterator[tuple[dict, Image.Image]]:
     """`count` records and their images, without a disk. Held-out records: `records("eval", ...)`."""
     for index in range(count):
-        yield record(split, seed, index), draw(scene(image_seed(split, seed, index)))
+        yield record(split, seed, index), draw_scene(make_scene(image_seed(split, seed, index)))
 
 
 def write(out: str | Path, train: int = 4000, held_out: int = 400, seed: int = 0) -> bool:

@@ -9,7 +9,7 @@ from PIL import Image
 from tests.analysis.conftest import BAD
 from visionzip import ZipConfig, attach
 from visionzip.analysis import analyze as module
-from visionzip.analysis.analyze import LINES, analyze, render_summary, summary, write
+from visionzip.analysis.analyze import LINES, analyze, render_summary, summarize, write
 from visionzip.analysis.trace import trace
 from visionzip.cli import main
 from visionzip.images import decode_image
@@ -42,7 +42,7 @@ def test_the_command(model_folder, pictures, tmp_path, capsys):
 
 
 def test_budgets_are_those_of_the_scores(ready, pictures, tmp_path):
-    facts = summary(analyze(ready, pictures, tmp_path / "out", progress=False))
+    facts = summarize(analyze(ready, pictures, tmp_path / "out", progress=False))
     needed = []
     for name in ("a.jpg", "b & c.png", "more/a.jpg"):
         best = (
@@ -64,10 +64,10 @@ def test_budgets_are_those_of_the_scores(ready, pictures, tmp_path):
 
 
 def test_goes_on_where_it_was_stopped(ready, pictures, tmp_path, monkeypatch):
-    whole = summary(analyze(ready, pictures, tmp_path / "whole", progress=False))
+    whole = summarize(analyze(ready, pictures, tmp_path / "whole", progress=False))
 
     measured = []
-    plain = module.measure
+    plain = module.measure_image
 
     def stopping(attachment, name, picture):
         if len(measured) == 2:
@@ -75,16 +75,16 @@ def test_goes_on_where_it_was_stopped(ready, pictures, tmp_path, monkeypatch):
         measured.append(name)
         return plain(attachment, name, picture)
 
-    monkeypatch.setattr(module, "measure", stopping)
+    monkeypatch.setattr(module, "measure_image", stopping)
     with pytest.raises(KeyboardInterrupt):
         analyze(ready, pictures, tmp_path / "out", progress=False)
     with open(tmp_path / "out" / LINES, "a") as file:
         file.write('{"name": "more/a.jpg", "ti')  # the kill fell on a line that was being written
-    monkeypatch.setattr(module, "measure", lambda *a: (measured.append(a[1]), plain(*a))[1])
+    monkeypatch.setattr(module, "measure_image", lambda *a: (measured.append(a[1]), plain(*a))[1])
     found = analyze(ready, pictures, tmp_path / "out", progress=False)
     assert found.resumed == 2
     assert measured == ["a.jpg", "b & c.png", "more/a.jpg"]  # each once
-    assert summary(found) == whole
+    assert summarize(found) == whole
 
 
 def test_refuses_to_mix(ready, processor, pictures, tmp_path):

@@ -60,7 +60,7 @@ def cells(image, tile):
 
 
 def test_kept_patches_are_as_they_were_and_the_rest_is_whitened(tile):
-    before, after = cells(draw.enlarged(tile), tile), cells(draw.kept(tile), tile)
+    before, after = cells(draw.enlarge_tile(tile), tile), cells(draw.draw_kept(tile), tile)
     inner = np.s_[20:-20, 20:-20]  # inside of the frame
     for place, mask in np.ndenumerate(tile.kept_mask.numpy()):
         if mask:
@@ -72,8 +72,8 @@ def test_kept_patches_are_as_they_were_and_the_rest_is_whitened(tile):
 
 
 def test_patches_of_one_token_have_its_colour(tile):
-    colours = cells(draw.merged(tile), tile)
-    plain = cells(draw.enlarged(tile).convert("L"), tile)
+    colours = cells(draw.draw_merged(tile), tile)
+    plain = cells(draw.enlarge_tile(tile).convert("L"), tile)
     for place, group in np.ndenumerate(tile.groups.numpy()):
         if group >= 0:
             expected = 0.4 * plain[place][20, 20] + 0.6 * np.array(draw.colour_of(int(group)))
@@ -84,7 +84,7 @@ def test_patches_of_one_token_have_its_colour(tile):
 
 def test_kept_patches_and_targets_can_not_be_mixed_up(tile):
     """Kept ones have the outline that they have everywhere; a target is a disc, whose frame looked like it."""
-    drawn = cells(draw.merged(tile), tile)
+    drawn = cells(draw.draw_merged(tile), tile)
     for place, group in np.ndenumerate(tile.groups.numpy()):
         corner, ring = (
             tuple(drawn[place][0, 0]),
@@ -97,7 +97,7 @@ def test_kept_patches_and_targets_can_not_be_mixed_up(tile):
 
 
 def test_the_most_attended_patch_is_the_brightest(tile):
-    heat = cells(draw.heat(tile), tile)
+    heat = cells(draw.draw_heat(tile), tile)
     brightest = max(
         heat, key=lambda place: heat[place][..., 1].mean() - heat[place][..., 2].mean()
     )  # yellow: little blue
@@ -105,8 +105,10 @@ def test_the_most_attended_patch_is_the_brightest(tile):
 
 
 def test_a_panel_has_room_for_everything(tile):
-    sheet = draw.panel([("a" * 300, draw.kept(tile)), ("b", draw.merged(tile))], "title", "one line\nanother", "dark")
-    width, height = draw.kept(tile).size
+    sheet = draw.draw_panel(
+        [("a" * 300, draw.draw_kept(tile)), ("b", draw.draw_merged(tile))], "title", "one line\nanother", "dark"
+    )
+    width, height = draw.draw_kept(tile).size
     assert sheet.width >= 2 * width
     assert sheet.height > height + 60
     assert sheet.getpixel((1, 1)) == draw.THEMES["dark"].background

@@ -27,7 +27,7 @@ def test_budget_is_the_least_that_holds_the_level(values, level):
 def test_cumulative_and_curve_of_a_known_spread():
     values = torch.tensor([0.1, 0.4, 0.2, 0.3])
     torch.testing.assert_close(redundancy.cumulative(values), torch.tensor([0.0, 0.4, 0.7, 0.9, 1.0]))
-    curve = redundancy.curve(values)
+    curve = redundancy.sample_curve(values)
     assert len(curve) == 101
     for per_cent, held in ((0, 0.0), (25, 0.4), (50, 0.7), (60, 0.78), (100, 1.0)):
         assert float(curve[per_cent]) == pytest.approx(held, abs=1e-6)

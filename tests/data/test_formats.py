@@ -7,7 +7,7 @@ import base64
 import pytest
 
 from data.config import Columns, DataConfig, SourceConfig
-from data.formats import names, parse
+from data.formats import list_formats, parse_record
 from data.formats.common import RecordSource
 from data.sample import Media, Message, Reject, Sample, Slot
 
@@ -16,7 +16,7 @@ A, B = Media("image", "/pictures/a.jpg"), Media("image", "/pictures/b.jpg")
 
 
 def read(row, layout: str = "auto", **columns: str) -> Sample:
-    return parse(row, RecordSource("here", layout, ROOT, Columns(**columns)), 7)
+    return parse_record(row, RecordSource("here", layout, ROOT, Columns(**columns)), 7)
 
 
 def llava(*turns: str, **more):
@@ -229,7 +229,7 @@ def test_paths_inside_the_root_in_any_spelling():
 
 
 def test_a_layout_is_found_by_its_file_and_others_are_named():
-    assert names() == ["cauldron", "llava", "messages", "qa"]
+    assert list_formats() == ["cauldron", "llava", "messages", "qa"]
     with pytest.raises(ValueError, match="there is no format 'lava'; there are auto, cauldron, llava"):
         SourceConfig(path="a.json", format="lava")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.rejects import REASONS, SOONEST, RejectLog, TooManyRejected, allowed
+from data.rejects import REASONS, SOONEST, RejectLog, TooManyRejected, count_allowed
 from data.sample import LONGEST, Rejection
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +85,7 @@ def test_a_small_data_set_is_judged_by_its_size_and_not_by_its_epochs(tmp_path):
     ],
 )
 def test_some_bad_records_of_a_small_set_stop_nothing(tmp_path, total, share, count):
-    assert allowed(share, total) == count
+    assert count_allowed(share, total) == count
     log = RejectLog(tmp_path / "rejected.jsonl", share, total=total)
     log.read(total)
     log.add([bad(number) for number in range(count)])

@@ -18,7 +18,7 @@ from PIL import Image
 from data import shapes
 from data.commands.shapes import main
 
-SCENES = [shapes.scene(shapes.image_seed("train", 5, index)) for index in range(300)]
+SCENES = [shapes.make_scene(shapes.image_seed("train", 5, index)) for index in range(300)]
 seeds, indices = st.integers(0, 10**9), st.integers(0, 2**32 - 1)
 
 
@@ -117,7 +117,7 @@ def test_every_type_is_asked_once_and_comes_first_sometimes():
 
 def test_colours_survive_the_jpeg():
     for scene in SCENES[:150]:
-        drawn = shapes.draw(scene)
+        drawn = shapes.draw_scene(scene)
         picture = Image.open(io.BytesIO(shapes.encode_jpeg(drawn)))
         assert picture.size == (shapes.SIZE, shapes.SIZE)
         chroma, wanted = (np.asarray(image.convert("YCbCr"), dtype=float)[..., 1:] for image in (picture, drawn))
@@ -153,7 +153,7 @@ def test_files_are_written_once(tmp_path, monkeypatch):
                 picture.load()
                 assert (picture.format, picture.size) == ("JPEG", (72, 72))
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    monkeypatch.setattr(shapes, "draw", None)  # a second call does not even draw
+    monkeypatch.setattr(shapes, "draw_scene", None)  # a second call does not even draw
     assert shapes.write(out, train=6, held_out=3, seed=1) is False
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     assert [path.name for path in out.parent.iterdir()] == ["shapes"], "something was left beside the folder"

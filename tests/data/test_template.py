@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from data.formats import parse
+from data.formats import parse_record
 from data.formats.common import RecordSource
 from data.sample import Message, Reject, Slot
 from data.template import IGNORE, get_template
@@ -23,7 +23,7 @@ def sample(*turns: str, picture: bool = False):
     row = {"conversations": [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(turns)]}
     if picture:
         row["image"] = "a.jpg"
-    return parse(row, SOURCE, 0)
+    return parse_record(row, SOURCE, 0)
 
 
 def supervised_runs(template, ids, labels) -> list[str]:
@@ -44,7 +44,7 @@ def test_llava_v1_is_llavas_own(case):
     row = {"conversations": case["conversations"]}
     if any("<image>" in turn["value"] for turn in case["conversations"]):
         row["image"] = "a.jpg"
-    parsed = parse(row, SOURCE, 0)
+    parsed = parse_record(row, SOURCE, 0)
     ids, labels = template.encode(parsed.messages, ["<image>"] * len(parsed.media))
     image = using.tokenizer.convert_tokens_to_ids("<image>")
     assert [-200 if token == image else token for token in ids] == case["input_ids"]
@@ -214,7 +214,7 @@ def test_several_pictures_in_a_turn_stay_where_they_are():
             {"from": "gpt", "value": "B"},
         ],
     }
-    parsed = parse(row, SOURCE, 0)
+    parsed = parse_record(row, SOURCE, 0)
     encoded = template.encode_spans(template.spans(parsed.messages), ["<image>" * 2, "<image>" * 5])
     (first, first_end), (second, second_end) = encoded.images[0], encoded.images[1]
     assert (first_end - first, second_end - second) == (2, 5)

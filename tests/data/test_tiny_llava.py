@@ -62,7 +62,9 @@ def test_its_geometry_is_that_of_a_llava(model, processor):
     assert config.text_config.max_position_embeddings >= 1024
     assert (processor.patch_size, processor.num_additional_image_tokens) == (config.vision_config.patch_size, 1)
     assert processor.image_token_id == config.image_token_id
-    inputs = processor(text="USER: <image>\nHi ASSISTANT:", images=shapes.draw(shapes.scene(1)), return_tensors="pt")
+    inputs = processor(
+        text="USER: <image>\nHi ASSISTANT:", images=shapes.draw_scene(shapes.make_scene(1)), return_tensors="pt"
+    )
     assert inputs["input_ids"].eq(config.image_token_id).sum() == 81
     assert inputs["pixel_values"].shape == (1, 3, 72, 72)
 
@@ -93,7 +95,7 @@ def test_the_chat_template_writes_llava_conversations(processor):
 
 
 def test_the_chat_template_marks_answers_and_their_end(processor):
-    rounds = shapes.conversation(shapes.scene(1))
+    rounds = shapes.conversation(shapes.make_scene(1))
     inputs = processor.tokenizer.apply_chat_template(
         messages(rounds),
         chat_template=processor.chat_template,
@@ -107,8 +109,8 @@ def test_the_chat_template_marks_answers_and_their_end(processor):
 
 def test_it_was_trained_on_what_processor_and_template_make(processor):
     """The script builds its batches faster than the processor can; they have to be the same ids, labels and pixels."""
-    scene = shapes.scene(shapes.image_seed("train", 0, 3))
-    rounds, picture = shapes.conversation(scene), shapes.draw(scene)
+    scene = shapes.make_scene(shapes.image_seed("train", 0, 3))
+    rounds, picture = shapes.conversation(scene), shapes.draw_scene(scene)
     for system in (False, True):
         text = processor.apply_chat_template(messages(rounds, make.SYSTEM if system else None))
         inputs = processor(text=text, images=picture, return_tensors="pt")
@@ -138,7 +140,7 @@ def answered(model, processor, scenes, system=None) -> tuple[float, float]:
 
 
 def held_out(count: int, seed: int) -> list[shapes.Scene]:
-    return [shapes.scene(shapes.image_seed("eval", seed, index)) for index in range(count)]
+    return [shapes.make_scene(shapes.image_seed("eval", seed, index)) for index in range(count)]
 
 
 def test_it_answers_held_out_questions(model, processor):

@@ -24,7 +24,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @torch.no_grad()
 def test_features_and_newlines_are_those_of_the_model(base: Path) -> None:
     model, processor = make_next.make_model(base), make_next.make_processor(base)
-    pictures = [shapes.draw(shapes.scene(number)) for number in range(3)]
+    pictures = [shapes.draw_scene(shapes.make_scene(number)) for number in range(3)]
     inputs = processor(text=["<image> a"] * 3, images=pictures, return_tensors="pt", padding=True)
     assert inputs["pixel_values"].shape == (3, 3, 3, shapes.SIZE, shapes.SIZE)
     stock = model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output

@@ -79,9 +79,9 @@ def test_kept_patches_come_with_question_and_answers(tmp_path, monkeypatch):
     from visionzip.analysis import draw
 
     said = []
-    panel = draw.panel
+    panel = draw.draw_panel
     monkeypatch.setattr(
-        draw, "panel", lambda views, title, note: said.extend((title, note)) or panel(views, title, note)
+        draw, "draw_panel", lambda views, title, note: said.extend((title, note)) or panel(views, title, note)
     )
     model, processor = tiny_llava(), tiny_processor()
     attach(model, processor, ZipConfig(dominant=5, contextual=3))

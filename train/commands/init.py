@@ -130,7 +130,7 @@ def look_into(path: str, images: str | None) -> int:
     reasons, samples = [], []
     for place in range(min(LOOKED_AT, len(records))):
         try:
-            samples.append(formats.parse(records[place], where, place))
+            samples.append(formats.parse_record(records[place], where, place))
         except Reject as error:
             reasons.append(str(error))
     if not samples:

@@ -14,10 +14,10 @@ from visionzip.analysis.style import (
     QUIET,
     SKY,
     VERMILION,
-    entitle,
     legend_beside,
     log_of_two,
     new_figure,
+    set_title,
     whole_ticks,
 )  # fmt: skip
 
@@ -53,7 +53,7 @@ def draw_spread(facts: dict[str, Any]) -> Any:
     above = share[centres >= 1].sum()
     log_of_two(axes)
     axes.set(xlabel="attention a patch has, in multiples of its image's average", ylabel="patches, %")
-    entitle(figure, f"{above:.0f} % of the patches have more than the average attention", describe_measurement(facts))
+    set_title(figure, f"{above:.0f} % of the patches have more than the average attention", describe_measurement(facts))
     return figure
 
 
@@ -78,7 +78,7 @@ def draw_budget(facts: dict[str, Any]) -> Any:
     legend_beside(figure, axes)
     axes.set(xlabel=f"patches kept, of {patches:.0f}", ylabel="attention held, %", ylim=(0, 103), xlim=(0, patches))
     whole_ticks(axes.xaxis)
-    entitle(figure, "Attention held by a budget", describe_measurement(facts, "curve: mean, points: median"))
+    set_title(figure, "Attention held by a budget", describe_measurement(facts, "curve: mean, points: median"))
     return figure
 
 
@@ -98,7 +98,7 @@ def draw_layers(facts: dict[str, Any]) -> Any:
     axes.set(xlabel="layer", ylabel="% of the attention, or of the patches", ylim=(0, 103))
     whole_ticks(axes.xaxis)
     legend_beside(figure, axes)
-    entitle(figure, "Concentration by layer", describe_measurement(facts, "median and quartiles"))
+    set_title(figure, "Concentration by layer", describe_measurement(facts, "median and quartiles"))
     return figure
 
 
@@ -119,7 +119,7 @@ def draw_agreement(facts: dict[str, Any]) -> Any:
                 ink = "black" if matrix[row, column] > 50 else "white"
                 axes.text(column, row, f"{matrix[row, column]:.0f}", ha="center", va="center", color=ink, fontsize=10)
     axes.set(xlabel="layer", ylabel="layer")
-    entitle(figure, f"Patches that two layers both keep, % (by chance: {chance:.0f})", describe_measurement(facts))
+    set_title(figure, f"Patches that two layers both keep, % (by chance: {chance:.0f})", describe_measurement(facts))
     figure.colorbar(image, ax=axes, shrink=0.85).outline.set_visible(False)
     return figure
 
@@ -134,7 +134,7 @@ def layer_maps(facts: dict[str, Any], maps: list[np.ndarray]) -> Any:
         if place < len(maps):
             one.imshow(np.sqrt(maps[place]), cmap="cividis")
             one.set_title(f"layer {place + 1}", fontsize=10, fontweight="normal")
-    entitle(
+    set_title(
         figure,
         "Where each layer attends, in one image (yellow: most)",
         f"{facts['name'] or facts['model']}, each layer on its own scale",

@@ -72,7 +72,7 @@ def analyze(
         if not lines and not file.tell():
             file.write(json.dumps(head) + "\n")
         for name, image in _bar(todo, progress):
-            line = {"content": contents[name], **measure(attachment, name, image)}
+            line = {"content": contents[name], **measure_image(attachment, name, image)}
             file.write(json.dumps(line) + "\n")
             file.flush()  # if the process is killed, only the current image is lost
             result.lines.append(line)
@@ -92,7 +92,7 @@ def content_of(path: Path) -> str:
         return ""
 
 
-def measure(attachment: Attachment, name: str, image: Any) -> dict[str, Any]:
+def measure_image(attachment: Attachment, name: str, image: Any) -> dict[str, Any]:
     """Everything that is known of one image; lists are by layer, tiles are averaged."""
     layers = attention_by_layer(attachment, image_inputs(attachment.processor, image, attachment.config.pad_images))
     traced = trace(attachment.model, image, name=name)
@@ -109,7 +109,7 @@ def measure(attachment: Attachment, name: str, image: Any) -> dict[str, Any]:
         "keep": keep[0],
         "held": _round(traced.held),
         "budgets": [_round(redundancy.budget_for(chosen, level).float().mean()) for level in redundancy.LEVELS],
-        "curve": _round(redundancy.curve(chosen).mean(dim=0)),
+        "curve": _round(redundancy.sample_curve(chosen).mean(dim=0)),
         "spread": _round(_histogram(chosen)),
         "top": _by_layer(per_tile, lambda layer: redundancy.top_share(layer, TOP)),
         "effective": _by_layer(per_tile, lambda layer: redundancy.effective_patches(layer) / layer.shape[-1]),
@@ -140,7 +140,7 @@ def layer_maps(attachment: Attachment, image: Any) -> list[np.ndarray]:
     return [] if side * side != count or windows else [layer[0].reshape(side, side).numpy() for layer in layers]
 
 
-def summary(analysis: Analysis) -> dict[str, Any]:
+def summarize(analysis: Analysis) -> dict[str, Any]:
     """Means and spreads over the images: the content of ``analysis.json``."""
     lines = analysis.lines
     layers = len(lines[0]["top"])
@@ -211,14 +211,16 @@ def render_summary(facts: dict[str, Any]) -> str:
 def write(analysis: Analysis, theme: str = "light", name: str = "") -> list[Path]:
     """``analysis.json``, ``analysis.md`` and the plots, into the folder of `analysis`. `name`: the model's, for titles."""
     from visionzip.analysis import analysis_plots
-    from visionzip.analysis.style import save, style
+    from visionzip.analysis.style import save_figure, style
 
-    facts = {**summary(analysis), "name": name}
+    facts = {**summarize(analysis), "name": name}
     folder = analysis.folder
     (folder / "analysis.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     (folder / "analysis.md").write_text(render_summary(facts) + "\n", encoding="utf-8")
     with style(theme):
-        drawn = [save(figure, folder / f"{name}.png") for name, figure in analysis_plots.all_of(facts, analysis.maps)]
+        drawn = [
+            save_figure(figure, folder / f"{name}.png") for name, figure in analysis_plots.all_of(facts, analysis.maps)
+        ]
     return [folder / "analysis.json", folder / "analysis.md", *drawn]
 
 

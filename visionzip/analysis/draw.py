@@ -28,7 +28,7 @@ _CIVIDIS = np.array(
 
 
 @lru_cache
-def font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def load_font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """DejaVu Sans where matplotlib brings it (× and most alphabets), else Pillow's own, which has little beyond Latin."""
     spec = importlib.util.find_spec("matplotlib")
     if spec is not None and spec.origin:
@@ -43,15 +43,15 @@ def cell_size(grid: tuple[int, int], side: int = 480) -> int:
     return max(20, round(side / max(grid)))
 
 
-def enlarged(tile: Tile, side: int = 480) -> Image.Image:
+def enlarge_tile(tile: Tile, side: int = 480) -> Image.Image:
     """What the encoder saw, at the size all drawings of it have."""
     cell = cell_size(tile.grid, side)
     return tile.image.convert("RGB").resize((tile.grid[1] * cell, tile.grid[0] * cell), Image.Resampling.BICUBIC)
 
 
-def kept(tile: Tile, side: int = 480, veil: float = 0.82) -> Image.Image:
+def draw_kept(tile: Tile, side: int = 480, veil: float = 0.82) -> Image.Image:
     """The image with the kept patches outlined and the rest whitened."""
-    image, cell = enlarged(tile, side), cell_size(tile.grid, side)
+    image, cell = enlarge_tile(tile, side), cell_size(tile.grid, side)
     mask = np.kron(tile.kept_mask.numpy(), np.ones((cell, cell), dtype=bool))
     pixels = np.asarray(image).astype(np.float32)
     pixels[~mask] += (255 - pixels[~mask]) * veil
@@ -62,9 +62,9 @@ def kept(tile: Tile, side: int = 480, veil: float = 0.82) -> Image.Image:
     return image
 
 
-def merged(tile: Tile, side: int = 480, tint: float = 0.6) -> Image.Image:
-    """Patches that became one contextual token have one colour and number, its target's on a disc. Kept ones are outlined as in `kept`."""
-    image, cell = enlarged(tile, side), cell_size(tile.grid, side)
+def draw_merged(tile: Tile, side: int = 480, tint: float = 0.6) -> Image.Image:
+    """Patches that became one contextual token have one colour and number, its target's on a disc. Kept ones are outlined as in `draw_kept`."""
+    image, cell = enlarge_tile(tile, side), cell_size(tile.grid, side)
     pixels = np.asarray(image).astype(np.float32)
     grey = np.asarray(image.convert("L").convert("RGB")).astype(np.float32)  # all hue is a group's
     groups = tile.groups.numpy()
@@ -78,7 +78,7 @@ def merged(tile: Tile, side: int = 480, tint: float = 0.6) -> Image.Image:
         pixels[place] = grey[place] * (1 - share) + colour * share
     image = Image.fromarray(pixels.round().astype(np.uint8))
     pen = ImageDraw.Draw(image)
-    digits = font(max(10, round(cell * 0.42)))
+    digits = load_font(max(10, round(cell * 0.42)))
     for row, column in np.ndindex(*tile.grid):
         group = int(groups[row, column])
         if group >= 0:
@@ -96,7 +96,7 @@ def merged(tile: Tile, side: int = 480, tint: float = 0.6) -> Image.Image:
     return image
 
 
-def heat(tile: Tile, side: int = 480, opacity: float = 0.72) -> Image.Image:
+def draw_heat(tile: Tile, side: int = 480, opacity: float = 0.72) -> Image.Image:
     """Share of attention of each patch over the image in grey: dark blue least, yellow most.
 
     On a square-root scale: a few patches hold most of it (the paper's point), and the others would all look the same.
@@ -106,15 +106,15 @@ def heat(tile: Tile, side: int = 480, opacity: float = 0.72) -> Image.Image:
     """
     if tile.attention is None:
         raise ValueError("this model gave no attention scores for the image, so there is no heat map to draw")
-    return overlay(tile, tile.attention.numpy(), side, opacity)
+    return draw_overlay(tile, tile.attention.numpy(), side, opacity)
 
 
-def overlay(tile: Tile, values: np.ndarray, side: int = 480, opacity: float = 0.72) -> Image.Image:
+def draw_overlay(tile: Tile, values: np.ndarray, side: int = 480, opacity: float = 0.72) -> Image.Image:
     """Any ``(rows, columns)`` values of at least 0 over the image, square-root scale from 0 to their maximum."""
     cell = cell_size(tile.grid, side)
     scaled = np.sqrt(np.clip(values, 0, None) / max(float(values.max()), 1e-12))
     colours = np.kron(cividis(scaled), np.ones((cell, cell, 1)))
-    grey = np.asarray(enlarged(tile, side).convert("L").convert("RGB")).astype(np.float32)
+    grey = np.asarray(enlarge_tile(tile, side).convert("L").convert("RGB")).astype(np.float32)
     return Image.fromarray((grey * (1 - opacity) + colours * opacity).round().astype(np.uint8))
 
 
@@ -135,12 +135,12 @@ def text_on(colour: tuple[int, int, int]) -> tuple[int, int, int]:
     return (0, 0, 0) if luminance > 0.179 else (255, 255, 255)
 
 
-def panel(
+def draw_panel(
     images: Sequence[tuple[str, Image.Image]], title: str = "", note: str = "", theme: str = "light"
 ) -> Image.Image:
     """Images with their captions side by side, a title above and a note below."""
     look = THEMES[theme]
-    big, small = font(19), font(14)
+    big, small = load_font(19), load_font(14)
     gap, line = 16, 24
     top = gap + (34 if title else 0)
     notes = note.splitlines()

@@ -26,7 +26,7 @@ def budget_for(shares: Tensor, level: float) -> Tensor:
     return (cumulative(shares) < level - 1e-6).sum(dim=-1)
 
 
-def curve(shares: Tensor) -> Tensor:
+def sample_curve(shares: Tensor) -> Tensor:
     """``(…, P)`` → ``(…, POINTS + 1)``: `cumulative` at whole per cents of the patches, linear in between."""
     held = cumulative(shares)
     place = torch.linspace(0, shares.shape[-1], POINTS + 1)

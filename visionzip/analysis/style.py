@@ -89,7 +89,7 @@ def new_figure(width: float, height: float, **grid: Any) -> tuple[Any, Any]:
     return figure, figure.subplots(**grid)
 
 
-def entitle(figure: Any, title: str, about: str) -> None:
+def set_title(figure: Any, title: str, about: str) -> None:
     """A title over the whole figure and, below it in plain letters, what it is of: model, budget, number of images or questions."""
     above = figure.suptitle(f"{title}\n ", x=0.012, ha="left")  # the second line keeps room for what is put there
     below = figure.axes[0].annotate(about, (0, 0), xycoords=above, fontsize=10, va="bottom", annotation_clip=False)
@@ -120,7 +120,7 @@ def log_of_two(axes: Any) -> None:
     )
 
 
-def save(figure: Any, path: str | Path, dpi: int = 130) -> Path:
+def save_figure(figure: Any, path: str | Path, dpi: int = 130) -> Path:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi)
     return Path(path)

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from visionzip.analysis import draw, image_files, page, plots
-from visionzip.analysis.style import entitle, save, style, svg
+from visionzip.analysis.style import save_figure, set_title, style, svg
 from visionzip.analysis.trace import Tile, Trace, trace, trace_video
 from visionzip.attach import attached
 from visionzip.video import decode_video
@@ -54,7 +54,7 @@ def visualize(
     attachment = attached(model)
     if attachment is None:
         raise ValueError("nothing is attached to this model, so no tokens are left out; give a budget")
-    target, folder = places(out)
+    target, folder = output_paths(out)
     if image_files.is_video(path):
         name = Path(path).name
         traces: Iterable[Trace] = [trace_video(model, decode_video(path, frames), name=name)]
@@ -85,7 +85,7 @@ def visualize(
     return result
 
 
-def places(out: str | Path) -> tuple[Path, Path]:
+def output_paths(out: str | Path) -> tuple[Path, Path]:
     """The page, and the folder of the PNGs: beside the page with its name, or in the folder that `out` is."""
     target = Path(out)
     if target.suffix.lower() in (".html", ".htm"):
@@ -99,14 +99,14 @@ def _section(one: Trace, folder: Path, theme: str, result: Result, model: str) -
     what = kind if len(one.tiles) > 1 else "image"
     rows = []
     for number, tile in enumerate(one.tiles):
-        drawings = views(tile)
+        drawings = draw_views(tile)
         if len(one.tiles) > 1:
             drawings[0] = (f"{kind} {number + 1} of {len(one.tiles)}", drawings[0][1])
         stem = one.name + (f".{kind}{number + 1:02d}" if len(one.tiles) > 1 else "")
-        sheet = draw.panel(
+        sheet = draw.draw_panel(
             drawings,
             f"{one.name}{f', {drawings[0][0]}' if len(one.tiles) > 1 else ''}",
-            f"{model}, {note(tile)}",
+            f"{model}, {describe_tile(tile)}",
             theme,
         )
         (folder / stem).parent.mkdir(parents=True, exist_ok=True)
@@ -116,12 +116,12 @@ def _section(one: Trace, folder: Path, theme: str, result: Result, model: str) -
     if one.held is not None:
         with style(theme):
             figure = plots.histogram(one.tiles, what)
-            entitle(
+            set_title(
                 figure,
                 "How the attention is spread",
                 f"{one.name}, {model}, {one.tokens} of {one.of_tokens} visual tokens",
             )
-            result.images.append(save(figure, folder / f"{one.name}.attention.png"))
+            result.images.append(save_figure(figure, folder / f"{one.name}.attention.png"))
         with style("page"):
             drawn = [page.render_drawing("how the attention is spread", svg(plots.histogram(one.tiles, what)))]
             if len(one.tiles) == 1:
@@ -131,22 +131,24 @@ def _section(one: Trace, folder: Path, theme: str, result: Result, model: str) -
             rows.append(drawn)
     held = f"{one.held:.0%}" if one.held is not None else "no scores"
     result.rows.append((one.name, str(len(one.tiles)), str(one.tokens), str(one.of_tokens), held))
-    return page.render_section(one.name, [f"{one.tokens} of {one.of_tokens} visual tokens", note(one.tiles[0])], rows)
+    return page.render_section(
+        one.name, [f"{one.tokens} of {one.of_tokens} visual tokens", describe_tile(one.tiles[0])], rows
+    )
 
 
-def views(tile: Tile, side: int = SIDE) -> list[tuple[str, Image.Image]]:
+def draw_views(tile: Tile, side: int = SIDE) -> list[tuple[str, Image.Image]]:
     """The drawings of one tile with their captions; the heat map is left out where there are no scores."""
-    found = [("what the encoder saw", draw.enlarged(tile, side))]
+    found = [("what the encoder saw", draw.enlarge_tile(tile, side))]
     if tile.attention is not None:
         most = float(tile.attention.max()) * tile.patches
-        found.append((f"attention (yellow: {most:.1f}× average)", draw.heat(tile, side)))
-    found.append((f"kept: {int(tile.kept_mask.sum())} of {tile.patches} patches", draw.kept(tile, side)))
+        found.append((f"attention (yellow: {most:.1f}× average)", draw.draw_heat(tile, side)))
+    found.append((f"kept: {int(tile.kept_mask.sum())} of {tile.patches} patches", draw.draw_kept(tile, side)))
     if len(tile.targets):
-        found.append((f"merged into {len(tile.targets)} tokens (disc: target)", draw.merged(tile, side)))
+        found.append((f"merged into {len(tile.targets)} tokens (disc: target)", draw.draw_merged(tile, side)))
     return found
 
 
-def note(tile: Tile) -> str:
+def describe_tile(tile: Tile) -> str:
     """The budget of one tile in words."""
     cls = " and CLS" if tile.cls else ""
     tokens = len(tile.kept) + len(tile.targets)

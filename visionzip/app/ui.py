@@ -9,7 +9,7 @@ from PIL import Image
 
 from visionzip.analysis import draw
 from visionzip.analysis.trace import Tile
-from visionzip.analysis.visualize import note
+from visionzip.analysis.visualize import describe_tile
 from visionzip.app.looker import Look, Looker, patch_at
 from visionzip.app.server import gradio
 from visionzip.images import ImageError, decode_image
@@ -123,10 +123,10 @@ class Handlers:
         if look is None:
             return [None, None, None, ""]
         tile = look.shown = budgeted(self.looker, look, number, dominant, contextual, selector, merge)
-        heat = draw.heat(tile, SIDE) if tile.attention is not None else None
+        heat = draw.draw_heat(tile, SIDE) if tile.attention is not None else None
         tokens = (len(tile.kept) + len(tile.targets)) * len(look.trace.tiles)
-        words = f"**{tokens} of {look.trace.of_tokens} visual tokens.** {note(tile)}."
-        return [heat, draw.kept(tile, SIDE), draw.merged(tile, SIDE), words]
+        words = f"**{tokens} of {look.trace.of_tokens} visual tokens.** {describe_tile(tile)}."
+        return [heat, draw.draw_kept(tile, SIDE), draw.draw_merged(tile, SIDE), words]
 
     def open(self, path: str | None, selector: str, merge: str) -> list[Any]:
         """A new image: run the encoder, set the sliders to what there is, draw."""
@@ -138,7 +138,7 @@ class Handlers:
             raise self.gr.Error(f"This image can't be used: {error.words}") from error
         tile = look.trace.tiles[0]
         dominant, contextual, total = self.looker.budget(tile)
-        image = draw.enlarged(tile, SIDE)
+        image = draw.enlarge_tile(tile, SIDE)
         names = [(f"{place + 1} of {len(look.trace.tiles)}", place) for place in range(len(look.trace.tiles))]
         return [
             look,
@@ -153,7 +153,7 @@ class Handlers:
         """Another tile of the same image."""
         if look is None:
             return [None, None, None, "", None, None, None, ""]
-        image = draw.enlarged(look.trace.tiles[number], SIDE)
+        image = draw.enlarge_tile(look.trace.tiles[number], SIDE)
         return [*self.show_budget(look, number, *budget), image, None, None, ""]
 
     def click(
@@ -163,15 +163,15 @@ class Handlers:
         if look is None:
             return [self.gr.skip()] * 4
         tile = budgeted(self.looker, look, number, dominant, contextual, selector, merge)
-        image = draw.enlarged(tile, SIDE)
+        image = draw.enlarge_tile(tile, SIDE)
         patch = patch_at(tile, image.size, *event.index)
         try:
             to, by = self.looker.attention_of(look, number, patch)
         except ValueError as error:
             raise self.gr.Error(str(error)) from error
         row, column = divmod(patch, tile.grid[1])
-        return [framed(tile, image, patch), framed(tile, draw.overlay(tile, to, SIDE), patch),
-                framed(tile, draw.overlay(tile, by, SIDE), patch), about(tile, patch, row, column, to, by)]  # fmt: skip
+        return [framed(tile, image, patch), framed(tile, draw.draw_overlay(tile, to, SIDE), patch),
+                framed(tile, draw.draw_overlay(tile, by, SIDE), patch), about(tile, patch, row, column, to, by)]  # fmt: skip
 
     def ask(self, look: Look | None, number: int, question: str, length: float, *budget: Any) -> list[Any]:
         """Both answers, and a row of counts and times for each."""

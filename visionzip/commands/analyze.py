@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from visionzip.analysis import image_files
-    from visionzip.analysis.analyze import analyze, render_summary, summary, write
+    from visionzip.analysis.analyze import analyze, render_summary, summarize, write
 
     image_files.find_images(arguments.path, results=arguments.out)  # fails before a model is loaded
     model, _ = _model.load(arguments)
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     files = write(found, arguments.theme, arguments.model)  # before anything is printed: whoever reads may have gone
     if found.resumed:
         print(f"measured before: {count_of(found.resumed, 'image')}")
-    print(render_summary(summary(found)))
+    print(render_summary(summarize(found)))
     for name, reason in found.skipped.items():
         print(f"skipped {name}: {reason}", file=sys.stderr)
     print(f"\n{arguments.out}: {', '.join(path.name for path in files)}")

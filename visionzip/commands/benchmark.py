@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
             json.dump(found, file, indent=1)
     if arguments.plot:
         with style.style(arguments.theme):
-            style.save(bench.draw_rows(rows, where), arguments.plot)
+            style.save_figure(bench.draw_rows(rows, where), arguments.plot)
 
 
 def quantized(arguments: argparse.Namespace) -> dict:

@@ -32,13 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from visionzip.analysis import image_files
-    from visionzip.analysis.visualize import places, visualize
+    from visionzip.analysis.visualize import output_paths, visualize
     from visionzip.video import decode_video
 
     if image_files.is_video(arguments.path):  # all of this can fail before a model is loaded
         decode_video(arguments.path, arguments.frames)
     else:
-        image_files.find_images(arguments.path, results=places(arguments.out)[1])
+        image_files.find_images(arguments.path, results=output_paths(arguments.out)[1])
     model, _ = _model.load(arguments)
     result = visualize(
         model, arguments.path, arguments.out, theme=arguments.theme, frames=arguments.frames, limit=arguments.limit,
@@ -48,4 +48,4 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{name}: {tokens} of {of_tokens} tokens, holding {held} of the attention")
     for name, reason in result.skipped.items():
         print(f"skipped {name}: {reason}", file=sys.stderr)
-    print(f"{result.page}  ({len(result.images)} PNGs in {places(arguments.out)[1]})")
+    print(f"{result.page}  ({len(result.images)} PNGs in {output_paths(arguments.out)[1]})")
