@@ -65,7 +65,7 @@ def test_a_wheel_without_the_program_says_how_to_get_it(name, capsys, monkeypatc
     assert error.count("\n") == 1
     assert error.startswith(f"visionzip {name}: {name} is part of the training program")
     assert main([]) == 2
-    assert "train, evaluate, sweep: from a checkout" in capsys.readouterr().out
+    assert "train, evaluate, budget, sweep: from a checkout" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [[], ["chat", "--help"], ["nonsense"]])
@@ -196,7 +196,7 @@ class TestProgram:
         assert usage.startswith(f"usage: visionzip {name} ")
         assert f"\n  visionzip {name} " in rest, "an example"
 
-    @pytest.mark.parametrize("name", [name for name in cli.PROGRAM if name != "init"])
+    @pytest.mark.parametrize("name", [name for name in cli.PROGRAM if name not in ("init", "budget")])
     def test_a_config_that_is_not_there(self, name, tmp_path):
         """In a process of its own: a training run ends the one it is in."""
         out = ["seed=0,1", "--out", str(tmp_path / "out")] if name == "sweep" else []

@@ -1,4 +1,4 @@
-"""which budget do I need? accuracy, prefill time and KV memory against visual tokens, on your own questions
+"""which budget do I need? accuracy, prefill time and KV memory at several, on your own questions
 
   visionzip budget runs/demo/projector runs/demo/data/eval.json
   visionzip budget runs/elastic questions.jsonl --images photos/ --budgets 8,16,32,64,all --plot budget.png --json budget.json
