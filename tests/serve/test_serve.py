@@ -176,14 +176,21 @@ def test_the_plugin_registers_one_class_once(monkeypatch):
     assert registered == {vllm_plugin.ARCHITECTURE: "visionzip.serving.vllm_model:CompressedForConditionalGeneration"}
 
 
-def test_vllms_server_refuses_large_images_by_its_own_limit(tmp_path):
+@pytest.mark.parametrize("options", [[], ["--allowed-local-media-path", "/srv/images"]])
+def test_vllms_server_is_started_so_that_large_images_and_files_are_refused_in_its_own_words(tmp_path, options):
     (tmp_path / "server.py").write_text(
-        "import os, sys; from PIL import Image; print(__name__, sys.argv[1:], Image.MAX_IMAGE_PIXELS, os.environ['VLLM_MAX_IMAGE_PIXELS'])"
+        "import json, os, sys; from PIL import Image\n"
+        "print(json.dumps([__name__, sys.argv[1:], Image.MAX_IMAGE_PIXELS, os.environ['VLLM_MAX_IMAGE_PIXELS'], "
+        "os.path.isdir(sys.argv[-1]) and os.listdir(sys.argv[-1])]))"
     )
-    command = [sys.executable, "-m", "visionzip.serving.vllm_main", "server", "--port", "9"]
+    command = [sys.executable, "-m", "visionzip.serving.vllm_main", "server", "--port", "9", *options]
     path = os.pathsep.join([str(tmp_path), *sys.path])
     found = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path})
-    assert found.stdout.split() == ["__main__", "['--port',", "'9']", "None", "100000000"]
+    name, arguments, pillow, limit, inside = json.loads(found.stdout)
+    assert (name, pillow, limit) == ("__main__", None, "100000000")
+    assert arguments[:3] == ["--port", "9", "--allowed-local-media-path"]
+    assert len(arguments) == 4
+    assert arguments[3:] == options[1:] if options else inside == []
 
 
 def test_the_server_is_announced_when_it_answers_and_its_exit_code_is_ours(capfd, tmp_path):
