@@ -18,6 +18,8 @@ from visionzip.selectors import SELECTORS
 
 SHORT = {"selector": "zip.selector", "seed": "seed"}
 BUDGET = "budget"
+PRESETS: dict[str, dict[str, str]] = {"selectors": {"seed": "0,1,2", "selector": ",".join(SELECTORS.names())}}
+"""Name → axes. The table of a preset compares every selector with the controls, `scaled` first of all."""
 
 
 @dataclass
@@ -75,6 +77,12 @@ def parse_axes(items: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
         else:
             axes[key] = list(dict.fromkeys(values))
     return axes, overrides
+
+
+def preset_axes(name: str | None, given: Sequence[str]) -> list[str]:
+    """The axes of a preset, but for those that are `given`."""
+    named = {item.partition("=")[0] for item in given}
+    return [f"{axis}={values}" for axis, values in PRESETS[name].items() if axis not in named] if name else []
 
 
 def split_values(text: str) -> list[str]:

@@ -30,8 +30,15 @@ class Group:
     spread: float | None
     behind: float | None = None  # the best fine-tuned of this budget minus this one
     behind_error: float | None = None  # standard error of that, see `compare_groups`
+    beats_scaled: bool | None = None  # better than `scaled` by two standard errors; None: that was not run
+    costs: dict[str, float] | None = None  # `train.sweep_costs`
     right: Any = field(default=None, repr=False)  # (questions,) share of seeds that answered right
     images: Any = field(default=None, repr=False)  # (questions,) which image each is about
+
+    @property
+    def size(self) -> str:
+        """What groups have in common that are compared with each other: the budget, as it was given."""
+        return self.axes.get("budget", str(self.tokens))
 
     @property
     def label(self) -> str:
@@ -84,16 +91,22 @@ def group_cells(cells: Sequence[Found]) -> list[Group]:
     for axes, found in together.items():
         tuned = [results["fine_tuned"] for *_, results in found]
         right, images = read_answers([folder for _, _, folder, _ in found])
+        costs = next((results["costs"] for *_, results in found if results.get("costs")), None)
         spread = float(np.std(tuned, ddof=1)) if len(tuned) > 1 else None
         groups.append(
             Group(dict(axes), found[0][3]["tokens"], len(found), free.get(found[0][1]), float(np.mean(tuned)), spread,
-                  right=right, images=images)
+                  right=right, images=images, costs=costs)
         )  # fmt: skip
     groups.sort(key=lambda group: (group.tokens, -group.fine_tuned))
-    for tokens in {group.tokens for group in groups}:
-        same = [group for group in groups if group.tokens == tokens]
+    for size in {group.size for group in groups}:
+        same = sorted((group for group in groups if group.size == size), key=lambda group: -group.fine_tuned)
         for group in same[1:]:
             group.behind, group.behind_error = compare_groups(same[0], group)
+        scaled = next((group for group in same if group.axes.get("selector") == "scaled"), None)
+        for group in same:
+            if scaled is not None and group is not scaled:
+                ahead, error = compare_groups(group, scaled)
+                group.beats_scaled = ahead > 2 * error
     return groups
 
 
@@ -125,10 +138,13 @@ def compare_groups(best: Group, other: Group) -> tuple[float, float]:
 def render_markdown(groups: Sequence[Group], full: float | None, of_tokens: int, questions: int) -> str:
     """Markdown: a row a group, best first at each budget; in bold what lies within two standard errors of the best."""
     names = list(dict.fromkeys(name for group in groups for name in group.axes if name != "budget"))
+    counted = any(group.costs for group in groups)
     head = ["tokens", *names, "training-free", "fine-tuned", "seeds", "gain", "behind the best"]
+    head += ["mean over layers", "GFLOP", "KV cache, kB"] if counted else []
     rows = []
     for group in groups:
         free, tuned, error = group.training_free, group.fine_tuned, group.behind_error
+        mark = " †" if group.beats_scaled is False else ""
         shown = f"{100 * tuned:.1f}" + (f" ± {100 * group.spread:.1f}" if group.spread is not None else "")
         close = group.behind is None or (error is not None and group.behind <= 2 * error)
         rows.append(
@@ -136,18 +152,24 @@ def render_markdown(groups: Sequence[Group], full: float | None, of_tokens: int,
                 str(group.tokens),
                 *(group.axes.get(name, "") for name in names),
                 f"{100 * free:.1f}" if free is not None else "",
-                f"**{shown}**" if close else shown,
+                (f"**{shown}**" if close else shown) + mark,
                 str(group.seeds),
                 f"{100 * (tuned - free):+.1f}" if free is not None else "",
                 f"{100 * group.behind:.1f} ± {100 * error:.1f}"
                 if group.behind is not None and error is not None
                 else "",
+                *(render_costs(group.costs) if counted else ()),
             ]
         )
     lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
     lines.insert(1, "|" + " --- |" * len(head))
-    about = [f"Exact match in % of {questions} held-out questions; ± is the standard deviation over seeds, and in the last column "
+    about = [f"Exact match in % of {questions} held-out questions; ± is the standard deviation over seeds, and in \"behind the best\" "
              "the standard error of the difference to the best of the same budget. Bold: within two of these."]  # fmt: skip
+    if any(group.beats_scaled is False for group in groups):
+        about.append("†: not better than the image scaled down to the same budget (`scaled`) by two standard errors.")
+    if counted:
+        about.append("Counted for one prompt with one image: visual tokens averaged over the LLM's layers; operations of encoder, "
+                     "projector and prefill; keys and values of the visual tokens.")  # fmt: skip
     if full is not None:
         about.insert(0, f"Full tokens ({of_tokens}): {100 * full:.1f} %.")
     if any(group.seeds == 1 for group in groups):
@@ -157,6 +179,12 @@ def render_markdown(groups: Sequence[Group], full: float | None, of_tokens: int,
         for t, tau in rank_agreement(groups)
     ]
     return "\n".join([*lines, "", *about])
+
+
+def render_costs(costs: dict[str, float] | None) -> list[str]:
+    if not costs:
+        return ["", "", ""]
+    return [f"{costs['visual_tokens_mean']:g}", f"{costs['flops'] / 1e9:.4g}", f"{costs['cache_bytes'] / 1e3:.4g}"]
 
 
 def rank_agreement(groups: Sequence[Group]) -> list[tuple[int, float]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from data.cache.build import build_cache
 from train.config import RunConfig
@@ -11,6 +14,7 @@ from train.ending import Exit
 from train.run import run
 from train.scores import LABELS
 from train.sweep_cells import Cell
+from train.sweep_costs import count_costs
 from train.sweep_results import log_summary, write_results
 from train.tasks import Task, run_all
 from train.teacher_answers import ask_teacher
@@ -44,6 +48,19 @@ def make_answers(config: RunConfig) -> int:
     return code
 
 
+def costs_path(out: Path, cell: Cell) -> Path:
+    return out / "costs" / f"{cell.free}.json"
+
+
+def with_costs(out: Path, cell: Cell) -> dict[str, Any]:
+    """`Cell.results`, and what was counted for its budget."""
+    assert cell.results is not None
+    try:
+        return {**cell.results, "costs": json.loads(costs_path(out, cell).read_text())}
+    except (OSError, ValueError):
+        return cell.results
+
+
 class Sweep:
     """Runs the cells that have no results yet, and reports."""
 
@@ -62,6 +79,11 @@ class Sweep:
                     made[folder] = Task(
                         f"{Path(folder).parent.name} {Path(folder).name}", action, config, Path(folder) / "log.txt"
                     )
+        for cell in self.cells:
+            path = costs_path(self.out, cell)
+            if not path.exists():
+                action = partial(count_costs, path=str(path))
+                made[str(path)] = Task(f"costs {path.stem}", action, cell.config, path.with_suffix(".log"))
         failed = run_all(list(made.values()), self.jobs, self.tell)
         tasks = [Task(cell.name, run, cell.config, cell.folder / "log.txt") for cell in missing]
         self.done = len(self.cells) - len(missing)
@@ -84,7 +106,8 @@ class Sweep:
     def write(self) -> str:
         """`sweep.json`, `sweep.md` and `sweep.png` of what is finished; returns the table."""
         return write_results(
-            self.out, [(cell.axes, cell.free, cell.folder, cell.results) for cell in self.cells if cell.results]
+            self.out,
+            [(cell.axes, cell.free, cell.folder, with_costs(self.out, cell)) for cell in self.cells if cell.results],
         )
 
     def say(self, text: str) -> None:

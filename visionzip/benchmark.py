@@ -139,7 +139,7 @@ class _Case:
             model
         ).config.image_token_id  # of the model: Gemma 3's processor calls the token before an image so
         self.visual = int((inputs["input_ids"][0] == token).sum())
-        self.flops = _flops(model, self.inputs)
+        self.flops = count_flops(model, self.inputs)
 
     def row(self, turn: int) -> Row:
         seen = [run[turn] for run in self.runs]
@@ -200,7 +200,7 @@ def _llm_times(model: Any, watch: Stopwatch) -> Iterator[list[float]]:
         yield times
 
 
-def _flops(model: Any, inputs: dict[str, Any]) -> tuple[int, int]:
+def count_flops(model: Any, inputs: dict[str, Any]) -> tuple[int, int]:
     """Multiplications and additions of one forward, and of its part before the LLM. Attention is counted, so it is run plainly."""
     counter = FlopCounterMode(display=False)
     before: list[int] = []

@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 
+from tests.tiny import tiny_llava, tiny_processor
 from tests.train.workspace import ROOT, Ranks, config_of, environment, write_config
 from train.commands import start
 from train.config import ConfigError
-from train.sweep_cells import make_cells, parse_axes, split_budget
+from train.sweep_cells import make_cells, parse_axes, preset_axes, split_budget
+from train.sweep_costs import costs_of
 from train.sweep_results import Group, compare_groups, rank_agreement, render_markdown
 from train.tasks import visible_gpu
-from visionzip import ZipConfig
+from visionzip import ZipConfig, attach
 
 
 @pytest.fixture
@@ -204,3 +206,45 @@ def test_a_sweep_whose_cells_all_fail_logs_no_summary(config: Path, tmp_path: Pa
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "no cell finished: there is nothing to compare"
     assert "W&B" not in done.stderr
+
+
+def test_a_row_says_what_a_prompt_costs_and_whether_scaling_down_is_beaten() -> None:
+    scaled, better = group(0.5, [[1, 0, 0, 0]] * 2, "scaled"), group(0.5, [[1, 1, 1, 1]] * 2, "a")
+    same = group(0.5, [[1, 0, 1, 0], [0, 1, 0, 0]], "b")
+    same.beats_scaled, better.beats_scaled = False, True
+    better.costs = {
+        "visual_tokens": 8,
+        "visual_tokens_mean": 6.5,
+        "flops": 2.5e9,
+        "encode_flops": 1e9,
+        "cache_bytes": 4096,
+    }
+    text = render_markdown([better, scaled, same], 0.9, 81, 4)
+    row = next(line for line in text.splitlines() if line.startswith("| 8 | a |"))
+    assert row.endswith("| 6.5 | 2.5 | 4.096 |")
+    assert "†" not in row
+    assert "37.5 ± 17.7** † |" in text
+    assert "†: not better than the image scaled down" in text
+
+
+def test_costs_are_counted_on_the_model_itself() -> None:
+    model, processor = tiny_llava(), tiny_processor()
+    attach(model, processor, dominant=5, contextual=2)
+    few = costs_of(model, processor)
+    attach(model, processor, dominant=10, contextual=4)
+    more = costs_of(model, processor)
+    head = 48 // 4
+    assert (few["visual_tokens"], few["visual_tokens_mean"]) == (7, 7)
+    assert few["cache_bytes"] == pytest.approx(
+        7 * 2 * 2 * 2 * head * 4
+    )  # keys and values of 2 layers with 2 heads in float32
+    assert few["encode_flops"] < more["encode_flops"] < more["flops"]
+    attach(model, processor, dominant=7, contextual=2, selector="scaled")
+    assert costs_of(model, processor)["encode_flops"] < few["encode_flops"]
+
+
+def test_a_preset_names_axes_and_what_is_given_replaces_them() -> None:
+    found = dict(item.split("=") for item in preset_axes("selectors", ["seed=7", "budget=8"]))
+    assert {"scaled", "pooled", "visionzip", "mmtok"} <= set(found["selector"].split(","))
+    assert "seed" not in found
+    assert preset_axes(None, []) == []

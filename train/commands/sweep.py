@@ -8,7 +8,9 @@ as in the config's budget if that has the same total, else as in the paper (16 i
 
 Visual tokens of training and held-out images are computed once per selector and budget and read by all cells. Full tokens are
 evaluated once, training-free ones once per selector and budget. The same command runs the missing cells: finished cells are
-kept, and a changed config, model or data file makes new ones. In OUT: `sweep.md`, `sweep.json`, `sweep.png`, `cells/`, `tokens/`.
+kept, and a changed config, model or data file makes new ones. `--preset selectors` is every selector and control with three seeds;
+an axis that is given as well replaces the preset's. Each row also says what a prompt costs: visual tokens averaged over the LLM's
+layers, floating-point operations, and the size of the visual tokens' keys and values. In OUT: `sweep.md`, `sweep.json`, `sweep.png`, `cells/`, `tokens/`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 
 from train.commands import _config
 from train.guard import run_guarded
-from train.sweep_cells import make_cells
+from train.sweep_cells import PRESETS, make_cells, preset_axes
 from visionzip.argument_types import at_least
 
 
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", type=at_least(1), default=1, help="cells at once, a process each (default: %(default)s)"
     )
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="axes with their usual values")
     parser.add_argument("--pixels", action="store_true", help="compute visual tokens in every run, in place of once")
 
 
@@ -38,7 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def sweep(arguments: argparse.Namespace) -> int:
-    cells = make_cells(arguments.config, arguments.out, arguments.overrides, cached=not arguments.pixels)
+    items = [*preset_axes(arguments.preset, arguments.overrides), *arguments.overrides]
+    cells = make_cells(arguments.config, arguments.out, items, cached=not arguments.pixels)
     from train import sweep_runner
 
     arguments.out.mkdir(parents=True, exist_ok=True)
