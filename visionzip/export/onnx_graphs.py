@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from visionzip.attach import Attachment
 from visionzip.budgets import format_budget
 from visionzip.config import ZipConfig
-from visionzip.selectors import SELECTORS
 
 OLDEST_OPSET = 20
 PRECISIONS = ("float32", "float16", "int8", "int4")
@@ -69,7 +68,7 @@ class Vision(nn.Module):
     def everything(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """As the untouched model: every token but CLS."""
         family = cast(Any, self.family)
-        config = ZipConfig(dominant=1.0, contextual=0, selector="uniform")
+        config = ZipConfig.model_validate({"dominant": 1.0, "contextual": 0, "selector": "uniform"})
         found = family.compress_batch(config, pixel_values)
         stock = family.stock_count()
         return {"embeddings": self.project(found.tokens[:, -stock:]), "kept": found.kept[:, -stock:]}
@@ -89,7 +88,7 @@ class Language(nn.Module):
         self.image_id = attachment.family.image_token_id
 
     def forward(self, input_ids: Tensor, image_embeds: Tensor, past_key_values: Any) -> dict[str, Any]:
-        embeds = self.llm.get_input_embeddings()(input_ids)
+        embeds = cast(Any, self.llm).get_input_embeddings()(input_ids)
         images = input_ids == self.image_id
         places = (images.flatten().cumsum(0) - 1).clamp(min=0)
         embeds = torch.where(images.unsqueeze(-1), image_embeds[places].view_as(embeds), embeds)
@@ -126,9 +125,10 @@ def vision_graph(attachment: Attachment, config: ZipConfig | None, side: int, op
             f"the selector {name!r} with the budget {format_budget(config)} can't be written as a graph: what it keeps has to have the "
             f"same shape for every image ({type(error).__name__}: {reason})"
         ) from error
-    if int(program.graph.outputs[0].shape[1]) != embeddings.shape[1]:
+    if program.graph.outputs[0].shape[1] != embeddings.shape[1]:  # a symbol where it is known from the image alone
         raise ValueError(
-            f"the selector {SELECTORS[config.selector].name if config else ''!r} keeps a number of tokens that depends on the image"
+            f"the selector {config.selector if config else 'uniform'!r} keeps a number of tokens that depends on the image, which a graph "
+            f"can't"
         )
     split = {}
     if config is not None:
@@ -234,7 +234,7 @@ def describe_sorts() -> None:
 
     @register_fx_node_fix("onnx")
     def describe_sort(module: Any, node: Any) -> bool:
-        sort = node.args[0] if node.target is operator.getitem else None
+        sort: Any = node.args[0] if node.target is operator.getitem else None
         if getattr(sort, "target", None) is torch.ops.aten.sort.default and "val" not in sort.meta:
             source, *how = sort.args
             if source.meta["val"].dtype is torch.uint8:

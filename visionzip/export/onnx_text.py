@@ -111,7 +111,7 @@ def prompt_settings(processor: Any, attachment: Attachment, config: ZipConfig, t
     ).placeholders[0]
     token, _ = (processor.image_token, processor.image_token_id)
     before, after = shown.split(token)[0], shown.split(token)[-1]
-    settings = {
+    settings: dict[str, Any] = {
         "first": {"plain": plain[0], "image": image[0]},
         "next": {"plain": later[2], "image": later_image[2]},
         "between": later[1],
