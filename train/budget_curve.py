@@ -192,7 +192,7 @@ def draw_points(points: Sequence[Point], about: str) -> Any:
     """Accuracy, prefill and cache against visual tokens, the knee ringed."""
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-    from visionzip.analysis.style import BLUE, VERMILION, entitle, new_figure
+    from visionzip.analysis.style import BLUE, VERMILION, new_figure, set_title
 
     figure, axes = new_figure(11.5, 4, ncols=3)
     tokens = [point.tokens for point in points]
@@ -216,7 +216,7 @@ def draw_points(points: Sequence[Point], about: str) -> Any:
     for panel in axes[1:]:
         panel.set_ylim(bottom=0)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", fontsize=10)
-    entitle(figure, "What a budget is worth, and what it costs", about)
+    set_title(figure, "What a budget is worth, and what it costs", about)
     return figure
 
 

@@ -112,7 +112,9 @@ def wait(device: torch.device) -> None:
 
 def render_duration(work: Work, rate: float, gpus: int, config: RunConfig, samples: int | None) -> str:
     """Seconds of a step, and hours of the run where its number of samples is known."""
-    batch, extra = config.trainer.global_batch_size, config.trainer.model_extra or {}
+    extra = config.trainer.model_extra or {}
+    each = int(extra.get("per_device_train_batch_size", 8)) * int(extra.get("gradient_accumulation_steps", 1))
+    batch = config.trainer.global_batch_size or each * gpus
     per_second = gpus * rate / work.total
     shares = ", ".join(
         f"{name} {100 * value / work.total:.0f} %"

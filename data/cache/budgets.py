@@ -94,7 +94,8 @@ class EncodeOnce:
     """For a copy of a `Family`: what its encoder gave the first time, again after each `rewind`."""
 
     def __init__(self, family: Family) -> None:
-        self.family, self.found, self.next = family, [], 0
+        self.family, self.next = family, 0
+        self.found: list[Any] = []
 
     @classmethod
     def of(cls, family: Family) -> Any:

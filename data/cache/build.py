@@ -66,7 +66,7 @@ class Builder:
 
     def _compress(self, images: list[ImageInputs]) -> list[Any]:
         merged = merge_images([each.inputs for each in images])
-        inputs = {
+        inputs: dict[str, Any] = {
             key: value.to(self.device) if torch.is_tensor(value) else value  # encoders cast pixels to their own dtype
             for key, value in merged.items()
         }
@@ -81,7 +81,7 @@ class Builder:
             if torch.is_tensor(value) and not name.startswith("pixel_")
         }
         tensors |= {f"extra/{name}": value for name, value in extra.items() if value.numel() <= 64}
-        about = {
+        about: dict[str, Any] = {
             "pictures": shapes,
             "video": "pixel_values_videos" in images.inputs,
             "alone": alone and self.attachment.family.alone_differs,

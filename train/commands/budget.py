@@ -117,4 +117,4 @@ def show_curve(arguments: argparse.Namespace) -> None:
         Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if arguments.plot:
         with style.style(arguments.theme):
-            style.save(budget_curve.draw_points(points, about), arguments.plot)
+            style.save_figure(budget_curve.draw_points(points, about), arguments.plot)

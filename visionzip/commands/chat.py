@@ -43,7 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
     if directory is not None:
         return talk_on_device(directory, arguments)
     if arguments.model is None:
-        raise ValueError("name a model, or an ONNX export: visionzip chat --device DIRECTORY")
+        print("usage: visionzip chat MODEL, or visionzip chat --device DIRECTORY (of an ONNX export)", file=sys.stderr)
+        raise SystemExit(2)
     from visionzip.chat import Chat
 
     begun = [open_image(path) for path in arguments.image]  # before the model: a wrong path costs nothing

@@ -44,7 +44,7 @@ def image_settings(processor: Any, config: ZipConfig, side: int) -> dict[str, An
         crop = dict(images.crop_size)
         steps.append(["crop", [crop["height"], crop["width"]]])
     normal = images.do_normalize
-    settings = {
+    settings: dict[str, Any] = {
         "steps": steps,
         "resample": int(images.resample),
         "scale": float(images.rescale_factor) if images.do_rescale else 1.0,
