@@ -308,6 +308,6 @@ class TestPlaces:
 
     def test_unknown_format(self, trained, tmp_path):
         with pytest.raises(
-            ValueError, match="no export format is called 'gguf'; known: llava, merged, peft, safetensors"
+            ValueError, match="no export format is called 'gguf'; known: llava, merged, onnx, peft, safetensors"
         ):
             save(trained, tmp_path / "x", "gguf")
