@@ -24,7 +24,7 @@ def blocks(language: str) -> list[str]:
 def test_the_records_that_it_shows_are_read(tmp_path: Path) -> None:
     (block,) = blocks("json")
     (record,) = json.loads(block)
-    sample = formats.parse(record, RecordSource("mine", "auto", str(tmp_path)), 0)
+    sample = formats.parse_record(record, RecordSource("mine", "auto", str(tmp_path)), 0)
     assert [Path(media.source).name for media in sample.media] == ["kitchen.jpg"]
     assert sample.messages[-1].text == "A red bowl."
 
