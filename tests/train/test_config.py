@@ -12,7 +12,7 @@ import pytest
 
 from tests.train.workspace import ROOT, environment
 from train.arguments import STAGES, TrainerSection, accumulation_steps, training_arguments
-from train.config import ConfigError, RunConfig, load_config, parse_config, to_yaml
+from train.config import ConfigError, ReportSection, RunConfig, load_config, parse_config, to_yaml
 from train.config_help import COMPARED, IMPORTANT, describe_config
 
 GOOD: dict[str, Any] = {
@@ -322,3 +322,8 @@ def test_pad_images_said_twice_in_two_ways_is_refused() -> None:
     assert "image_aspect_ratio is called pad_images now: true for pad" in mistakes(
         data={**GOOD["data"], "image_aspect_ratio": "pad"}
     )
+
+
+def test_the_earlier_name_of_report_images_is_read() -> None:
+    assert ReportSection.model_validate({"pictures": 2}).images == 2
+    assert ReportSection.model_validate({"pictures": 2, "images": 3}).images == 3
