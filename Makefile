@@ -40,7 +40,7 @@ test-browser: setup
 	@$(BIN)/pip install -q -c constraints.txt selenium
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/app/browser_app.py
 
-# vLLM against `generate`, in an environment of its own (2 GB), which is why CI leaves it out.
+# vLLM against `generate`, in an environment of its own (3.4 GB), which is why CI leaves it out.
 SERVE := .venv-serve
 test-serve: $(SERVE)/.set-up
 	@HF_HUB_OFFLINE=1 PYTHONPATH=. $(SERVE)/bin/python -m pytest -q -p no:cacheprovider tests/serve/vllm_equality.py tests/serve/vllm_server.py
