@@ -13,15 +13,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from scripts.processes import run_measured
+
 TOKENS = 24
 QUESTION = "What is in the middle of the image?"
 
@@ -80,15 +77,8 @@ def in_a_process(engine: str, source: str, budget: str, threads: int, given: arg
     """
     arguments = ["-m", "scripts.benchmark_device", "--row", json.dumps([engine, source, budget, threads])]
     arguments += ["--image", str(given.image), "--repeats", str(given.repeats)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=out, stderr=err)
-        _, status, usage = os.wait4(process.pid, 0)
-        out.seek(0)
-        err.seek(0)
-        if status:
-            raise RuntimeError(f"{engine} {source} {budget} failed:\n{err.read()[-2000:]}")
-        return {**json.loads(out.read().splitlines()[-1]), "peak": usage.ru_maxrss * 1024}
+    printed, peak = run_measured(arguments, threads)
+    return {**json.loads(printed.splitlines()[-1]), "peak": peak}
 
 
 def main() -> None:

@@ -12,12 +12,11 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from scripts.processes import ROOT, run_measured
+
 CONFIG = ROOT / "configs" / "smol-llava" / "ft-32.yaml"
 FIRST = 2  # logged steps that are not counted
 
@@ -26,24 +25,6 @@ def tokens_of(model: Path) -> int:
     """Tokens the encoder makes of an image, CLS included."""
     vision = json.loads((model / "config.json").read_text())["vision_config"]
     return int((vision["image_size"] // vision["patch_size"]) ** 2 + 1)
-
-
-def run(arguments: list[str], threads: int) -> int:
-    """A Python process; its peak memory in bytes.
-
-    Raises:
-        RuntimeError: it failed; with its last lines.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=output, stderr=output
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            output.seek(0)
-            raise RuntimeError(f"{' '.join(arguments)} failed:\n{output.read()[-2000:]}")
-    return int(usage.ru_maxrss * 1024)
 
 
 def overrides(given: argparse.Namespace, budget: tuple[int, int], cache: Path | None) -> list[str]:
@@ -63,11 +44,11 @@ def measure(given: argparse.Namespace, folder: Path, budget: tuple[int, int], ca
     cache = folder / "tokens" if cached else None
     settings = overrides(given, budget, cache)
     if cached:
-        run(["-m", "data.cache", *settings], given.threads)
+        run_measured(["-m", "data.cache", *settings], given.threads)
     out = folder / "run"
     more = [f"output_dir={out}", "eval=null", "report.enabled=false", f"trainer.max_steps={given.steps + FIRST}",
             "trainer.logging_steps=1", "trainer.save_strategy=no", "trainer.deepspeed=off", "trainer.resume=null"]  # fmt: skip
-    memory = run(["train.py", *settings, *more], given.threads)
+    _, memory = run_measured(["train.py", *settings, *more], given.threads)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     speeds = [row["samples_per_second"] for row in rows if "samples_per_second" in row]
     return statistics.median(speeds[FIRST:]), memory

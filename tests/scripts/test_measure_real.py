@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from scripts import measure_real
+from scripts.processes import run_measured
 from train.config import load_config
 
 
@@ -27,6 +28,8 @@ def test_settings_are_a_config(tmp_path: Path) -> None:
 
 
 def test_memory_of_a_process_and_the_words_of_one_that_fails() -> None:
-    assert measure_real.run(["-c", "x = bytearray(200 << 20)"], threads=1) > 200 << 20
+    printed, peak = run_measured(["-c", "x = bytearray(200 << 20); print(len(x))"], threads=1)
+    assert peak > 200 << 20
+    assert printed == f"{200 << 20}\n"
     with pytest.raises(RuntimeError, match="ValueError: because"):
-        measure_real.run(["-c", "raise ValueError('because')"], threads=1)
+        run_measured(["-c", "raise ValueError('because')"], threads=1)
