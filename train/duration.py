@@ -16,6 +16,7 @@ import torch
 
 from train.config import RunConfig
 from train.memory import Sizes
+from train.trainable import count_parameters
 from visionzip.families import family_for
 
 SUPERVISED = 1 / 3
@@ -45,12 +46,14 @@ def sample_work(model: Any, config: RunConfig, sizes: Sizes, length: float) -> W
     trains = "llm" in config.train.parts
     again = bool(extra.get("gradient_checkpointing") or extra.get("activation_checkpointing"))
     per_token = 4.0 + 2.0 * trains + 2.0 * again
-    body = count_weights(model.get_submodule(family.llm).layers)
+    body = count_parameters(model.get_submodule(family.llm).layers, trainable=False)
     attention = 6.0 + 2.0 * again  # 2·L²·D forward, causal, and twice that backward
     return Work(
         llm=per_token * body * length + attention * length**2 * sizes.hidden * sizes.layers,
         head=(6.0 if trains else 4.0) * sizes.hidden * sizes.vocabulary * SUPERVISED * length,
-        projector=6.0 * sum(count_weights(model.get_submodule(name)) for name in family.projectors) * sizes.visual,
+        projector=6.0
+        * sum(count_parameters(model.get_submodule(name), trainable=False) for name in family.projectors)
+        * sizes.visual,
         encoder=0.0 if config.data.cache is not None else encoder_work(model, family.frozen["encoder"]),
     )
 
@@ -64,15 +67,11 @@ def encoder_work(model: Any, tower: str) -> float:
     high, wide = pair(vision.patch_size)
     patches, size = (height // high) * (width // wide), getattr(vision, "embed_dim", None) or vision.hidden_size
     blocks = [m for m in model.get_submodule(tower).modules() if isinstance(m, GradientCheckpointingLayer)]
-    return sum(2.0 * count_weights(block) * patches + 4.0 * patches**2 * size for block in blocks)
+    return sum(2.0 * count_parameters(block, trainable=False) * patches + 4.0 * patches**2 * size for block in blocks)
 
 
 def pair(value: Any) -> tuple[int, int]:
     return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
-
-
-def count_weights(module: Any) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def measure_rate(model: Any, config: RunConfig, samples: int, length: int) -> float:
@@ -101,7 +100,7 @@ def measure_rate(model: Any, config: RunConfig, samples: int, length: int) -> fl
         wait(device)
         best = min(best, time.perf_counter() - start)
     factor = 6.0 if "llm" in config.train.parts else 4.0
-    work = factor * count_weights(llm.layers) * length + 6.0 * length**2 * text.hidden_size
+    work = factor * count_parameters(llm.layers, trainable=False) * length + 6.0 * length**2 * text.hidden_size
     return samples * work / best
 
 

@@ -306,7 +306,12 @@ def get_template(name: str, processor: Any) -> BaseTemplate:
 
 def usual_template(processor: Any) -> BaseTemplate:
     """The processor's own chat template, or LLaVA-1.5's conversation for a processor that has none."""
-    return get_template("chat" if getattr(processor, "chat_template", None) else "llava_v1", processor)
+    return get_template(usual_template_name(processor), processor)
+
+
+def usual_template_name(processor: Any) -> str:
+    """The name of `usual_template`."""
+    return "chat" if getattr(processor, "chat_template", None) else "llava_v1"
 
 
 def question(text: str, images: int = 1) -> Message:

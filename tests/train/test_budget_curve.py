@@ -68,16 +68,13 @@ def test_the_budgets_that_are_asked_where_nobody_names_any(place: Path) -> None:
     assert found(dominant=5, contextual=3) == ["2", "3", "4", "5", "7", "8", "all"]
 
 
+def asked_of(place: Path) -> list[str]:
+    """The command line about the model and the questions there."""
+    files = [str(place / "model"), str(place / "heldout.json"), "--images", str(place / "images")]
+    return ["budget", *files, "--device", "cpu"]
+
+
 def test_the_command(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = [
-        "budget",
-        str(place / "model"),
-        str(place / "heldout.json"),
-        "--images",
-        str(place / "images"),
-        "--device",
-        "cpu",
-    ]
     more = [
         "--budgets",
         "4,5+3,all",
@@ -88,7 +85,7 @@ def test_the_command(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         "--plot",
         str(tmp_path / "b.png"),
     ]
-    assert main([*asked, "--max-new-tokens", "3", *more]) == 0
+    assert main([*asked_of(place), "--max-new-tokens", "3", *more]) == 0
     out = capsys.readouterr().out
     rows = [line.split("|")[1:4] for line in out.splitlines() if line.startswith("| ")]
     assert [[cell.strip() for cell in row[:2]] for row in rows[1:]] == [["4", "4"], ["5+3", "8"], ["all", "16"]]
@@ -109,16 +106,7 @@ def test_the_command(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     ],
 )
 def test_what_can_not_be_asked(changes: list[str], says: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = [
-        "budget",
-        str(place / "model"),
-        str(place / "heldout.json"),
-        "--images",
-        str(place / "images"),
-        "--device",
-        "cpu",
-    ]
-    assert main([*asked, *changes]) == 2
+    assert main([*asked_of(place), *changes]) == 2
     err = capsys.readouterr().err.strip().splitlines()
     assert says in err[-1]
 

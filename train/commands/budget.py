@@ -18,6 +18,7 @@ from pathlib import Path
 from data.storage import storage_message
 from visionzip.argument_types import at_least
 from visionzip.commands import _model
+from visionzip.commands._outputs import check_outputs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,14 +58,7 @@ def show_curve(arguments: argparse.Namespace) -> None:
 
     if arguments.budgets is not None:
         parse_budgets(arguments.budgets)  # a mistake is found before a model is loaded
-    if arguments.plot:
-        with style.style(arguments.theme):
-            pass  # says what is missing before minutes of measuring
-        if Path(arguments.plot).suffix.lower() != ".png":
-            raise ValueError(f"--plot {arguments.plot}: expected the name of a PNG file")
-    for file in filter(None, (arguments.json, arguments.plot)):
-        if Path(file).is_dir():
-            raise ValueError(f"{file} is a directory; expected the name of a file")
+    check_outputs(arguments)
     from data.config import DataConfig, EvalSection, SourceConfig
     from data.images import PixelImages
     from data.questions import Question, build_questions
@@ -72,6 +66,7 @@ def show_curve(arguments: argparse.Namespace) -> None:
     from train.held_out import image_inputs
     from train.metrics import METRICS
     from visionzip import attached
+    from visionzip.prompts import usual_template_name
 
     METRICS[arguments.metric]
     source = SourceConfig(path=arguments.data, images=arguments.images)
@@ -86,7 +81,7 @@ def show_curve(arguments: argparse.Namespace) -> None:
     model, processor = _model.load(arguments)
     attachment = attached(model)
     assert attachment is not None
-    template = arguments.template or ("chat" if getattr(processor, "chat_template", None) else "llava_v1")
+    template = arguments.template or usual_template_name(processor)
     data = DataConfig.model_validate(
         {"sources": [source], "pad_images": attachment.config.pad_images, "template": template}
     )

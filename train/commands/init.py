@@ -23,6 +23,7 @@ from train.guard import run_guarded
 from visionzip.budgets import format_budget, parse_budget, suitable_budget
 from visionzip.config import ZipConfig
 from visionzip.pretrained import load_processor, read_config
+from visionzip.prompts import usual_template_name
 from visionzip.words import count_of
 
 LOOKED_AT = 16
@@ -109,7 +110,7 @@ def read_model(path: str, trust_remote_code: bool) -> Model:
         dtype="float32" if stored == "float32" and hidden < 512 else "bfloat16",
         hidden=hidden,
         length=min(2048, getattr(text, "max_position_embeddings", None) or 2048),
-        template="chat" if getattr(processor, "chat_template", None) else "llava_v1",
+        template=usual_template_name(processor),
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from visionzip.argument_types import at_least
 from visionzip.commands import _model
+from visionzip.commands._outputs import check_outputs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,14 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         raise ValueError(f"--batches {arguments.batches!r} is not understood; expected numbers such as 1,8") from error
     image = decode_image(arguments.image) if arguments.image else gradient()
-    if arguments.plot:
-        with style.style(arguments.theme):
-            pass  # says what is missing before minutes of measuring
-        if Path(arguments.plot).suffix.lower() != ".png":
-            raise ValueError(f"--plot {arguments.plot}: expected the name of a PNG file")
+    check_outputs(arguments)
     for file in filter(None, (arguments.json, arguments.plot)):
-        if Path(file).is_dir():
-            raise ValueError(f"{file} is a directory; expected the name of a file")
         Path(file).parent.mkdir(parents=True, exist_ok=True)
     model, processor = _model.load(arguments, **quantized(arguments))
     attachment = attached(model)
