@@ -3,8 +3,8 @@
     python -m scripts.elastic --out runs/elastic --jobs 2
 
 Trains, for each seed, a specialist at each budget of `zip.budgets` in CONFIG and one projector for all of them, from one token
-cache, the latter for as many steps as bring it to the LLM tokens of one specialist (their mean). Then one process asks the held-out
-questions at all budgets, of which `--unseen` were never trained on: training-free, every specialist at every budget, the one
+cache, the latter for as many steps as bring it to the LLM tokens of one specialist (their mean). Then the held-out questions are
+asked at all budgets, of which `--unseen` were never trained on: training-free, every specialist at every budget, the one
 projector. What is there already is not done again. Prints the table of docs/results.md; OUT has elastic.json and elastic.png.
 """
 
@@ -16,12 +16,17 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.elastic import Budget, BudgetDraw
 from train.config import RunConfig, load_config
 from visionzip.budgets import at_budget, ladder, split_total
+
+if TYPE_CHECKING:
+    from train.tasks import Task
 
 CONFIG = "configs/tiny-llava/elastic.yaml"
 ONE = "one projector"
@@ -30,7 +35,7 @@ FREE = "training-free"
 
 def settings(args: argparse.Namespace, *overrides: str) -> RunConfig:
     """The config with this command's paths. `overrides` come last."""
-    data = args.out / "data"
+    data = args.data
     return load_config(
         args.config,
         [
@@ -132,8 +137,8 @@ def runs_of(args: argparse.Namespace) -> tuple[dict[tuple[str, int], RunConfig],
     return found, tokens
 
 
-def evaluate_all(args: argparse.Namespace, runs: dict[tuple[str, int], RunConfig]) -> dict[str, Any]:
-    """Right answers (share) of everyone at every budget: who → budget → seed → share. One process, one model."""
+def ask_at_budgets(config: RunConfig, path: str | None, budgets: Sequence[Budget], answers: Path) -> int:
+    """Add to `answers` (JSON: budget → share of right answers) those that are missing; `path` is a run, None no training."""
     from contextlib import ExitStack
 
     from train.build import build_model
@@ -141,27 +146,45 @@ def evaluate_all(args: argparse.Namespace, runs: dict[tuple[str, int], RunConfig
     from visionzip import attach, detach
     from visionzip.export import loaded_into
 
-    known = args.out / "answers.json"
-    found: dict[str, dict[str, dict[str, float]]] = json.loads(known.read_text()) if known.exists() else {}
-    config = settings(args)
+    found: dict[str, float] = json.loads(answers.read_text()) if answers.exists() else {}
     model, processor = build_model(config)
-    if FREE not in found:
+    if path is None and "all" not in found:
         detach(model)
-        found["full"] = {"all": {"0": score_model(model, processor, config).accuracy}}
-    for who, seed, path in [(FREE, 0, None), *((who, seed, run.output_dir) for (who, seed), run in runs.items())]:
-        for budget in all_budgets(args):
-            cell = found.setdefault(who, {}).setdefault(written(budget), {})
-            if str(seed) in cell:
-                continue
-            attach(model, processor, at_budget(config.zip, budget))
-            with ExitStack() as loaded:
-                if path is not None:
-                    loaded.enter_context(loaded_into(model, path, force=True))
-                cell[str(seed)] = score_model(model, processor, config).accuracy
-            known.write_text(json.dumps(found, indent=1) + "\n")
-            print(
-                f"{who}, seed {seed}, at {written(budget)}: {100 * cell[str(seed)]:.1f} %", file=sys.stderr, flush=True
-            )
+        found["all"] = score_model(model, processor, config).accuracy
+    for budget in budgets:
+        if written(budget) in found:
+            continue
+        attach(model, processor, at_budget(config.zip, budget))
+        with ExitStack() as loaded:
+            if path is not None:
+                loaded.enter_context(loaded_into(model, path, force=True))
+            found[written(budget)] = score_model(model, processor, config).accuracy
+        answers.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"{written(budget)}: {100 * found[written(budget)]:.1f} %", flush=True)
+    return 0
+
+
+def evaluate_all(
+    args: argparse.Namespace, runs: dict[tuple[str, int], RunConfig], tell: Callable[[Task, int, float], None]
+) -> dict[str, Any] | None:
+    """Right answers (share): who → budget → seed → share. A specialist whose seed is not among `--away` is asked at home only."""
+    from train.tasks import Task, run_all
+
+    config, everywhere = settings(args), all_budgets(args)
+    files: dict[tuple[str, int], Path] = {}
+    tasks = []
+    for (who, seed), path in {(FREE, 0): None, **{key: run.output_dir for key, run in runs.items()}}.items():
+        folder = Path(path) if path else args.out
+        files[who, seed] = folder / "answers.json"
+        asked = [b for b in everywhere if who in (FREE, ONE) or seed in args.away or who == f"specialist {written(b)}"]
+        ask = partial(ask_at_budgets, path=path, budgets=asked, answers=files[who, seed])
+        tasks.append(Task(f"{who}, seed {seed}, answers", ask, config, folder / "answers.log"))
+    if run_all(tasks, args.jobs, tell):
+        return None
+    found: dict[str, Any] = {}
+    for (who, seed), file in files.items():
+        for budget, share in json.loads(file.read_text()).items():
+            found.setdefault(who, {}).setdefault(budget, {})[str(seed)] = share
     return found
 
 
@@ -197,7 +220,7 @@ def render_table(args: argparse.Namespace, found: dict[str, Any], tokens: dict[s
         )
     rising = all(after >= before for before, after in itertools.pairwise(means))
     counted = ", ".join(f"{who.removeprefix('specialist ')} {count:,}" for who, count in tokens.items())
-    full = found["full"]["all"]["0"]
+    full = found[FREE]["all"]["0"]
     lines += ["", f"Full tokens: {100 * full:.1f} %. LLM tokens of a training run: {counted}.",
               f"The one projector {'rises' if rising else 'does not rise everywhere'} with the budget."]  # fmt: skip
     return "\n".join(lines)
@@ -241,12 +264,22 @@ def draw(args: argparse.Namespace, found: dict[str, Any], path: Path) -> None:
         save_figure(figure, path)
 
 
+def parse_seeds(text: str) -> list[int]:
+    return [int(seed) for seed in text.split(",")]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.elastic", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--out", type=Path, default=Path("runs/elastic"))
+    parser.add_argument(
+        "--data", type=Path, help="folder of train.json, eval.json and images/ (default: drawn shapes, made in OUT)"
+    )
     parser.add_argument("--unseen", default="12,40", help="budgets that nothing is trained on (default: %(default)s)")
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--seeds", type=parse_seeds, default=[0, 1, 2])
+    parser.add_argument(
+        "--away", type=parse_seeds, default=[0, 1, 2], help="seeds whose specialists are asked at all budgets"
+    )
     parser.add_argument("--train", type=int, default=1280, help="training images of the data set that is made")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at the same time")
     parser.add_argument("overrides", nargs="*", help="key=value, for all runs")
@@ -257,8 +290,10 @@ def run(args: argparse.Namespace) -> int:
     from train.tasks import Task, run_all
 
     args.out.mkdir(parents=True, exist_ok=True)
-    if not (args.out / "data").exists():
-        made = ["-m", "data.shapes", "--out", str(args.out / "data"), "--train", str(args.train)]
+    if args.data is None:
+        args.data = args.out / "data"
+    if not args.data.exists():
+        made = ["-m", "data.shapes", "--out", str(args.data), "--train", str(args.train)]
         subprocess.run([sys.executable, *made], check=True)
 
     def tell(task: Task, code: int, seconds: float) -> None:
@@ -280,7 +315,9 @@ def run(args: argparse.Namespace) -> int:
     ]
     if run_all(missing, args.jobs, tell):
         return 1
-    found = evaluate_all(args, runs)
+    found = evaluate_all(args, runs, tell)
+    if found is None:
+        return 1
     facts = {"accuracy": found, "llm_tokens": tokens, "seeds": args.seeds}
     (args.out / "elastic.json").write_text(json.dumps(facts, indent=1) + "\n")
     draw(args, found, args.out / "elastic.png")
