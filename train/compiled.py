@@ -8,6 +8,8 @@ the fastest: the backward pass of SDPA's CPU kernel takes a third of a small LLM
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -30,6 +32,13 @@ def compile_parts(llm: Any, backend: str = "inductor", mode: str | None = None) 
     """In place; state dict and hooks stay as they are. Layers of one kind share what is compiled, of any number of tokens."""
     for part in compiled_parts(llm):
         part.compile(dynamic=True, backend=backend, mode=mode)
+        part._compiled_call_impl = partial(call_compiled, part, part._compiled_call_impl)
+
+
+def call_compiled(part: nn.Module, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`compiled`, except with a KV cache: that differs from layer to layer and step to step, and each would be compiled anew until
+    torch gives up on the layer for good, in training too."""
+    return (compiled if kwargs.get("past_key_values") is None else part._call_impl)(*args, **kwargs)
 
 
 def uncompile_parts(llm: Any) -> None:

@@ -91,6 +91,23 @@ def test_under_eager_attention_whole_layers_once_for_every_length(model, fresh_c
     assert found(3)[0] == before[3][0]
 
 
+def test_answers_between_steps_do_not_use_up_the_compiler(model, fresh_compiler):  # noqa: F811
+    """A KV cache differs from layer to layer: eight layers would reach torch's limit, and training would run uncompiled."""
+    from train.loss import summed_loss
+
+    llm: Any = model.model.language_model
+    llm.set_attn_implementation("eager")
+    inputs, labels = batch(2)
+    asked = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "max_new_tokens": 3}
+    asked |= {key: value for key, value in inputs.items() if key.startswith("pixel")}
+    before = model.generate(**asked, do_sample=False)
+    compile_parts(llm, backend="aot_eager")
+    assert torch.equal(model.generate(**asked, do_sample=False), before)
+    assert counters["stats"]["unique_graphs"] == 0
+    summed_loss(model, model.lm_head, inputs, labels, PaddedRows(masked=False))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 def test_of_every_family_all_but_attention(case: Case) -> None:
     model = attach(case.model("sdpa"), case.processor(), case.budget)  # noqa: F811
