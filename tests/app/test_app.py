@@ -17,8 +17,8 @@ from tests.tiny import picture, tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, attached, detach
 from visionzip.analysis.ask import ask
 from visionzip.app.looker import Looker, patch_at
-from visionzip.app.server import Guard, check_port, serve
-from visionzip.app.ui import build
+from visionzip.app.server import Guard, check_port, gradio, serve
+from visionzip.app.ui import Handlers, build
 from visionzip.cli import main
 
 BUDGET = ZipConfig(dominant=5, contextual=3)
@@ -59,6 +59,27 @@ def test_another_budget_is_asked_with(looker, look):
     assert pair.compressed.text == answer(config).text
     assert pair.tokens == 9
     assert attached(looker.model).config == BUDGET
+
+
+def test_a_projector_for_several_budgets(model, processor, tmp_path):
+    """The trained ones are offered; the line below the drawings says when another one is shown."""
+    config = ZipConfig.model_validate({"dominant": 5, "contextual": 1, "budgets": ["3+1", "5+1", "9+3"]})
+    looker = Looker(attach(model, processor, config), processor)
+    assert looker.trained_budgets() == [(3, 1), (5, 1), (9, 3)]
+    page = build(looker, "test")
+    shown = next(each for each in page.blocks.values() if getattr(each, "elem_id", None) == "trained")
+    assert [label for label, _ in shown.choices] == ["4", "6", "12"]
+    assert shown.visible
+    assert shown.value == "6"
+    picture(0).save(tmp_path / "a.png")
+    handlers = Handlers(gradio(), looker)
+    look = looker.look(tmp_path / "a.png")
+    kept, merged, *_, words = handlers.choose_trained("12", look, 0, 5, 1, "visionzip", "add")
+    assert (kept, merged) == (9, 3)
+    assert "12 of 16 visual tokens" in words
+    assert "not trained" not in words
+    *_, words = handlers.show_budget(look, 0, 2, 0, "visionzip", "add")
+    assert "The projector was not trained for this budget." in words
 
 
 def test_an_empty_question(looker, look):

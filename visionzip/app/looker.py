@@ -15,6 +15,7 @@ from visionzip.analysis.ask import Answer, ask
 from visionzip.analysis.attention import attention_map
 from visionzip.analysis.trace import Tile, Trace, image_inputs, trace
 from visionzip.attach import attach, attached, detach
+from visionzip.budgets import ladder
 from visionzip.config import ZipConfig
 from visionzip.images import decode_image
 
@@ -73,6 +74,15 @@ class Looker:
         """``(dominant, contextual, tokens there are)`` of the attached budget for this tile."""
         total = tile.features.hidden_states.shape[1]
         return *self.config.resolve(total, reserved=tile.cls, cap=True), total
+
+    def trained_budgets(self) -> list[tuple[int, int]]:
+        """``(dominant, contextual)`` of what the projector is trained for; empty for a fixed budget.
+
+        Shares are left out: they name no number of tokens before there is an image.
+        """
+        if self.config.budgets is None:
+            return []
+        return [(int(kept), int(merged)) for kept, merged in ladder(self.config) if isinstance(kept, int)]
 
     def with_budget(self, dominant: int, contextual: int, selector: str = "", merge: str = "") -> ZipConfig:
         changes = {"dominant": int(dominant), "contextual": int(contextual)}

@@ -12,6 +12,7 @@ from visionzip.analysis.trace import Tile
 from visionzip.analysis.visualize import describe_tile
 from visionzip.app.looker import Look, Looker, patch_at
 from visionzip.app.server import gradio
+from visionzip.budgets import is_trained, split_total
 from visionzip.images import ImageError, decode_image
 from visionzip.merges import MERGES
 from visionzip.selectors import SELECTORS
@@ -59,11 +60,15 @@ def add_controls(gr: Any, looker: Looker, image: str | None) -> dict[str, Any]:
                          elem_id="dominant")  # fmt: skip
     contextual = gr.Slider(0, total - 1 - first.cls, merged, step=1, label="Merged",
                            info="tokens that the rest is merged into", elem_id="contextual")  # fmt: skip
+    sizes = looker.trained_budgets()
+    trained = gr.Radio([f"{sum(size)}" for size in sizes], label="Trained budgets", info="visual tokens", visible=bool(sizes),
+                       value=str(kept + merged) if (kept, merged) in sizes else None, elem_id="trained")  # fmt: skip
     with gr.Row():
         selectors = [name for name, entry in SELECTORS if not entry.scales]  # what is scaled has to be encoded again
         selector = gr.Dropdown(selectors, value=looker.config.selector, label="Selector", min_width=120)
         merge = gr.Dropdown(MERGES.names(), value=looker.config.merge, label="Merge", min_width=120)
-    return {"upload": upload, "tile": tile, "dominant": dominant, "contextual": contextual, "selector": selector, "merge": merge}  # fmt: skip
+    return {"upload": upload, "tile": tile, "trained": trained, "dominant": dominant, "contextual": contextual,
+            "selector": selector, "merge": merge}  # fmt: skip
 
 
 def add_question(gr: Any) -> dict[str, Any]:
@@ -102,6 +107,8 @@ def connect(gr: Any, handlers: Handlers, page: Any, parts: dict[str, Any], open_
     for control in budget:
         control.input(handlers.show_budget, shown, drawings, trigger_mode="always_last", show_progress="hidden",
                       concurrency_limit=4, api_name="budget" if control is parts["dominant"] else False)  # fmt: skip
+    parts["trained"].input(handlers.choose_trained, [*named("trained"), *shown], [*named("dominant", "contextual"), *drawings],
+                           show_progress="hidden", api_name=False)  # fmt: skip
     parts["seen"].select(handlers.click, shown, patch_views, api_name=False)
     asking = [*named("look", "tile", "question", "length"), *budget]
     events = [parts["button"].click, parts["question"].submit]
@@ -126,7 +133,24 @@ class Handlers:
         heat = draw.draw_heat(tile, SIDE) if tile.attention is not None else None
         tokens = (len(tile.kept) + len(tile.targets)) * len(look.trace.tiles)
         words = f"**{tokens} of {look.trace.of_tokens} visual tokens.** {describe_tile(tile)}."
+        config = self.looker.config
+        if config.budgets is not None and not is_trained(config, (len(tile.kept), len(tile.targets))):
+            words += " The projector was not trained for this budget."
         return [heat, draw.draw_kept(tile, SIDE), draw.draw_merged(tile, SIDE), words]
+
+    def choose_trained(
+        self,
+        total: str,
+        look: Look | None,
+        number: int,
+        _dominant: float,
+        _contextual: float,
+        selector: str,
+        merge: str,
+    ) -> list[Any]:
+        """A trained budget: set the sliders to it, draw."""
+        kept, merged = split_total(int(total), self.looker.config)
+        return [kept, merged, *self.show_budget(look, number, kept, merged, selector, merge)]
 
     def open(self, path: str | None, selector: str, merge: str) -> list[Any]:
         """A new image: run the encoder, set the sliders to what there is, draw."""
