@@ -1,0 +1,52 @@
+"""Files that tools and newcomers read: CITATION.cff, CONTRIBUTING.md."""
+
+import re
+from pathlib import Path
+
+import yaml
+
+from visionzip.version import __version__
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+#: keys of the Citation File Format 1.2.0 (its schema guide), as far as they are used here
+CITATION_KEYS = {"cff-version", "message", "title", "authors", "type", "version", "license", "abstract", "keywords", "references"}  # fmt: skip
+REFERENCE_KEYS = {"type", "title", "authors", "collection-title", "conference", "year", "url", "identifiers"}
+PERSON, ENTITY = {"given-names", "family-names"}, {"name"}
+
+
+def test_the_citation_is_valid_and_current():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert set(citation) == CITATION_KEYS
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["type"] == "software"
+    assert all(isinstance(citation[key], str) and citation[key] for key in ("message", "title", "abstract"))
+    assert citation["version"] == __version__
+    assert f'version = "{__version__}"' in PYPROJECT
+    assert f'license = "{citation["license"]}"' in PYPROJECT
+    assert f'name = "{citation["title"]}"' in PYPROJECT
+    (paper,) = citation["references"]
+    assert set(paper) <= REFERENCE_KEYS
+    assert {"type", "title", "authors"} <= set(paper)
+    assert paper["type"] == "conference-paper"
+    assert paper["year"] == 2025
+    assert paper["title"] == "VisionZip: Longer is Better but Not Necessary in Vision Language Models"
+    assert paper["url"] == "https://arxiv.org/abs/2412.04467"
+    assert f'"{paper["url"]}"' in PYPROJECT
+    for author in citation["authors"] + paper["authors"]:
+        assert set(author) in (PERSON, ENTITY)
+        assert all(author.values()), author
+    for item in paper["identifiers"]:
+        assert set(item) == {"type", "value"}
+        assert item["type"] in ("doi", "url", "swh", "other")
+
+
+def test_the_guide_for_contributors_names_what_exists():
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:tests|visionzip|data|train|docs|\.ci)/[\w./-]*)`", guide)
+    linked = [target.split("#")[0] for target in re.findall(r"\]\(([^)]+)\)", guide)]
+    assert len(named) > 10
+    assert "docs/architecture.md" in linked
+    assert [path for path in named + linked if not (ROOT / path).exists()] == []
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert {"test", "lint"} <= set(re.findall(r"(?:`|\$ )make ([a-z-]+)", guide)) <= targets
