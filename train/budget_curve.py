@@ -77,7 +77,7 @@ def measure_budgets(
     repeats: int = 3,
     report: Callable[[str], None] = lambda doing: None,
 ) -> list[Point]:
-    """Every budget on all questions, ascending in tokens; the budget in force is the same afterwards.
+    """Every budget on all questions, ascending in tokens; the current budget is restored afterwards.
 
     Raises:
         ValueError: for a budget that can't be met (before anything is asked), or questions none of which has an image.
@@ -101,7 +101,7 @@ def measure_budgets(
 def measure_here(
     model: Any, processor: Any, questions: Questions, section: EvalSection, budget: str, repeats: int
 ) -> Point:
-    """The budget in force on all questions."""
+    """The current budget on all questions."""
     collate = QuestionCollator(processor)
     worth, example = [], None
     with torch.no_grad():

@@ -46,7 +46,7 @@ def tokens_per_image(attachment: Attachment, usual: int = 0) -> dict[Budget, int
     """Budget → visual tokens of an image.
 
     Args:
-        usual: those of a usual image at the budget in force, where they are more than one budget (tiles); 0: not known.
+        usual: those of a usual image at the current budget, where they are more than one budget (tiles); 0: not known.
     """
     config, family = attachment.config, attachment.family
     times = usual / sum(family.budget(config)) if usual else 1.0

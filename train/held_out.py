@@ -87,7 +87,7 @@ def score_model(
 ) -> Scores:
     """Answer every question greedily, each on one process; all processes get the scores. Collective.
 
-    A compressed model reads `eval.cache`, where there is one and it has the budget in force.
+    A compressed model reads `eval.cache`, where there is one and it has the current budget.
     """
     assert config.eval is not None
     attachment = attached(model)
@@ -117,7 +117,7 @@ def score_model(
 def score_at_budgets(
     model: Any, name: str, budgets: Sequence[Any] | None, ask: Callable[[str], Scores]
 ) -> dict[str, Scores]:
-    """`model` under each of `budgets` (`eval.budgets`), as ``"fine_tuned@8"``; its own budget is in force again afterwards. Collective.
+    """`model` under each of `budgets` (`eval.budgets`), as ``"fine_tuned@8"``; its own budget is restored afterwards. Collective.
 
     Args:
         ask: a budget in words → its scores.

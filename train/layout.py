@@ -81,7 +81,7 @@ def choose_layout(model: Any, batching: str, prefix: Prefix | None = None, recom
 
     Args:
         batching: `data.batching`; one row for all samples only where it is "packed".
-        recomputes: whether layers run again in the backward pass, where another attention would be in force.
+        recomputes: whether layers run again in the backward pass, where another attention would be used.
     """
     attachment = attached(model)
     assert attachment is not None

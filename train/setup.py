@@ -128,7 +128,7 @@ def build_batches(run: Run, dataset: Any, tokens: int, packed: bool) -> Any:
 
 
 def usual_budget(config: RunConfig) -> Budget | None:
-    """The budget in force, which a cache for several is read at where a sample names none; None: one that no cache need have."""
+    """The current budget, at which a cache for several is read if a sample names none; None: one that no cache need have."""
     return None if config.zip.budgets is not None else (config.zip.dominant, config.zip.contextual)
 
 

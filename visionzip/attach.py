@@ -64,7 +64,7 @@ class Attachment:
         return self.family.compress_each([self.at(budget) for budget in budgets], **image_inputs)
 
     def at(self, budget: Any) -> ZipConfig:
-        """The config with `budget` in force for one image; None: the config's own budget.
+        """The config with `budget` for one image; None: the config's own budget.
 
         Raises:
             ValueError: as `compress`.
@@ -100,7 +100,7 @@ class Attachment:
         return {**rest, "mm_encoder_outputs": outputs}
 
     def change(self, config: ZipConfig) -> None:
-        """Put another budget in force, on the model and on its processor. What else `config` says must be as it was.
+        """Change the budget of the model and its processor. What else `config` says must be as it was.
 
         Raises:
             ValueError: when it can't be met; nothing has changed then.

@@ -32,7 +32,7 @@ def split_total(total: int | float, own: ZipConfig | None = None) -> tuple[int |
     """Dominant and contextual tokens of a budget of `total` tokens, or shares of a total share.
 
     The split that `own` has for this total, else the paper's proportion: 64 → 54 + 10, 32 → 27 + 5, 16 → 13 + 3, 8 → 7 + 1. A
-    projector for several budgets (`ZipConfig.budgets`) has the split it names there, whatever budget is in force; without
+    projector for several budgets (`ZipConfig.budgets`) has the split it names there, whatever the current budget is; without
     contextual tokens every budget is, and a smaller one is the beginning of a larger one.
     """
     if own is not None and own.budgets is not None:
@@ -67,7 +67,7 @@ def weights(config: ZipConfig) -> list[float]:
 
 
 def at_budget(config: ZipConfig, budget: tuple[int | float, int | float]) -> ZipConfig:
-    """`config` with another ``(dominant, contextual)`` in force.
+    """`config` with another ``(dominant, contextual)``.
 
     Raises:
         ValueError: for a budget that no encoder could meet.
@@ -77,7 +77,7 @@ def at_budget(config: ZipConfig, budget: tuple[int | float, int | float]) -> Zip
 
 
 def as_config(budget: Any, own: ZipConfig) -> ZipConfig | None:
-    """A budget as people write it in Python → `own` with that budget in force; None for all visual tokens.
+    """A budget as people write it in Python → `own` with that budget; None for all visual tokens.
 
     Args:
         budget: a number of tokens (32), a share of them (0.1), ``(27, 5)``, a text that `parse_budget` knows (``"27+5"``,

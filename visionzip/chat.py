@@ -77,7 +77,7 @@ class Chat:
         """Put an image (PIL) before the next question; nothing of it is cut off.
 
         Args:
-            budget: this image's own (`visionzip.budgets.as_config`), whatever budget is in force; not while all tokens are used.
+            budget: this image's own (`visionzip.budgets.as_config`), whatever the current budget is; not while all tokens are used.
 
         Raises:
             ValueError: for a budget that this image can't have.

@@ -182,7 +182,7 @@ class ZipConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _budgets_say_whether_they_merge(cls, fields: Any) -> Any:
-        """A list of budgets → its section; what budgets a projector is trained for must not depend on the one in force later."""
+        """A list of budgets → its section; the budgets a projector is trained for must not depend on the one chosen later."""
         budgets = fields.get("budgets") if isinstance(fields, dict) else None
         if isinstance(budgets, TrainedBudgets):
             budgets = budgets.model_dump()

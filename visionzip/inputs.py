@@ -43,7 +43,7 @@ def process_images(
 
     Args:
         media: images, prepared by `visionzip.images.prepare_image`; a list of frames is a video.
-        budgets: for each of `media` its budget (`visionzip.budgets.as_config`), None for the one in force. The inputs then say so,
+        budgets: for each of `media` its budget (`visionzip.budgets.as_config`), None for the current one. The inputs then say so,
             for `Attachment.encode`.
 
     Raises:

@@ -50,7 +50,7 @@ def set_budget(model: nn.Module, budget: Any) -> Any:
 
 
 def warn_untrained(attachment: Attachment) -> None:
-    """Log, once in this process, that the budget in force is not one that the projector was trained for."""
+    """Log, once in this process, that the projector was not trained for the current budget."""
     config, trained = attachment.config, attachment.trained
     if trained is None:
         return
@@ -64,7 +64,7 @@ def warn_untrained(attachment: Attachment) -> None:
     if (text, known) not in _warned:
         _warned.add((text, known))
         log.warning(
-            "a budget of %s is outside of what this projector was trained for (%s); answers may be worse", text, known
+            "this projector was not trained for a budget of %s (trained for: %s); answers may be worse", text, known
         )
 
 

@@ -55,7 +55,7 @@ def settings(processor: Any, zip_config: ZipConfig, data: DataConfig, dtype: str
 
 
 def describe_zip(config: ZipConfig) -> dict[str, Any]:
-    """What of it tokens depend on. How often each of several budgets is drawn, and which one is in force, they do not."""
+    """The part of the config that tokens depend on: not how often each of several budgets is drawn, nor which one is current."""
     plain = config.model_dump(exclude={"pad_images"})  # what that comes to stands among the preprocessing
     if config.budgets is not None:
         plain |= {"budgets": [list(budget) for budget in ladder(config)], "dominant": None, "contextual": None}

@@ -98,8 +98,8 @@ def test_outside_of_what_was_trained_there_is_one_warning(trained, tmp_path, cap
         attach(model, processor, ELASTIC)  # the projector in it is still the same
         set_budget(model, 2)
     assert [record.getMessage().split(";")[0] for record in caplog.records] == [
-        "a budget of 2 + 0 is outside of what this projector was trained for (3 + 1 to 9 + 3)",
-        "a budget of 11 + 2 is outside of what this projector was trained for (3 + 1 to 9 + 3)",
+        "this projector was not trained for a budget of 2 + 0 (trained for: 3 + 1 to 9 + 3)",
+        "this projector was not trained for a budget of 11 + 2 (trained for: 3 + 1 to 9 + 3)",
     ]
 
 

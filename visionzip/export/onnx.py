@@ -101,7 +101,7 @@ In a terminal: `visionzip chat --device {here} --image photo.jpg`. `device.json`
 
 
 def budgets_of(config: ZipConfig, text: str | None) -> list[ZipConfig | None]:
-    """The budgets that `text` names; without it all that the projector was trained for, where they are a list, or the one in force.
+    """The budgets that `text` names; without it all that the projector was trained for, if they are a list, else the current one.
 
     Raises:
         ValueError: for text that is not budgets.
