@@ -5,6 +5,8 @@ python -m scripts.benchmark train --preset llava-1.5-7b      a training step: sa
 python -m scripts.benchmark cache                            the token cache: size, writing, reading
 python -m scripts.benchmark batching --preset llava-1.5-7b   padding, and waiting for other ranks (counted)
 python -m scripts.benchmark prefill --preset llava-next-7b   from the prompt to the first token
+python -m scripts.benchmark plan --preset cpu                the time that train.plan predicts, against a short run
+python -m scripts.benchmark peers --preset cpu               beside TRL and LLaMA-Factory, each in an environment of its own
 
 Each prints a table, and with --json one object with every figure. Presets other than cpu and tiny need a GPU.
 """
@@ -16,21 +18,22 @@ import json
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from scripts.benchmarks import batching, cache, encoder, measure, prefill, train
+from scripts.benchmarks import batching, cache, encoder, measure, peers, plan, prefill, train
 from scripts.benchmarks.presets import PRESETS
 
-ON_CPU = ("cpu", "tiny")
+ON_CPU = ("cpu", "llava-1.5-7b-proportions", "tiny")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["encoder", "train", "cache", "batching", "prefill"])
+    parser.add_argument("what", choices=["encoder", "train", "cache", "batching", "prefill", "plan", "peers"])
     parser.add_argument(
         "--preset", choices=list(PRESETS), default="cpu", help="model shapes, for train, cache and prefill"
     )
@@ -44,13 +47,21 @@ def main(argv: list[str] | None = None) -> int:
         "--selectors", action="store_true", help="encoder: every selector's share of the encoder's time"
     )
     parser.add_argument("--uncompressed", action="store_true", help="train: also the recipe with all visual tokens")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("~/.cache/visionzip-ft/peers"),
+        help="peers, plan: environments and working files (%(default)s)",
+    )
+    parser.add_argument("--steps", type=int, default=6, help="peers, plan: steps of a timed run (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", default=[], choices=list(peers.PEERS), help="peers: these only")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the tables")
     given = parser.parse_args(argv)
     if given.threads:
         torch.set_num_threads(given.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and given.what in ("train", "prefill") and given.preset not in ON_CPU:
+    if device.type == "cpu" and given.what in ("train", "prefill", "plan", "peers") and given.preset not in ON_CPU:
         print(
             f"the preset {given.preset} needs a GPU and there is none here; presets for the CPU: {', '.join(ON_CPU)}",
             file=sys.stderr,
@@ -76,6 +87,12 @@ def run(given: Any, device: torch.device) -> tuple[dict[str, Any], str]:
     if given.what == "prefill":
         result = prefill.run(given.preset, given.rounds, device, given.batch)
         return result, prefill.show(result)
+    if given.what == "plan":
+        result = plan.run(given.preset, given.cache.expanduser(), given.steps, given.threads)
+        return result, plan.show(result)
+    if given.what == "peers":
+        result = peers.run(given.preset, given.cache.expanduser(), given.steps, given.rounds, given.only, given.threads)
+        return result, peers.show(result)
     if given.what == "batching":
         result = batching.run(
             given.preset, [(1, 8, 128), (8, 1, 128), (8, 2, 128), (64, 1, 128), (64, 1, 1024), (64, 2, 1024)]
