@@ -5,10 +5,10 @@ python -m scripts.benchmark train --preset llava-1.5-7b      a training step: sa
 python -m scripts.benchmark cache                            the token cache: size, writing, reading
 python -m scripts.benchmark batching --preset llava-1.5-7b   padding, and waiting for other ranks (counted)
 python -m scripts.benchmark prefill --preset llava-next-7b   from the prompt to the first token
-python -m scripts.benchmark plan --preset cpu                the time that train.plan predicts, against a short run
+python -m scripts.benchmark plan --preset cpu                the time that visionzip plan predicts, against a short run
 python -m scripts.benchmark peers --preset cpu               beside TRL and LLaMA-Factory, each in an environment of its own
 
-Each prints a table, and with --json one object with every figure. Presets other than cpu and tiny need a GPU.
+Each prints a table, and with --json one object with every figure. Presets other than cpu, llava-1.5-7b-proportions and tiny need a GPU.
 """
 
 from __future__ import annotations
@@ -51,10 +51,13 @@ def main(argv: list[str] | None = None) -> int:
         "--cache",
         type=Path,
         default=Path("~/.cache/visionzip-ft/peers"),
-        help="peers, plan: environments and working files (%(default)s)",
+        help="peers, plan: environments and working files (default: %(default)s)",
     )
-    parser.add_argument("--steps", type=int, default=6, help="peers, plan: steps of a timed run (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", default=[], choices=list(peers.PEERS), help="peers: these only")
+    parser.add_argument("--steps", type=int, default=4, help="peers, plan: steps of a run; the first is not timed")
+    parser.add_argument("--only", nargs="+", default=[], choices=list(peers.ROWS), help="peers: these rows only")
+    parser.add_argument(
+        "--wheels", type=Path, help="peers: install from this folder, beside the torch of this environment"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the tables")
     given = parser.parse_args(argv)
@@ -88,10 +91,10 @@ def run(given: Any, device: torch.device) -> tuple[dict[str, Any], str]:
         result = prefill.run(given.preset, given.rounds, device, given.batch)
         return result, prefill.show(result)
     if given.what == "plan":
-        result = plan.run(given.preset, given.cache.expanduser(), given.steps, given.threads)
+        result = plan.run(setting(given))
         return result, plan.show(result)
     if given.what == "peers":
-        result = peers.run(given.preset, given.cache.expanduser(), given.steps, given.rounds, given.only, given.threads)
+        result = peers.run(setting(given), given.rounds, given.only)
         return result, peers.show(result)
     if given.what == "batching":
         result = batching.run(
@@ -100,6 +103,13 @@ def run(given: Any, device: torch.device) -> tuple[dict[str, Any], str]:
         return result, batching.show(result)
     result = cache.run(given.preset, given.entries, given.workers)
     return result, cache.show(result)
+
+
+def setting(given: Any) -> peers.Setting:
+    folder = given.cache.expanduser().resolve()
+    return peers.Setting(
+        given.preset, folder / "work" / given.preset, folder / "environments", given.steps, given.threads, given.wheels
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""One training run of one trainer, measured. Started by `peers.py` with the Python of that trainer's environment.
+"""One training run of one trainer, with a probe in it. Started by `peers.py` with the Python of that trainer's environment:
 
-    python peer_run.py trl|llama-factory|ours SPEC.json
+    python -m scripts.benchmarks.peer_run trl|llama-factory|ours SPEC.json
 
-The same probe for all of them: a callback of transformers' Trainer that times the steps, keeps the losses, and counts the tokens that
-go into the LLM's first layer. It writes `probe.json` into the run's folder.
+The probe is the same for all: a callback of transformers' Trainer, which all of them build on. It times the steps, keeps the losses,
+counts the tokens that go through the LLM's first layer, and writes `probe.json` into the run's folder at the end.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from typing import Any
 
 
 def make_probe(folder: Path) -> Any:
+    import torch
     from transformers import TrainerCallback
 
     class Probe(TrainerCallback):
         def __init__(self) -> None:
             self.seconds: list[float] = []
             self.losses: list[float] = []
-            self.tokens, self.hook, self.last = 0, None, 0.0
+            self.tokens, self.trained, self.last = 0, 0, 0.0
 
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             (layers,) = [
                 m.layers for n, m in model.named_modules() if n.endswith("language_model") and hasattr(m, "layers")
             ]
-            self.hook = layers[0].mlp.register_forward_hook(self.count)
+            layers[0].mlp.register_forward_hook(self.count)
             self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             self.last = time.perf_counter()
 
@@ -37,6 +38,8 @@ def make_probe(folder: Path) -> Any:
             self.tokens += output.shape[:-1].numel()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             now = time.perf_counter()
             self.seconds.append(now - self.last)
             self.last = now
@@ -46,75 +49,81 @@ def make_probe(folder: Path) -> Any:
                 self.losses.append(float(logs["loss"]))
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            later = self.seconds[1:] or self.seconds  # the first step also starts workers, allocators and kernels
-            found = {
-                "seconds": statistics.median(later), "seconds_all": self.seconds, "losses": self.losses,
-                "tokens_per_step": self.tokens / max(len(self.seconds), 1), "trained": self.trained,
-            }  # fmt: skip
+            found = summarize(self.seconds, self.losses, self.tokens) | {
+                "trained": self.trained,
+                "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory(),
+            }
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "probe.json").write_text(json.dumps(found))
 
     return Probe()
 
 
-def trl(spec: dict[str, Any]) -> None:
-    """TRL's SFTTrainer on prompts and completions. With `spec["zip"]` the model is compressed by `visionzip.attach` first."""
+def summarize(seconds: list[float], losses: list[float], tokens: int) -> dict[str, Any]:
+    """A run of `len(seconds)` steps: the median without the first step, which also starts allocators and kernels and compiles."""
+    return {
+        "seconds": statistics.median(seconds[1:] or seconds),
+        "seconds_all": seconds,
+        "first_loss": losses[0],
+        "tokens_per_step": tokens / len(seconds),
+    }
+
+
+def peak_memory() -> int:
+    """Bytes of this process at its peak. Linux's own count for this program: `ru_maxrss` has what the parent held when it forked."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+
+def run_trl(spec: dict[str, Any]) -> None:
+    """TRL's SFTTrainer as `examples/trl_sft.py` sets it up, compressed where there is a `spec["zip"]`."""
     import torch
-    from datasets import Dataset
-    from PIL import Image
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    from trl import SFTConfig, SFTTrainer
 
-    rows = json.loads(Path(spec["trl"]).read_text())
-    for row in rows:
-        row["images"] = [Image.open(path).convert("RGB") for path in row["images"]]
-    model = AutoModelForImageTextToText.from_pretrained(spec["model"], dtype=torch.float32, attn_implementation="sdpa")
-    processor = AutoProcessor.from_pretrained(spec["model"])
-    if spec["zip"] is not None:
-        from visionzip import ZipConfig, attach
+    from examples.trl_sft import build_trainer, read_examples
+    from visionzip import ZipConfig
 
-        attach(model, processor, ZipConfig(**spec["zip"]))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("multi_modal_projector" in name)
-    options = SFTConfig(
+    trainer = build_trainer(
+        spec["model"], read_examples(Path(spec["records"]) / "ours.json", spec["records"]),
+        None if spec["zip"] is None else ZipConfig(**spec["zip"]), spec["dtype"], [make_probe(Path(spec["out"]))],
         output_dir=spec["out"], per_device_train_batch_size=spec["batch"], gradient_accumulation_steps=1, max_steps=spec["steps"],
-        learning_rate=spec["rate"], logging_steps=1, logging_strategy="steps", save_strategy="no", report_to="none", use_cpu=True,
-        gradient_checkpointing=False, max_length=None, seed=0, warmup_steps=0, lr_scheduler_type="constant", weight_decay=0.0,
-        bf16=False, completion_only_loss=True, disable_tqdm=True,
-    )  # fmt: skip
-    trainer = SFTTrainer(
-        model=model, args=options, train_dataset=Dataset.from_list(rows), processing_class=processor,
-        callbacks=[make_probe(Path(spec["out"]))],
+        learning_rate=spec["rate"], logging_steps=1, save_strategy="no", report_to="none", use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=False, lr_scheduler_type="constant", weight_decay=0.0, bf16=spec["dtype"] == "bfloat16",
+        disable_tqdm=True,
     )  # fmt: skip
     trainer.train()
 
 
-def llama_factory(spec: dict[str, Any]) -> None:
+def run_llama_factory(spec: dict[str, Any]) -> None:
     """LLaMA-Factory's full fine-tuning with the LLM and the encoder frozen."""
+    import torch
     from llamafactory.train.tuner import run_exp
 
+    half = spec["dtype"] == "bfloat16"
     arguments = {
         "stage": "sft", "do_train": True, "model_name_or_path": spec["model"], "finetuning_type": "full", "template": "llava",
         "freeze_language_model": True, "freeze_vision_tower": True, "freeze_multi_modal_projector": False,
-        "dataset_dir": spec["llama_factory"], "dataset": "records", "cutoff_len": 4096, "image_max_pixels": 1 << 24,
+        "dataset_dir": spec["records"], "dataset": "records", "cutoff_len": 4096, "image_max_pixels": 1 << 24,
         "output_dir": spec["out"], "overwrite_output_dir": True, "per_device_train_batch_size": spec["batch"],
         "gradient_accumulation_steps": 1, "max_steps": spec["steps"], "learning_rate": spec["rate"], "logging_steps": 1,
-        "save_strategy": "no", "report_to": "none", "use_cpu": True, "seed": 0, "lr_scheduler_type": "constant", "bf16": False,
-        "disable_gradient_checkpointing": True, "flash_attn": "sdpa", "overwrite_cache": True, "infer_dtype": "float32",
-        "preprocessing_num_workers": 1, "dataloader_num_workers": 0, "trust_remote_code": False,
+        "save_strategy": "no", "report_to": "none", "use_cpu": not torch.cuda.is_available(), "lr_scheduler_type": "constant",
+        "bf16": half, "disable_gradient_checkpointing": True, "flash_attn": "sdpa", "overwrite_cache": True,
+        "infer_dtype": spec["dtype"], "preprocessing_num_workers": 1, "dataloader_num_workers": 0, "trust_remote_code": False,
     }  # fmt: skip
     run_exp(arguments, callbacks=[make_probe(Path(spec["out"]))])
 
 
-def ours(spec: dict[str, Any]) -> None:
-    """`train.run` on a config, as `train.py` starts it."""
+def run_ours(spec: dict[str, Any]) -> None:
+    """`train.run` on a config, as `train.py` starts it, with the probe in place of the progress bar."""
     import train.run
     from train.config import load_config
 
     probe = make_probe(Path(spec["out"]))
-    train.run.Bar = lambda: probe  # type: ignore[misc,assignment]  # a callback in place of the progress bar
+    train.run.ProgressBar = lambda: probe  # type: ignore[misc,assignment]
     if code := train.run.run(load_config(spec["config"])):
         raise SystemExit(code)
+
+
+TRAINERS = {"trl": run_trl, "llama-factory": run_llama_factory, "ours": run_ours}
 
 
 def main() -> None:
@@ -124,7 +133,7 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(spec["threads"])
-    {"trl": trl, "llama-factory": llama_factory, "ours": ours}[kind](spec)
+    TRAINERS[kind](spec)
 
 
 if __name__ == "__main__":

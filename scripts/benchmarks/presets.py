@@ -60,7 +60,7 @@ PRESETS = {
         text={"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12,
               "vocab_size": 32000, "max_position_embeddings": 4096},
         batch=8, accumulation=2, full=196, dtype=torch.float32),
-    "llava-1.5-7b-proportions": Preset(  # 24 × 24 patches; a thin encoder, about a twentieth of the LLM's step on all tokens
+    "llava-1.5-7b-proportions": Preset(  # 24 × 24 patches; a thin encoder that costs a twentieth of the LLM's step on all tokens
         vision={"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 7, "num_attention_heads": 4,
                 "image_size": 336, "patch_size": 14},
         text={"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12,

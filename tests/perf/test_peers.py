@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,31 +10,39 @@ import pytest
 import torch
 
 from data.template import IGNORE
-from scripts.benchmarks import peers
+from scripts.benchmarks import peer_run, peers
+from scripts.benchmarks.peer_data import DATASET_INFO, make_model, make_records, our_config
+from scripts.benchmarks.peer_environments import run_pip
 from scripts.benchmarks.presets import PRESETS
 from tests.data import kit
+from train.config import RunConfig
 
-TINY = PRESETS["tiny"]
+TINY = dataclasses.replace(PRESETS["tiny"], batch=3)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("peers")
-    peers.make_model(TINY, folder / "model")
-    peers.make_records(folder / "records", 3, TINY.text["vocab_size"], TINY.vision["image_size"])
+    make_model(TINY, folder / "model", torch.device("cpu"))
+    make_records(TINY, folder / "records")
     return folder
 
 
-def test_the_chat_template_gives_the_tokens_that_ours_trains_on(place: Path) -> None:
+def written(folder: Path, name: str) -> list[dict]:
+    return json.loads((folder / "records" / name).read_text())
+
+
+def test_the_chat_template_gives_the_tokens_that_ours_trains_on(folder: Path) -> None:
     """As TRL uses it: prompt with its images, completion behind it. Ids and supervised part are those of our data set."""
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(place / "model")
-    data = kit.dataset(place, place / "records" / "ours.json", using=processor, max_length=4096)
-    for index, row in enumerate(json.loads((place / "records" / "trl.json").read_text())):
+    processor = AutoProcessor.from_pretrained(folder / "model")
+    data = kit.dataset(folder, folder / "records" / "ours.json", using=processor, max_length=4096)
+    for index, row in enumerate(written(folder, "ours.json")):
         item = data[index]
-        question = [{"type": "image"}, {"type": "text", "text": row["prompt"][0]["content"]}]
-        answer = [{"type": "text", "text": row["completion"][0]["content"]}]
+        asked, answered = (turn["value"].removeprefix("<image>\n") for turn in row["conversations"])
+        question = [{"type": "image"}, {"type": "text", "text": asked}]
+        answer = [{"type": "text", "text": answered}]
         prompt = [{"role": "user", "content": question}]
         before = processor.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         whole = processor.apply_chat_template([*prompt, {"role": "assistant", "content": answer}], tokenize=False)
@@ -45,45 +54,84 @@ def test_the_chat_template_gives_the_tokens_that_ours_trains_on(place: Path) -> 
         assert item["input_ids"].tolist() == expected
         assert processor.tokenizer.unk_token_id not in expected
         supervised = int((item["labels"] != IGNORE).sum())
-        assert supervised == len(row["completion"][0]["content"].split()) + 1
+        assert supervised == len(answered.split()) + 1
 
 
-def test_llama_factory_reads_the_same_conversations(place: Path) -> None:
-    info = json.loads((place / "records" / "dataset_info.json").read_text())["records"]
-    shared = json.loads((place / "records" / info["file_name"]).read_text())
-    ours = json.loads((place / "records" / "ours.json").read_text())
+def test_llama_factory_reads_the_same_conversations_and_images(folder: Path) -> None:
+    info = DATASET_INFO["records"]
+    shared, ours = written(folder, info["file_name"]), written(folder, "ours.json")
     assert [row[info["columns"]["messages"]] for row in shared] == [row["conversations"] for row in ours]
-    assert [Path(path).name for row in shared for path in row[info["columns"]["images"]]] == [
-        row["image"] for row in ours
-    ]
+    images = [Path(path) for row in shared for path in row[info["columns"]["images"]]]
+    assert [path.name for path in images] == [row["image"] for row in ours]
+    assert all(path.is_file() for path in images)
 
 
-def test_the_table_says_who_was_left_out() -> None:
-    row = {
-        "samples_per_second": 2.0,
-        "faster_than_peers": 1.0,
-        "tokens_per_sample": 100.0,
-        "peak_bytes": 2**30,
-        "first_loss": 1.5,
+def test_with_all_tokens_ours_trains_on_the_image_features_of_the_untouched_model(folder: Path) -> None:
+    """The control row has the peers' tokens, CLS left out, in their order: so the first losses have to agree."""
+    from transformers import AutoModelForImageTextToText
+
+    from visionzip import ZipConfig, attach
+
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model").eval()
+    pixels = torch.randn(2, 3, 80, 80, generator=torch.Generator().manual_seed(0))
+    expected = torch.cat(list(model.model.get_image_features(pixel_values=pixels).pooler_output))
+    attach(model, None, ZipConfig(selector="pooled", dominant=TINY.full, contextual=0))
+    got = torch.cat(list(model.model.get_image_features(pixel_values=pixels).pooler_output))
+    torch.testing.assert_close(got.flatten(0, -2), expected.flatten(0, -2))
+
+
+def test_our_config_is_valid(folder: Path) -> None:
+    values = our_config(TINY, folder / "model", folder / "records", folder / "out", 3, {"dominant": 14}, None, True)
+    config = RunConfig.model_validate(values)
+    assert config.trainer.torch_compile
+    assert config.model.attn_implementation == "eager"
+
+
+def test_a_probe_leaves_the_first_step_out() -> None:
+    found = peer_run.summarize([60.0, 2.0, 4.0, 3.0], [6.9, 6.8, 6.7, 6.6], 4000)
+    assert (found["seconds"], found["first_loss"], found["tokens_per_step"]) == (3.0, 6.9, 1000)
+
+
+def test_peak_memory_is_this_program_s() -> None:
+    before = peer_run.peak_memory()
+    held = bytearray(b"x" * (1 << 28))
+    assert peer_run.peak_memory() > len(held)
+    assert peer_run.peak_memory() >= before
+
+
+def probed(seconds: float, loss: float) -> dict[str, float]:
+    return {"seconds": seconds, "tokens_per_step": 800.0, "peak_bytes": 2**30, "first_loss": loss}
+
+
+def test_the_table_compares_with_the_better_peer_and_says_what_was_left_out() -> None:
+    rounds = {
+        "TRL": [probed(8.0, 6.93), probed(9.0, 6.93)],
+        "LLaMA-Factory": [probed(4.0, 6.93)],
+        "ours, all tokens": [probed(2.0, 6.95)],
+        "ours": [probed(1.0, 5.0)],
     }
-    result = {
-        "preset": "tiny",
-        "batch": 4,
-        "steps": 2,
-        "rows": {"TRL": row},
-        "skipped": {"LLaMA-Factory": "pip install failed"},
-    }
-    shown = peers.show(result)
-    assert "| TRL " in shown
-    assert shown.endswith("LLaMA-Factory: left out, pip install failed")
+    rows = peers.summarize(rounds, batch=8)
+    assert rows["TRL"]["samples_per_second"] == 1.0
+    assert [row["times_the_better_peer"] for row in rows.values()] == [0.5, 1.0, 2.0, 4.0]
+    difference = peers.loss_difference(rows)
+    assert difference == {"all tokens": pytest.approx(0.02)}  # a single compressed row has nothing to agree with
+    shown = peers.show(
+        {
+            "preset": "tiny", "batch": 8, "steps": 4, "dtype": "torch.float32", "rows": rows, "loss_difference": difference,
+            "skipped": {"ours, compiled": "no compiler"},
+        }
+    )  # fmt: skip
+    assert "| ours, all tokens | 4.000     | 2.00x " in shown
+    assert "first losses with all tokens differ by at most 2.0e-02" in shown
+    assert shown.endswith("ours, compiled: left out, no compiler")
 
 
-def test_pip_s_last_words_are_in_the_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_pip_s_last_words_are_in_the_error(tmp_path: Path) -> None:
     failing = tmp_path / "python"
     failing.write_text("#!/bin/sh\necho no such version >&2\nexit 1\n")
     failing.chmod(0o755)
     with pytest.raises(RuntimeError, match="no such version"):
-        peers.pip(failing, "install", "nothing")
+        run_pip(failing, "install", "nothing")
 
 
 def test_the_thin_encoder_costs_a_twentieth_of_the_llm() -> None:
@@ -91,7 +139,6 @@ def test_the_thin_encoder_costs_a_twentieth_of_the_llm() -> None:
     from scripts.benchmarks.presets import build, parameters
 
     preset = PRESETS["llava-1.5-7b-proportions"]
-    with torch.device("meta"):
-        model = build(preset, torch.device("meta"))
+    model = build(preset, torch.device("meta"))
     llm = 4.0 * parameters(model.model.language_model.layers) * (preset.full + 220)
     assert 1 / 25 < encoder_flops(model.model.vision_tower) / llm < 1 / 16
