@@ -3,7 +3,7 @@
     python -m scripts.elastic --out runs/elastic --jobs 2
 
 Trains, for each seed, a specialist at each budget of `zip.budgets` in CONFIG and one projector for all of them, from one token
-cache, the latter for as many steps as bring it to the LLM tokens of one specialist (their mean). Then the held-out questions are
+cache, the latter for as many steps as bring it to `--cost` times the LLM tokens of one specialist (their mean). Then the held-out questions are
 asked at all budgets, of which `--unseen` were never trained on: training-free, every specialist at every budget, the one
 projector. What is there already is not done again. Prints the table of docs/results.md; OUT has elastic.json and elastic.png.
 """
@@ -77,22 +77,22 @@ def train_only(config: RunConfig) -> int:
 
 
 def count_llm_tokens(config: RunConfig, steps: int) -> int:
-    """Tokens that go through the LLM in a run's first `steps` steps, padding not counted."""
+    """Tokens that go through the LLM in a run's first `steps` steps; no padding, and text anew for each budget of a sample."""
     from data.dataset import build_dataset
     from data.partial import load_processor
 
     dataset = build_dataset(config.data, load_processor(config.model), config.seed)
-    order, draw = dataset.sampler(1), BudgetDraw(config.zip, config.seed)
+    order, draw = dataset.sampler(1), BudgetDraw(config.zip, config.seed, config.train.budgets_per_sample)
     smallest = sum(ladder(settings_of_cache(config))[0])
     text: dict[int, int] = {}
     total, left, epoch = 0, steps * (config.trainer.global_batch_size or 0), 0
     while left > 0:
         indices = order.order(epoch)[:left].tolist()
-        for index, (budget,) in zip(indices, draw(epoch, 0, len(indices)), strict=True):
+        for index, budgets in zip(indices, draw(epoch, 0, len(indices)), strict=True):
             if index not in text:  # without a budget the cache is read at its smallest
                 item: Any = dataset[index]
                 text[index] = len(item["input_ids"]) - smallest
-            total += text[index] + int(sum(budget))
+            total += sum(text[index] + int(sum(budget)) for budget in budgets)
         left -= len(indices)
         epoch += 1
     return total
@@ -128,12 +128,12 @@ def runs_of(args: argparse.Namespace) -> tuple[dict[tuple[str, int], RunConfig],
             fixed = [f"zip.dominant={budget[0]}", f"zip.contextual={budget[1]}", "zip.budgets=null", f"seed={seed}"]
             found[name, seed] = settings(args, *fixed, f"output_dir={args.out / f'{written(budget)}-{seed}'}")
         tokens[name] = count_llm_tokens(found[name, args.seeds[0]], base.trainer.max_steps)
-    target = round(statistics.mean(tokens.values()))
+    target = round(args.cost * statistics.mean(tokens.values()))
     steps, tokens[ONE] = steps_for(base, target)
+    variant = "-".join([f"one-{args.cost:g}x", *args.one])
     for seed in args.seeds:
-        found[ONE, seed] = settings(
-            args, f"seed={seed}", f"trainer.max_steps={steps}", f"output_dir={args.out / f'one-{seed}'}"
-        )
+        folder = f"output_dir={args.out / f'{variant}-{seed}'}"
+        found[ONE, seed] = settings(args, f"seed={seed}", f"trainer.max_steps={steps}", *args.one, folder)
     return found, tokens
 
 
@@ -279,6 +279,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=parse_seeds, default=[0, 1, 2])
     parser.add_argument(
         "--away", type=parse_seeds, default=[0, 1, 2], help="seeds whose specialists are asked at all budgets"
+    )
+    parser.add_argument(
+        "--cost", type=float, default=1, help="LLM tokens of the one projector, in specialists' (default: 1)"
+    )
+    parser.add_argument(
+        "--one", action="append", default=[], metavar="KEY=VALUE", help="override for the one projector alone"
     )
     parser.add_argument("--train", type=int, default=1280, help="training images of the data set that is made")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at the same time")
