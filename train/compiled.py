@@ -32,7 +32,8 @@ def compile_parts(llm: Any, backend: str = "inductor", mode: str | None = None) 
     """In place; state dict and hooks stay as they are. Layers of one kind share what is compiled, of any number of tokens."""
     for part in compiled_parts(llm):
         part.compile(dynamic=True, backend=backend, mode=mode)
-        part._compiled_call_impl = partial(call_compiled, part, part._compiled_call_impl)
+        compiled: Any = part._compiled_call_impl
+        part._compiled_call_impl = partial(call_compiled, part, compiled)
 
 
 def call_compiled(part: nn.Module, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
