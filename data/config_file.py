@@ -71,7 +71,10 @@ def read_config_file(path: str | Path, overrides: Sequence[str] = ()) -> dict[st
     try:
         for item in overrides:
             key, _, value = item.partition("=")
-            OmegaConf.update(read, key, OmegaConf.from_dotlist([f"value={value}"]).value, merge=True)
+            new = OmegaConf.from_dotlist([f"value={value}"]).value
+            # a mapping adds to a mapping; whatever is of another kind it replaces, as in zip.budgets={least: 8, most: 64} over a list
+            both = OmegaConf.is_dict(new) and OmegaConf.is_dict(OmegaConf.select(read, key))
+            OmegaConf.update(read, key, new, merge=both)
         plain = OmegaConf.to_container(read, resolve=True)
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
         raise ConfigError(f"the overrides {list(overrides)} do not fit {path}: {error}") from None

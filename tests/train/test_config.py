@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from data.config_file import read_config_file
 from tests.train.workspace import ROOT, environment
 from train.arguments import STAGES, TrainerSection, accumulation_steps, training_arguments
 from train.config import ConfigError, ReportSection, RunConfig, load_config, parse_config, to_yaml
@@ -278,6 +279,15 @@ def test_liger_that_is_not_installed_is_said_in_one_sentence(tmp_path: Path, mon
     config = parse_config({**GOOD, "trainer": {"deepspeed": "off", "use_liger_kernel": True}})
     with pytest.raises(ValueError, match="use_liger_kernel: liger-kernel is not installed; pip install liger-kernel"):
         training_arguments(config.trainer, output_dir=str(tmp_path), seed=3, dtype="float32", world_size=1)
+
+
+def test_an_override_of_another_kind_takes_the_place_of_what_is_there(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("zip: {dominant: 5, budgets: [4, 8]}\neval: null\n")
+    found = read_config_file(path, ["zip.budgets={least: 4, most: 8}", "eval={batch_size: 2}", "zip={contextual: 1}"])
+    assert found["zip"] == {"dominant": 5, "budgets": {"least": 4, "most": 8}, "contextual": 1}
+    assert found["eval"] == {"batch_size": 2}
+    assert read_config_file(path, ["zip.budgets=[2]"])["zip"]["budgets"] == [2]
 
 
 def test_overrides_reach_into_lists_and_read_numbers_as_yaml_does(tmp_path):
