@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from visionzip.export.base import FORMATS, recognise, run_result
-from visionzip.export.card import HERE, card
+from visionzip.export.card import HERE, KEPT, card, find_kept
 from visionzip.export.files import NOTE
 from visionzip.pretrained import looks_like_id
 
@@ -22,7 +22,10 @@ def push(
     revision: str | None = None,
     message: str | None = None,
 ) -> str:
-    """Upload an export with its model card (made here where there is none) and return the address of the commit.
+    """Upload an export with its model card and return the address of the commit.
+
+    The card is made here unless somebody has edited it. Of a run, the first image of its report (kept patches of a held-out image)
+    goes with it.
 
     Raises:
         ValueError: when `directory` is not an export, or a damaged one, or the hub refuses.
@@ -42,11 +45,14 @@ def push(
             f"{directory} is not a complete export: it lacks the trained weights, and contains only {', '.join(names[:4])}"
         )
     header = form.read(place).header  # a damaged one is not for others
-    if CARD in names:
-        text = (place / CARD).read_text(encoding="utf-8").replace(HERE, repo_id)
-    else:  # a run's own folder, which has none
-        text = card(header, form, repo_id)
-    operations = [CommitOperationAdd(CARD, text.encode())] + [
+    kept = find_kept(place)
+    text = (place / CARD).read_text(encoding="utf-8") if CARD in names else None
+    if text is None or text == card(header, form, HERE):  # written before the run had a report
+        text = card(header, form, repo_id, kept=kept is not None)
+    operations = [CommitOperationAdd(CARD, text.replace(HERE, repo_id).encode())]
+    if kept is not None and KEPT not in names:
+        operations.append(CommitOperationAdd(KEPT, kept))
+    operations += [
         CommitOperationAdd(name, path)
         for name, path in zip(names, files, strict=True)
         if name != CARD and not any(part.startswith(".") for part in Path(name).parts)

@@ -12,7 +12,7 @@ import torch
 from visionzip.attach import attach, attached, unwrap
 from visionzip.config import ZipConfig
 from visionzip.export.base import FORMATS, RESULTS, Format, Trained, read_export, recognise
-from visionzip.export.card import write_card
+from visionzip.export.card import KEPT, find_kept, write_card
 from visionzip.export.files import free, staged
 from visionzip.export.header import check_belongs
 from visionzip.export.insert import insert, note_trained, warn_unchecked
@@ -183,7 +183,8 @@ def save(
         trained = Trained.of(source)
         check_finite({**trained.projector, **trained.adapters}, f"nothing is written to {out}")  # on every rank alike
     trained = trained.with_metadata(metadata or {})
-    return _write(form, trained, Path(out), model, processor, overwrite=overwrite, write=write, **options)
+    kept = find_kept(Path(place)) if isinstance(source, str | os.PathLike) else None
+    return _write(form, trained, Path(out), model, processor, kept=kept, overwrite=overwrite, write=write, **options)
 
 
 def save_result(
@@ -221,6 +222,7 @@ def _write(
     *,
     overwrite: bool,
     write: bool,
+    kept: Path | None = None,
     **options: Any,
 ) -> Path:
     if not write:
@@ -229,5 +231,7 @@ def _write(
         return out
     with staged(out, overwrite=overwrite) as aside:
         form.write(trained, aside, model=model, processor=processor, name=out.name, **options)
+        if kept is not None:
+            shutil.copyfile(kept, aside / KEPT)
         write_card(aside, trained.header, form)
     return out

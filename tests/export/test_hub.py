@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 
 from tests.export.conftest import answers
 from tests.export.hub_stand_in import TOKEN, running
-from tests.tiny import tiny_processor
-from visionzip import attached, save
+from tests.tiny import picture, tiny_processor
+from visionzip import ZipConfig, attached, load, save
+from visionzip.export.card import describe_budgets
 from visionzip.hub import looks_like_id
+from visionzip.loading import save_result
 
 ROOT = Path(__file__).parents[2]
 RESULTS = {
@@ -200,3 +202,81 @@ def test_what_looks_like_an_id(text, expected, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert looks_like_id(text) == expected
     assert not looks_like_id(Path(text))
+
+
+FROM_THE_REPOSITORY = """
+import argparse, re
+from pathlib import Path
+from huggingface_hub import hf_hub_download
+from PIL import Image
+from visionzip.app.looker import Looker
+from visionzip.app.ui import build
+from visionzip.commands import _model, app
+
+Image.new("RGB", (72, 72), "red").save("photo.jpg")
+card = Path(hf_hub_download("somebody/run", "README.md")).read_text()
+said = io.StringIO()
+with contextlib.redirect_stdout(said):
+    exec(re.search(r"```python\\n(.*?)```", card, re.S)[1])  # its code for transformers
+assert said.getvalue().strip() and visionzip.attached(model).config.dominant == 13
+
+parser = argparse.ArgumentParser()
+app.add_arguments(parser)
+model, processor = _model.load(parser.parse_args(["somebody/run", "--budget", "8"]))
+looker = Looker(model, processor)
+assert looker.trained_budgets() == [(7, 1), (13, 3)]
+build(looker, "somebody/run", hf_hub_download("somebody/run", "kept.png"))
+assert looker.answers(looker.look("photo.jpg"), "what colour is it?", looker.config, length=2).tokens == 8
+"""
+
+
+def test_a_pushed_run_is_a_repository_that_works_alone(hub, outside, tmp_path):
+    """Card with table, image and usage; its own code and the app's page run from what is on the hub."""
+    base, run = ROOT / "data" / "tiny-llava", tmp_path / "run"
+    hub.repos["somebody/base"] = {"main": {path.name: path.read_bytes() for path in base.iterdir()}}
+    config = ZipConfig.model_validate({"dominant": 13, "contextual": 3, "budgets": [8, 16]})
+    model, _ = load(base, "cpu", "float32", config=config)
+    model.config._name_or_path = "somebody/base"
+    measured = {**RESULTS, "tokens": 16, "of_tokens": 81, "budgets": {"8": 0.701, "16": 0.934}}
+    save_result(model, run, "safetensors", {**METADATA, "results": measured})
+    (run / "config.yaml").write_text("{}\n")
+    (run / "report").mkdir()
+    picture(1, (40, 40)).save(run / "report" / "kept_0.png")
+
+    export = ("export", run, "--out", tmp_path / "copy")
+    for code, _, error in outside(("push", run, "somebody/run"), export, then=FROM_THE_REPOSITORY):
+        assert code == 0, error
+    there = hub.repos["somebody/run"]["main"]
+    assert sorted(there) == ["README.md", "kept.png", "projector.safetensors"]
+    assert there["kept.png"] == (run / "report" / "kept_0.png").read_bytes()
+    for part in (
+        "base_model: somebody/base\n",
+        "| Trained for | 7 + 1 or 13 + 3 tokens |",
+        "| all tokens | 98.7 % | 81 |",
+        "| compressed, fine-tuned | 93.4 % | 16 |",
+        "| compressed to 8, fine-tuned | 70.1 % | 8 |",
+        "(kept.png)",
+        "`visionzip serve somebody/run`",
+        "`visionzip export somebody/run --format onnx --out onnx`",
+        "visionzip.set_budget(model, 32)",
+    ):
+        assert part in there["README.md"].decode()
+    # A copy in another format has the image too; a card that somebody edited stays as it is.
+    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == sorted(there)
+    assert "(kept.png)" in (tmp_path / "copy" / "README.md").read_text()
+    (tmp_path / "copy" / "README.md").write_text("---\ntags: [mine]\n---\nEdited, for <this directory>.\n")
+    assert outside(("push", tmp_path / "copy", "somebody/edited"))[0][0] == 0
+    assert hub.repos["somebody/edited"]["main"]["README.md"].decode().endswith("Edited, for somebody/edited.\n")
+
+
+@pytest.mark.parametrize(
+    ("budgets", "expected"),
+    [
+        ([8, 16, 32], "7 + 1, 13 + 3 or 27 + 5 tokens"),
+        ({"least": 8, "most": 64}, "7 + 1 to 54 + 10 tokens"),
+        ([0.1], "0.084375 + 0.015625 of the visual tokens"),
+    ],
+)
+def test_trained_budgets_in_words(budgets, expected):
+    config = ZipConfig.model_validate({"dominant": 13, "contextual": 3, "budgets": budgets})
+    assert describe_budgets(config) == expected

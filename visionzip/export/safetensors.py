@@ -28,12 +28,18 @@ class Safetensors(Format):
     what = "a projector fine-tuned with visionzip-ft"
     markers = (FILE,)
     usage = """```python
+from PIL import Image
+
 import visionzip  # pip install visionzip-ft
 
-model, processor = visionzip.load("{here}")
-```
+model, processor = visionzip.load("{here}")  # a transformers model and its processor, compressed
 
-In a terminal: `visionzip chat {here} --image photo.jpg`."""
+messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is this?"}}]}}]
+prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+inputs = processor(text=prompt, images=Image.open("photo.jpg"), return_tensors="pt").to(model.device)
+output = model.generate(**inputs, max_new_tokens=64)
+print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```"""
 
     def recognises(self, path: Path) -> bool:
         return super().recognises(path) or (path.is_file() and path.suffix == ".safetensors")
