@@ -6,7 +6,8 @@ python -m scripts.benchmark cache                            the token cache: si
 python -m scripts.benchmark batching --preset llava-1.5-7b   padding, and waiting for other ranks (counted)
 python -m scripts.benchmark prefill --preset llava-next-7b   from the prompt to the first token
 python -m scripts.benchmark plan --preset cpu                the time that visionzip plan predicts, against a short run
-python -m scripts.benchmark peers --preset cpu               beside TRL and LLaMA-Factory, each in an environment of its own
+python -m scripts.benchmark profile --preset cpu             where the time of a training step goes
+python -m scripts.benchmark peers --preset cpu               beside TRL, LLaMA-Factory and ms-swift, each in its own environment
 
 Each prints a table, and with --json one object with every figure. Presets other than cpu, llava-1.5-7b-proportions and tiny need a GPU.
 """
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 
-from scripts.benchmarks import batching, cache, encoder, measure, peers, plan, prefill, train
+from scripts.benchmarks import batching, cache, encoder, measure, peers, plan, prefill, profile, train
 from scripts.benchmarks.presets import PRESETS
 
 ON_CPU = ("cpu", "llava-1.5-7b-proportions", "tiny")
@@ -33,7 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["encoder", "train", "cache", "batching", "prefill", "plan", "peers"])
+    parser.add_argument(
+        "what", choices=["encoder", "train", "cache", "batching", "prefill", "plan", "profile", "peers"]
+    )
     parser.add_argument(
         "--preset", choices=list(PRESETS), default="cpu", help="model shapes, for train, cache and prefill"
     )
@@ -51,9 +54,11 @@ def main(argv: list[str] | None = None) -> int:
         "--cache",
         type=Path,
         default=Path("~/.cache/visionzip-ft/peers"),
-        help="peers, plan: environments and working files (default: %(default)s)",
+        help="peers, plan, profile: environments and working files (default: %(default)s)",
     )
-    parser.add_argument("--steps", type=int, default=4, help="peers, plan: steps of a run; the first is not timed")
+    parser.add_argument(
+        "--steps", type=int, default=4, help="peers, plan, profile: steps of a run; the first is not timed"
+    )
     parser.add_argument("--only", nargs="+", default=[], choices=list(peers.ROWS), help="peers: these rows only")
     parser.add_argument(
         "--wheels", type=Path, help="peers: install from this folder, beside the torch of this environment"
@@ -64,7 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     if given.threads:
         torch.set_num_threads(given.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and given.what in ("train", "prefill", "plan", "peers") and given.preset not in ON_CPU:
+    if (
+        device.type == "cpu"
+        and given.what in ("train", "prefill", "plan", "profile", "peers")
+        and given.preset not in ON_CPU
+    ):
         print(
             f"the preset {given.preset} needs a GPU and there is none here; presets for the CPU: {', '.join(ON_CPU)}",
             file=sys.stderr,
@@ -93,6 +102,9 @@ def run(given: Any, device: torch.device) -> tuple[dict[str, Any], str]:
     if given.what == "plan":
         result = plan.run(setting(given))
         return result, plan.show(result)
+    if given.what == "profile":
+        result = profile.run(setting(given))
+        return result, profile.show(result)
     if given.what == "peers":
         result = peers.run(setting(given), given.rounds, given.only)
         return result, peers.show(result)
@@ -108,7 +120,12 @@ def run(given: Any, device: torch.device) -> tuple[dict[str, Any], str]:
 def setting(given: Any) -> peers.Setting:
     folder = given.cache.expanduser().resolve()
     return peers.Setting(
-        given.preset, folder / "work" / given.preset, folder / "environments", given.steps, given.threads, given.wheels
+        given.preset,
+        folder / "work" / f"{given.what}-{given.preset}",
+        folder / "environments",
+        given.steps,
+        given.threads,
+        given.wheels,
     )
 
 

@@ -65,8 +65,8 @@ def make_model(preset: Preset, folder: Path, device: torch.device) -> None:
 def make_records(preset: Preset, folder: Path) -> list[Record]:
     """A step's records with images of noise; with the system sentence some 220 tokens of text each.
 
-    Written into `folder`: `ours.json` (LLaVA's JSON, of which `examples/trl_sft.py` makes prompts and completions), and `shared.json`
-    with LLaMA-Factory's `dataset_info.json`.
+    Written into `folder`: `ours.json` (LLaVA's JSON, of which `examples/trl_sft.py` makes prompts and completions), `shared.json` with
+    LLaMA-Factory's `dataset_info.json`, and ms-swift's `swift.jsonl`.
     """
     import numpy as np
     from PIL import Image
@@ -91,6 +91,7 @@ def make_records(preset: Preset, folder: Path) -> list[Record]:
     }
     for name, value in written.items():
         (folder / name).write_text(json.dumps(value))
+    (folder / "swift.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in as_messages(records)))
     return records
 
 
@@ -106,6 +107,20 @@ def as_llava(records: list[Record]) -> list[dict[str, Any]]:
 def as_sharegpt(records: list[Record]) -> list[dict[str, Any]]:
     """LLaMA-Factory's `sharegpt` formatting, described by `DATASET_INFO`."""
     return [{"conversations": turns(r), "images": [str(r.image)]} for r in records]
+
+
+def as_messages(records: list[Record]) -> list[dict[str, Any]]:
+    """ms-swift's messages; ``<image>`` stands where the image does."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"<image>{r.question}"},
+                {"role": "assistant", "content": r.answer},
+            ],
+            "images": [str(r.image)],
+        }
+        for r in records
+    ]
 
 
 DATASET_INFO = {

@@ -34,6 +34,7 @@ PEERS = {
     "LLaMA-Factory": Peer(
         "llama-factory", ("llamafactory==0.9.5",), removed=("torchvision", "torchaudio"), stubs=("torchaudio",)
     ),
+    "ms-swift": Peer("ms-swift", ("ms-swift==4.6.0",)),
 }
 
 

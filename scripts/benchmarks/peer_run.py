@@ -1,6 +1,6 @@
 """One training run of one trainer, with a probe in it. Started by `peers.py` with the Python of that trainer's environment:
 
-    python -m scripts.benchmarks.peer_run trl|llama-factory|ours SPEC.json
+    python -m scripts.benchmarks.peer_run trl|llama-factory|ms-swift|ours SPEC.json
 
 The probe is the same for all: a callback of transformers' Trainer, which all of them build on. It times the steps, keeps the losses,
 counts the tokens that go through the LLM's first layer, and writes `probe.json` into the run's folder at the end.
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 
-def make_probe(folder: Path) -> Any:
+def make_probe(folder: Path, profile: bool = False) -> Any:
+    """`profile`: also the seconds of each operator in the last step (`operators`)."""
     import torch
     from transformers import TrainerCallback
 
@@ -25,6 +26,7 @@ def make_probe(folder: Path) -> Any:
             self.seconds: list[float] = []
             self.losses: list[float] = []
             self.tokens, self.trained, self.last = 0, 0, 0.0
+            self.profiler = torch.profiler.profile() if profile else None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             (layers,) = [
@@ -37,9 +39,15 @@ def make_probe(folder: Path) -> Any:
         def count(self, module: Any, inputs: Any, output: Any) -> None:
             self.tokens += output.shape[:-1].numel()
 
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.profiler is not None and state.global_step == state.max_steps - 1:
+                self.profiler.start()
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
+            if self.profiler is not None and state.global_step == state.max_steps:
+                self.profiler.stop()
             now = time.perf_counter()
             self.seconds.append(now - self.last)
             self.last = now
@@ -53,6 +61,9 @@ def make_probe(folder: Path) -> Any:
                 "trained": self.trained,
                 "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory(),
             }
+            if self.profiler is not None:
+                events = self.profiler.key_averages()
+                found["operators"] = {event.key: event.self_cpu_time_total / 1e6 for event in events}
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "probe.json").write_text(json.dumps(found))
 
@@ -112,18 +123,49 @@ def run_llama_factory(spec: dict[str, Any]) -> None:
     run_exp(arguments, callbacks=[make_probe(Path(spec["out"]))])
 
 
+def run_swift(spec: dict[str, Any]) -> None:
+    """ms-swift's full fine-tuning with the LLM and the encoder frozen, on a template that writes LLaVA's conversation as the others do."""
+    import torch
+    from swift.arguments import SftArguments
+    from swift.pipelines.train.sft import SwiftSft
+    from swift.template import TemplateMeta, register_template
+    from swift.template.templates.llava import LlavaHfTemplate
+
+    class Probed(SwiftSft):
+        def train(self, trainer: Any) -> Any:
+            trainer.add_callback(make_probe(Path(spec["out"])))
+            return super().train(trainer)
+
+    register_template(
+        TemplateMeta(
+            "llava_v1", prefix=["{{SYSTEM}} "], prompt=["USER: {{QUERY}} ASSISTANT:"],
+            chat_sep=["</s>"], suffix=["</s>"], default_system=spec["system"], template_cls=LlavaHfTemplate,
+        )
+    )  # fmt: skip
+    arguments = SftArguments(
+        model=spec["model"], model_type="llava1_5_hf", template="llava_v1", tuner_type="full", freeze_llm=True, freeze_vit=True,
+        freeze_aligner=False, dataset=[str(Path(spec["records"]) / "swift.jsonl")], split_dataset_ratio=0.0, max_length=4096,
+        torch_dtype=spec["dtype"], attn_impl="sdpa", output_dir=spec["out"], add_version=False, save_strategy="no",
+        report_to=["none"], max_steps=spec["steps"], per_device_train_batch_size=spec["batch"], gradient_accumulation_steps=1,
+        learning_rate=spec["rate"], lr_scheduler_type="constant", weight_decay=0.0, warmup_ratio=0.0, logging_steps=1,
+        gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), bf16=spec["dtype"] == "bfloat16",
+        dataloader_num_workers=0, dataset_num_proc=1, check_model=False,
+    )  # fmt: skip
+    Probed(arguments).main()
+
+
 def run_ours(spec: dict[str, Any]) -> None:
     """`train.run` on a config, as `train.py` starts it, with the probe in place of the progress bar."""
     import train.run
     from train.config import load_config
 
-    probe = make_probe(Path(spec["out"]))
+    probe = make_probe(Path(spec["out"]), spec.get("profile", False))
     train.run.ProgressBar = lambda: probe  # type: ignore[misc,assignment]
     if code := train.run.run(load_config(spec["config"])):
         raise SystemExit(code)
 
 
-TRAINERS = {"trl": run_trl, "llama-factory": run_llama_factory, "ours": run_ours}
+TRAINERS = {"trl": run_trl, "llama-factory": run_llama_factory, "ms-swift": run_swift, "ours": run_ours}
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from scripts.benchmarks import measure
 from scripts.benchmarks.peer_data import RATE, make_model, make_records, our_config
 from scripts.benchmarks.peer_environments import PEERS, make_environment
 from scripts.benchmarks.presets import PRESETS
+from visionzip.templates.llava_v1 import SYSTEM
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,6 +42,7 @@ class Row:
 ROWS = {
     "TRL": Row("TRL", compressed=False),
     "LLaMA-Factory": Row("LLaMA-Factory", compressed=False),
+    "ms-swift": Row("ms-swift", compressed=False),
     "TRL with attach": Row("TRL"),
     "ours, all tokens": Row(compressed=False),
     "ours": Row(),
@@ -136,6 +138,7 @@ def run_row(setting: Setting, row: Row, name: str) -> dict[str, Any]:
     spec: dict[str, Any] = {
         "model": str(setting.model), "records": str(setting.records), "out": str(out), "batch": preset.batch, "steps": setting.steps,
         "rate": RATE, "dtype": str(preset.dtype).removeprefix("torch."), "threads": setting.threads,
+        "system": SYSTEM,
     }  # fmt: skip
     if row.peer is not None:
         peer = PEERS[row.peer]

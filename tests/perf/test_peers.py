@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data.template import IGNORE
-from scripts.benchmarks import peer_run, peers
+from scripts.benchmarks import peer_run, peers, profile
 from scripts.benchmarks.peer_data import DATASET_INFO, make_model, make_records, our_config
 from scripts.benchmarks.peer_environments import run_pip
 from scripts.benchmarks.presets import PRESETS
@@ -66,6 +66,15 @@ def test_llama_factory_reads_the_same_conversations_and_images(folder: Path) -> 
     assert all(path.is_file() for path in images)
 
 
+def test_ms_swift_reads_the_same_conversations_and_images(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "records" / "swift.jsonl").read_text().splitlines()]
+    for row, ours in zip(rows, written(folder, "ours.json"), strict=True):
+        assert [turn["content"].replace("<image>", "<image>\n") for turn in row["messages"]] == [
+            turn["value"] for turn in ours["conversations"]
+        ]
+        assert Path(row["images"][0]).name == ours["image"]
+
+
 def test_with_all_tokens_ours_trains_on_the_image_features_of_the_untouched_model(folder: Path) -> None:
     """The control row has the peers' tokens, CLS left out, in their order: so the first losses have to agree."""
     from transformers import AutoModelForImageTextToText
@@ -90,6 +99,16 @@ def test_our_config_is_valid(folder: Path) -> None:
 def test_a_probe_leaves_the_first_step_out() -> None:
     found = peer_run.summarize([60.0, 2.0, 4.0, 3.0], [6.9, 6.8, 6.7, 6.6], 4000)
     assert (found["seconds"], found["first_loss"], found["tokens_per_step"]) == (3.0, 6.9, 1000)
+
+
+def test_a_profile_s_shares_add_up() -> None:
+    names = ["aten::mm", "aten::addmm", "aten::_scaled_dot_product_flash_attention_for_cpu_backward", "aten::mul"]
+    shares = profile.share_groups({**dict.fromkeys(names, 1.0), **{f"aten::other{n}": 0.5 for n in range(8)}})
+    assert shares["matrix products"] == 0.25
+    assert (shares["attention, backward"], shares["attention, forward"]) == (0.125, 0.0)
+    assert shares["aten::mul"] == 0.125
+    assert shares["others"] == pytest.approx(3 * 0.0625)
+    assert sum(shares.values()) == pytest.approx(1.0)
 
 
 def test_peak_memory_is_this_program_s() -> None:
