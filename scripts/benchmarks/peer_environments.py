@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import torch
 
 LIBRARY = ("pydantic>=2", "safetensors", "pillow")
 """What `visionzip` imports beside torch and transformers."""
+PROGRAM = ("omegaconf>=2.3",)
+"""What `train.py` needs beside that and what TRL brings (accelerate, datasets)."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ PEERS = {
 def make_environment(peer: Peer, folder: Path, wheels: Path | None = None) -> Path:
     """The Python of the peer's environment under `folder`, made if it is not there yet.
 
-    `wheels`: install from this folder alone and use the torch of this environment, for machines without a package index.
+    `wheels`: for machines without a package index: install from this folder alone, beside torch and whatever else is installed for the
+    Python that runs this, and what `train.py` needs along with it.
 
     Raises:
         RuntimeError: pip failed; its last lines are in the message.
@@ -55,17 +59,21 @@ def make_environment(peer: Peer, folder: Path, wheels: Path | None = None) -> Pa
         return python
     shutil.rmtree(environment, ignore_errors=True)
     print(f"making an environment with {', '.join(peer.packages)} in {environment} (once)", file=sys.stderr, flush=True)
-    shared = [] if wheels is None else ["--system-site-packages"]
-    subprocess.run([sys.executable, "-m", "venv", *shared, str(environment)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    (site,) = (environment / "lib").glob("python*/site-packages")
     if wheels is None:
         torch_pin = f"torch=={torch.__version__.split('+')[0]}"
         run_pip(python, "install", torch_pin)
         run_pip(python, "install", torch_pin, *peer.packages)
     else:
-        run_pip(python, "install", "--no-index", "--find-links", str(wheels), *peer.packages)
+        # Not --system-site-packages: that would leave out what a virtual environment that runs this has.
+        (site / "outer.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+        run_pip(
+            python, "uninstall", "-y", "setuptools"
+        )  # an old one that Python 3.11 puts here; the outer one is newer
+        run_pip(python, "install", "--no-index", "--find-links", str(wheels), *peer.packages, *PROGRAM)
     if peer.removed and not torch.cuda.is_available():
         run_pip(python, "uninstall", "-y", *peer.removed)
-        (site,) = (environment / "lib").glob("python*/site-packages")
         for name in peer.stubs:
             (site / name).mkdir()
             (site / name / "__init__.py").write_text('"""Empty: the wheel on the index needs CUDA."""\n')

@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from scripts.benchmarks import measure
 from scripts.benchmarks.peer_data import RATE, make_model, make_records, our_config
 from scripts.benchmarks.peer_environments import PEERS, make_environment
-from scripts.benchmarks.presets import PRESETS
+from scripts.benchmarks.presets import PRESETS, Preset
 from visionzip.templates.llava_v1 import SYSTEM
 
 ROOT = Path(__file__).parents[2]
@@ -54,14 +54,29 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What all rows of a table have in common. `work` is emptied first; `environments` are kept."""
+    """What all rows of a table have in common. `work` is emptied first; `environments` are kept. `batch`: in place of the preset's.
+    `wheels`: see `make_environment`; ours then runs in TRL's environment, which has what the program needs."""
 
     preset: str
     work: Path
     environments: Path
     steps: int
-    threads: int | None
+    threads: int | None = None
     wheels: Path | None = None
+    batch: int | None = None
+
+    @property
+    def shapes(self) -> Preset:
+        preset = PRESETS[self.preset]
+        return preset if self.batch is None else replace(preset, batch=self.batch)
+
+    @property
+    def python(self) -> Path:
+        """Of our runs."""
+        return Path(sys.executable) if self.wheels is None else self.environment("TRL")
+
+    def environment(self, peer: str) -> Path:
+        return make_environment(PEERS[peer], self.environments, self.wheels)
 
     @property
     def model(self) -> Path:
@@ -74,9 +89,10 @@ class Setting:
     def make(self) -> None:
         """The model directory and the records."""
         shutil.rmtree(self.work, ignore_errors=True)
-        preset = PRESETS[self.preset]
-        make_model(preset, self.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        make_records(preset, self.records)
+        make_model(self.shapes, self.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        make_records(self.shapes, self.records)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the runs are processes of their own and need the room
 
 
 def run(setting: Setting, rounds: int, only: list[str]) -> dict[str, Any]:
@@ -95,7 +111,7 @@ def run(setting: Setting, rounds: int, only: list[str]) -> dict[str, Any]:
             except (RuntimeError, subprocess.CalledProcessError) as error:
                 skipped[label] = str(error)
                 rounds_of.pop(label, None)
-    preset = PRESETS[setting.preset]
+    preset = setting.shapes
     rows = summarize({label: found for label, found in rounds_of.items() if found}, preset.batch)
     facts = {"preset": setting.preset, "steps": setting.steps, "batch": preset.batch, "dtype": str(preset.dtype)}
     return {**facts, "rows": rows, "loss_difference": loss_difference(rows), "skipped": skipped}
@@ -132,7 +148,7 @@ def run_row(setting: Setting, row: Row, name: str) -> dict[str, Any]:
     Raises:
         RuntimeError: its environment could not be made, or it failed.
     """
-    preset = PRESETS[setting.preset]
+    preset = setting.shapes
     compressed = {"dominant": preset.dominant, "contextual": preset.contextual}
     out = setting.work / "runs" / name.replace(" ", "-").replace(",", "")
     spec: dict[str, Any] = {
@@ -141,32 +157,30 @@ def run_row(setting: Setting, row: Row, name: str) -> dict[str, Any]:
         "system": SYSTEM,
     }  # fmt: skip
     if row.peer is not None:
-        peer = PEERS[row.peer]
-        python = make_environment(peer, setting.environments, setting.wheels)
-        return run_probed(peer.kind, python, spec | {"zip": compressed if row.compressed else None})
+        python = setting.environment(row.peer)
+        return run_probed(PEERS[row.peer].kind, python, spec | {"zip": compressed if row.compressed else None})
     cache = setting.work / "tokens" if row.cached else None
     # Each of the grid's cells is one patch, so that nothing is changed and, unlike elsewhere, CLS is not kept.
     budget = compressed if row.compressed else {"selector": "pooled", "dominant": preset.full, "contextual": 0}
     config = our_config(preset, setting.model, setting.records, out, setting.steps, budget, cache, row.compiled)
-    return run_ours(config, spec)
+    return run_ours(setting.python, config, spec)
 
 
-def run_ours(config: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
+def run_ours(python: Path, config: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
     """Write the config, make its token cache if it names one that is not there yet, and run it.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the run failed.
+        subprocess.CalledProcessError: making the cache failed.
     """
-    import yaml
-
     path = Path(spec["out"]).with_suffix(".yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(json.dumps(config))  # JSON is YAML
     cache = config["data"]["cache"]
     if cache is not None and not Path(cache).exists():
-        command = [sys.executable, "-m", "data.cache", "--config", str(path), "--workers", "0"]
+        command = [str(python), "-m", "data.cache", "--config", str(path), "--workers", "0"]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    return run_probed("ours", Path(sys.executable), spec | {"config": str(path)})
+    return run_probed("ours", python, spec | {"config": str(path)})
 
 
 def run_probed(kind: str, python: Path, spec: dict[str, Any]) -> dict[str, Any]:

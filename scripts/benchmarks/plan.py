@@ -10,7 +10,6 @@ from typing import Any
 from scripts.benchmarks import measure
 from scripts.benchmarks.peer_data import our_config
 from scripts.benchmarks.peers import Setting, run_ours
-from scripts.benchmarks.presets import PRESETS
 from train.config import RunConfig
 from train.duration import measure_rate, sample_work
 from train.memory import measure_model, model_without_weights
@@ -18,13 +17,13 @@ from train.memory import measure_model, model_without_weights
 
 def run(setting: Setting) -> dict[str, Any]:
     setting.make()
-    preset = PRESETS[setting.preset]
+    preset = setting.shapes
     budget = {"dominant": preset.dominant, "contextual": preset.contextual}
     rows = {}
     for label, cache in (("from pixels", None), ("from the token cache", setting.work / "tokens")):
         out = setting.work / "runs" / label.replace(" ", "-")
         values = our_config(preset, setting.model, setting.records, out, setting.steps, budget, cache)
-        found = run_ours(values, {"out": str(out), "threads": setting.threads})
+        found = run_ours(setting.python, values, {"out": str(out), "threads": setting.threads})
         config = RunConfig.model_validate(values)
         model = model_without_weights(config, setting.work)
         length = round(found["tokens_per_step"] / preset.batch)

@@ -7,7 +7,6 @@ from typing import Any
 from scripts.benchmarks import measure
 from scripts.benchmarks.peer_data import our_config
 from scripts.benchmarks.peers import Setting, run_ours
-from scripts.benchmarks.presets import PRESETS
 
 GROUPS = {
     "attention, backward": ("attention", "backward"),
@@ -21,13 +20,13 @@ GROUPS = {
 def run(setting: Setting) -> dict[str, Any]:
     """Shares of the operators' own time in the last step, from pixels and from a token cache."""
     setting.make()
-    preset = PRESETS[setting.preset]
+    preset = setting.shapes
     budget = {"dominant": preset.dominant, "contextual": preset.contextual}
     ways = {}
     for label, cache in (("from pixels", None), ("from the token cache", setting.work / "tokens")):
         out = setting.work / "runs" / label.replace(" ", "-")
         config = our_config(preset, setting.model, setting.records, out, setting.steps, budget, cache)
-        found = run_ours(config, {"out": str(out), "threads": setting.threads, "profile": True})
+        found = run_ours(setting.python, config, {"out": str(out), "threads": setting.threads, "profile": True})
         ways[label] = {"seconds": found["seconds_all"][-1], "operators": found["operators"]}
     return {"preset": setting.preset, "batch": preset.batch, "ways": ways}
 

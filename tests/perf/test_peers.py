@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from data.template import IGNORE
+from scripts import gpu_check
 from scripts.benchmarks import peer_run, peers, profile
 from scripts.benchmarks.peer_data import DATASET_INFO, make_model, make_records, our_config
 from scripts.benchmarks.peer_environments import run_pip
@@ -151,6 +153,47 @@ def test_pip_s_last_words_are_in_the_error(tmp_path: Path) -> None:
     failing.chmod(0o755)
     with pytest.raises(RuntimeError, match="no such version"):
         run_pip(failing, "install", "nothing")
+
+
+def test_the_gpu_check_compares_with_trl_where_it_is_given_wheels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parts(wheels: Path | None) -> dict:
+        return gpu_check.parts(torch.device("cpu"), True, 0.0, tmp_path, wheels)
+
+    seen = []
+    monkeypatch.setattr(peers, "run", lambda setting, rounds, only: seen.append((setting, only)) or {})
+    assert "peers" not in parts(None)
+    parts(tmp_path)["peers"][0]()
+    ((setting, only),) = seen
+    assert (setting.wheels, setting.shapes.batch) == (tmp_path, gpu_check.PEER_BATCH)
+    assert set(only) <= peers.ROWS.keys()
+
+
+def test_what_a_row_runs_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers read all tokens unless they are compressed by attach; ours, the same, by its config; each with its own Python."""
+    monkeypatch.setattr(peers, "make_environment", lambda peer, folder, wheels: tmp_path / peer.kind)
+    ran = {}
+    monkeypatch.setattr(
+        peers, "run_probed", lambda kind, python, spec: ran.setdefault(Path(spec["out"]).name, (kind, python, spec))
+    )
+    monkeypatch.setattr(peers.subprocess, "run", lambda command, **options: ran.setdefault("cache", command))
+    setting = peers.Setting("tiny", tmp_path / "work", tmp_path / "environments", steps=2)
+    for label, row in peers.ROWS.items():
+        peers.run_row(setting, row, label)
+    assert ran["TRL"][:2] == ("trl", tmp_path / "trl")
+    assert ran["TRL"][2]["zip"] is None
+    assert ran["TRL-with-attach"][2]["zip"] == {"dominant": 14, "contextual": 3}
+    configs = {name: json.loads(Path(ran[name][2]["config"]).read_text()) for name in ran if name.startswith("ours")}
+    assert {name: config["zip"]["dominant"] for name, config in configs.items()} == {
+        "ours-all-tokens": 100, "ours": 14, "ours-token-cache": 14, "ours-compiled": 14, "ours-token-cache-compiled": 14,
+    }  # fmt: skip
+    assert [name for name, config in configs.items() if config["data"]["cache"]] == [
+        "ours-token-cache", "ours-token-cache-compiled",
+    ]  # fmt: skip
+    assert ran["cache"][2] == "data.cache"
+    outer = peers.Setting("tiny", tmp_path, tmp_path, steps=2, wheels=tmp_path)
+    assert (setting.python, outer.python) == (Path(sys.executable), tmp_path / "trl")
 
 
 def test_the_thin_encoder_costs_a_twentieth_of_the_llm() -> None:
