@@ -30,20 +30,24 @@ TRAINING_SECTIONS = ("output_dir", "seed", "train", "trainer", "wandb", "report"
 
 class ModelSection(Section):
     path: str = Field(description="a model directory or a hub id (LLaVA-1.5: llava-hf/llava-1.5-7b-hf)")
-    revision: str | None = Field(None, description="of the hub repository")
+    revision: str | None = Field(None, description="revision of the hub repository")
     trust_remote_code: bool = Field(
         False, description="run Python code from the model's directory; without it such code never runs"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16",
-        description="of the frozen weights; auto: bfloat16 if the GPU or CPU supports it, else float32",
+        description="dtype of the frozen weights; auto: bfloat16 if the GPU or CPU supports it, else float32",
     )
     attn_implementation: str | None = Field(
         None, description="sdpa, flash_attention_2, eager …; null: transformers' choice"
     )
-    quantization: Literal["8bit", "4bit"] | None = Field(None, description="of the frozen LLM, bitsandbytes, GPU only")
-    projector: str | None = Field(None, description="start from this fine-tuned projector in place of the model's own")
-    force_projector: bool = Field(False, description="… although it was trained with something else")
+    quantization: Literal["8bit", "4bit"] | None = Field(
+        None, description="quantisation of the frozen LLM (bitsandbytes, GPU only)"
+    )
+    projector: str | None = Field(None, description="start from this fine-tuned projector instead of the model's own")
+    force_projector: bool = Field(
+        False, description="load `projector` even if it was trained with another base, encoder or budget"
+    )
 
     @field_validator("dtype", mode="before")
     @classmethod
@@ -72,15 +76,15 @@ class SourceConfig(Section):
     path: str = Field(
         description="a .json or .jsonl file, a Parquet/Arrow file or folder, or the name of a hub data set"
     )
-    format: str = Field(default="auto", description="layout of a record; auto goes by each record's columns")
+    format: str = Field(default="auto", description="layout of a record; auto decides by each record's columns")
     reader: Literal["auto", "json", "datasets"] = Field(
-        default="auto", description="how records are stored; auto goes by the path"
+        default="auto", description="how records are stored; auto decides by the path"
     )
     images: str | None = Field(default=None, description="root of relative image paths; default: the file's own folder")
-    name: str | None = Field(default=None, description="how the source is called in reports; default: the path's stem")
+    name: str | None = Field(default=None, description="name of the source in reports; default: the path's stem")
     subset: str | None = Field(default=None, description="configuration name of a hub data set")
     split: str = "train"
-    streaming: bool = Field(default=False, description="read a `datasets` source as it comes, without a local copy")
+    streaming: bool = Field(default=False, description="read a `datasets` source sequentially, without a local copy")
     columns: Columns = Field(default_factory=Columns)
     fraction: float = Field(default=1.0, gt=0, le=1, description="seeded share; the same records on every machine")
     max_samples: int | None = Field(default=None, gt=0)
@@ -106,30 +110,32 @@ class DataConfig(Section):
         default="cut", description="cut text behind the last image as LLaVA does (never through an image), or reject"
     )
     max_rejected: float = Field(
-        default=0.01, ge=0, le=1, description="a run stops when more than this share of the records is bad; 3 may always be, "
-        "or one in 20 of fewer than 60, unless this is 0",
+        default=0.01, ge=0, le=1, description="a run stops when more than this share of the records is bad; 3 bad records "
+        "(or one in 20 of fewer than 60) are always allowed, unless this is 0",
     )  # fmt: skip
     pad_images: bool | Literal["auto"] = Field(
         default="auto",
         description="pad to a square with the mean colour as LLaVA-1.5 does; auto: where the image processor would crop. "
-        "What is trained keeps it (ZipConfig.pad_images)",
+        "Exports record it (ZipConfig.pad_images)",
     )
-    max_pixels: int = Field(default=MAX_PIXELS, gt=0, description="an image with more is rejected unread")
+    max_pixels: int = Field(
+        default=MAX_PIXELS, gt=0, description="an image with more pixels is rejected before it is decoded"
+    )
     frames: int = Field(default=8, ge=1, description="frames taken from a video, uniformly")
     subset_seed: int = Field(
-        default=0, description="draws `fraction` and `max_samples`; apart from the run's seed on purpose"
+        default=0, description="seed for `fraction` and `max_samples`; deliberately independent of the run's seed"
     )
     cache: str | None = Field(
         default=None,
-        description="folder of visual tokens computed before (python -m data.cache); no image is read then, no encoder run",
+        description="folder of precomputed visual tokens (visionzip cache); images are not read then, and the encoder does not run",
     )
     batching: Literal["packed", "length", "random"] = Field(
         default="packed",
-        description="how a step's samples (always the same) are divided into micro-batches. packed: about equally many tokens in each, "
-        "in one row without padding (length where the model can't); length: padded, like lengths together; random",
+        description="how the samples of a step are divided into micro-batches. packed: about equally many tokens in each, "
+        "in one row without padding (`length` if the model does not support it); length: padded, similar lengths together; random",
     )
     cache_dir: str | None = Field(
-        default=None, description="where indexes of JSON files are kept; default ~/.cache/visionzip-ft"
+        default=None, description="where indexes of JSON files are stored; default ~/.cache/visionzip-ft"
     )
 
     @model_validator(mode="before")
@@ -165,13 +171,13 @@ class EvalSection(Section):
         None,
         description="folder of the held-out images' visual tokens (visionzip cache); full tokens still read pixels",
     )
-    max_questions: int | None = Field(None, ge=1, description="at most this many, the first ones")
-    batch_size: int = Field(8, ge=1, description="questions answered at once by a process")
+    max_questions: int | None = Field(None, ge=1, description="ask at most this many questions, the first ones")
+    batch_size: int = Field(8, ge=1, description="questions per batch, in each process")
     max_new_tokens: int = Field(32, ge=1)
-    metric: str = Field("exact_match", description="what an answer is worth; see train/metrics/")
+    metric: str = Field("exact_match", description="how an answer is scored; see train/metrics/")
     budgets: list[int | float | str] | None = Field(
         None,
-        description="budgets that the fine-tuned model (without one, the base model) answers at as well: 8, 27+5, 0.1; images are "
+        description="more budgets at which the fine-tuned model (without one, the base model) is evaluated: 8, 27+5, 0.1; images are "
         "encoded again for each",
         exclude_if=lambda budgets: budgets is None,
     )

@@ -73,4 +73,4 @@ def _put(aside: Path, out: Path, manifest: str, wanted: dict) -> bool:
             continue
         shutil.rmtree(out / "replaced", ignore_errors=True)
         return True
-    raise RuntimeError(f"{out} was changed by another process each time it was to be written; run this again")
+    raise RuntimeError(f"{out} was changed by another process whenever it was about to be written; run this again")

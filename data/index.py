@@ -113,7 +113,7 @@ def cached_table(
         except FileNotFoundError:
             pass
         except DamagedFile as error:
-            logger.warning("%s; making it again", error)
+            logger.warning("%s; rebuilding it", error)
         remove_leftovers(folder, f".{glob.escape(path.name)}.*.part")
         DiskTable.write(path, build(), columns, source_digest())
     return DiskTable(path)
@@ -185,7 +185,7 @@ def scan(path: str) -> Iterator[np.ndarray]:
     lines = [line for line in lines[:100] if line.strip()]
     if sum(map(_is_json_object, lines)) < len(lines) / 2:
         raise IndexFileError(
-            f"{path} is neither a JSON array of records nor JSON Lines (one record a line): it starts with {body[:60]!r}"
+            f"{path} is neither a JSON array of records nor JSON Lines (one record per line): it starts with {body[:60]!r}"
         )
     return scan_lines(path, start)
 
@@ -259,7 +259,7 @@ def scan_array(path: str, start: int) -> Iterator[np.ndarray]:
             position += len(chunk)
     raise IndexFileError(
         f"{path}: the array never ends (the file is truncated, or a quote or bracket is missing); "
-        f"the last sound record starts before byte {element}. Fetch it again, or convert it to JSON Lines"
+        f"the last complete record starts before byte {element}. Fetch it again, or convert it to JSON Lines"
     )
 
 
@@ -270,8 +270,8 @@ def _nothing_behind(path: str, end: int) -> None:
         while chunk := file.read(CHUNK):
             if rest := chunk.lstrip():
                 raise IndexFileError(
-                    f"{path}: behind the array's end at byte {end} stands {rest[:60]!r}. Several arrays in one file, or one "
-                    "a line, can't be read; join them, or write JSON Lines with one record a line"
+                    f"{path}: the array ends at byte {end}, but is followed by {rest[:60]!r}. Several arrays in one file, or one "
+                    "per line, can't be read; join them, or write JSON Lines with one record per line"
                 )
 
 

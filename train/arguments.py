@@ -39,7 +39,7 @@ class TrainerSection(BaseModel):
     global_batch_size: int | None = Field(
         None, ge=1, description="samples in one step over all processes; sets gradient_accumulation_steps to fit"
     )
-    hang_timeout: float = Field(900, gt=0, description="seconds without any progress after which every rank ends")
+    hang_timeout: float = Field(900, gt=0, description="seconds without any progress after which every rank exits")
     data_timeout: float | None = Field(
         None, gt=0, description="seconds a worker may take for one batch; null: hang_timeout"
     )
@@ -98,7 +98,7 @@ def check_compile(section: TrainerSection, deepspeed: dict[str, Any] | None) -> 
         return
     if zero_stage(deepspeed) == 3:
         raise ValueError(
-            "torch_compile: ZeRO-3 gathers weights inside of what would be compiled; take zero2, or leave it out"
+            "torch_compile: ZeRO-3 gathers weights inside what would be compiled; use zero2, or leave it out"
         )
     check_backend(section.torch_compile_backend)
 
@@ -121,7 +121,7 @@ def accumulation_steps(section: TrainerSection, world_size: int) -> dict[str, An
     at_once = device * world_size
     if section.global_batch_size % world_size:
         raise ValueError(
-            f"trainer.global_batch_size={section.global_batch_size} can't be shared by {world_size} processes; take a multiple of "
+            f"trainer.global_batch_size={section.global_batch_size} can't be divided among {world_size} processes; use a multiple of "
             f"{world_size}, or another number of processes"
         )
     if section.global_batch_size % at_once:

@@ -48,7 +48,7 @@ class DistillSection(Section):
 class TrainSection(Section):
     """What trains. An allow-list: whatever is not named here is frozen."""
 
-    parts: list[Literal["projector", "llm"]] = Field(["projector"], description="trained in full: projector, llm")
+    parts: list[Literal["projector", "llm"]] = Field(["projector"], description="parts trained in full: projector, llm")
     lora: LoraSection | None = Field(
         None, description="low-rank adapters through PEFT, besides the parts that are trained in full"
     )
@@ -66,7 +66,9 @@ class TrainSection(Section):
         True,
         description="compute the prefix that all samples share only once; exact, used if the LLM is frozen and not sharded",
     )
-    expect_parameters: int | None = Field(None, ge=1, description="stop unless this many parameters would train")
+    expect_parameters: int | None = Field(
+        None, ge=1, description="stop the run if another number of parameters would be trained"
+    )
 
     @field_validator("loss")
     @classmethod
@@ -94,7 +96,7 @@ class WandbSection(Section):
     group: str | None = None
     tags: list[str] = Field([])
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
-        "auto", description="auto: online with a key, else offline. WANDB_MODE in the environment goes first"
+        "auto", description="auto: online with a key, else offline. WANDB_MODE in the environment takes precedence"
     )
 
 
@@ -134,7 +136,7 @@ class RunConfig(PipelineConfig):
             )
         if self.train.budgets_per_sample > 1 and self.zip.budgets is None:
             raise ValueError(
-                "train.budgets_per_sample: there is one budget; list several in zip.budgets, or leave it out"
+                "train.budgets_per_sample: there is only one budget; list several in zip.budgets, or leave it out"
             )
         in_force = (self.zip.dominant, self.zip.contextual)
         if (

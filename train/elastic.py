@@ -31,7 +31,7 @@ def check_supported(attachment: Attachment) -> None:
         )
     if SELECTORS[attachment.config.selector].scales:
         raise ValueError(
-            f"zip.budgets: {attachment.config.selector} scales the image to the budget, so one pass of the encoder can't serve several; "
+            f"zip.budgets: {attachment.config.selector} scales the image to the budget, so one pass of the encoder gives one budget only; "
             "choose another selector, or leave zip.budgets out"
         )
 

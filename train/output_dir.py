@@ -62,7 +62,7 @@ def take_lock(folder: Path) -> IO[str]:
         except (BlockingIOError, PermissionError) as error:
             file.close()
             raise RunEnded(
-                Exit.CONFIG, f"another run is writing into {folder}; wait for its end, or set another output_dir"
+                Exit.CONFIG, f"another run is writing into {folder}; wait until it ends, or set another output_dir"
             ) from error
         except OSError:
             logger.warning(

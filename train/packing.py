@@ -295,5 +295,5 @@ def variable_length(device: torch.device, dtype: torch.dtype, width: int, groups
             raise ValueError(f"off by {off:.3f}")
         return True
     except Exception as error:  # an older torch, an older GPU: slower, not wrong
-        logger.info("no variable-length attention kernel here (%s); attention is taken sample by sample", error)
+        logger.info("no variable-length attention kernel here (%s); attention is computed sample by sample", error)
         return False

@@ -174,7 +174,7 @@ class ResumableTrainer(Trainer):
             raise RunEnded(
                 Exit.STORAGE,
                 f"checkpoint-{self.state.global_step} could not be written to {self.folder}: {error.strerror or error}. "
-                "The last complete checkpoint is untouched; make room or set output_dir, and start the same command again",
+                "The last complete checkpoint is untouched; free some disk space or set another output_dir, and start the same command again",
             ) from error
         if self.args.world_size > 1:
             dist.barrier()

@@ -120,7 +120,7 @@ def run_sweep(out: Path, cells: list[Cell], jobs: int) -> int:
     try:
         failed = planned.run()
     except KeyboardInterrupt:
-        planned.say("stopped; the same command continues")
+        planned.say("stopped; run the same command to continue")
         return Exit.STOPPED
     if not any(cell.results for cell in cells):
         planned.say("no cell finished: there is nothing to compare")

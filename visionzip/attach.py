@@ -343,8 +343,8 @@ def _free_processor(processor: Any, model: nn.Module) -> None:
     theirs = attached(other) if other is not None else None
     if other is not None and other is not model and theirs is not None and theirs.processor is processor:
         raise ValueError(
-            "this processor is already attached with another model, whose prompts would change under it; "
-            "load a second one, or detach the other model first"
+            "this processor is already attached with another model, whose prompts would change too; "
+            "load a second processor, or detach the other model first"
         )
     if other is not model:
         for name in (*owner.names, _ATTRIBUTE):

@@ -167,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="visionzip",
         usage="visionzip <command> …",
         description="Vision-language models on a tenth of their visual tokens.",
-        epilog=f"use, look, share:\n{listed(library)}\n\ntrain:\n{training}\n\nvisionzip <command> --help says more.",
+        epilog=f"use, look, share:\n{listed(library)}\n\ntrain:\n{training}\n\nRun visionzip <command> --help for details.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"visionzip-ft {visionzip.__version__}")

@@ -137,7 +137,7 @@ def _pool(features: Features, dominant: int, contextual: int, selector: str) -> 
     count, cls = dominant + contextual, features.cls
     patches = features.hidden_states[:, cls:]
     if count > patches.shape[1]:
-        raise ValueError(f"{selector} makes no more tokens than there are patches: {count} of {patches.shape[1]}")
+        raise ValueError(f"{selector} makes at most one token per patch: {count} requested, {patches.shape[1]} patches")
     tokens, cell = pool(patches, count)
     middles = SELECTORS[selector].choose(features, count) + cls
     slots = F.pad(cell.expand(len(tokens), -1), (cls, 0), value=DROPPED)

@@ -55,7 +55,7 @@ class TrainedBudgets(BaseModel):
     )
     density: list[float] | None = Field(
         None,
-        description="how often each is drawn. Of a list: one probability for each (default: all alike). Of a range: the "
+        description="how often each is drawn. Of a list: one probability for each (default: equal). Of a range: the "
         "coefficients of a polynomial in x, which goes from 0 at the smallest to 1 at the largest (default: 2 - 2x)",
     )
 
@@ -165,12 +165,12 @@ class ZipConfig(BaseModel):
     budgets: TrainedBudgets | None = Field(
         None,
         description="budgets that one projector is trained for, as a list ([8, 16, 54+10]) or a range with a density; None: for "
-        "`dominant` + `contextual` alone, which otherwise is the budget that is used where none is asked for",
+        "`dominant` + `contextual` only, which is otherwise the default budget",
         exclude_if=lambda budgets: budgets is None,  # what was stored before there were any stays what it is
     )
     positions: Literal["compact", "original"] = Field(
         "compact",
-        description="positions of kept tokens in the LLM: counted without gaps, or those of the uncompressed prompt (LLaVA-1.5)",
+        description="positions of kept tokens in the LLM: consecutive, or those of the uncompressed prompt (LLaVA-1.5)",
         exclude_if=lambda positions: positions == "compact",  # as for budgets
     )
     pad_images: bool | Literal["auto"] = Field(
@@ -216,10 +216,10 @@ class ZipConfig(BaseModel):
                 )
         if self.adaptive is not None and isinstance(self.dominant, int) and self.adaptive.least > self.dominant:
             raise ValueError(
-                f"adaptive.least={self.adaptive.least} is more than dominant={self.dominant}, the most there can be"
+                f"adaptive.least={self.adaptive.least} is more than dominant={self.dominant}, which is the maximum"
             )
         if self.budgets is not None and self.adaptive is not None:
-            raise ValueError("budgets and adaptive can't be combined: choose a budget, or let a threshold choose")
+            raise ValueError("budgets and adaptive can't be combined; leave one of them out")
         return self
 
     def resolve(self, tokens: int, reserved: int = 0, *, cap: bool = False) -> tuple[int, int]:

@@ -78,8 +78,8 @@ def load_model(
     if missing or wrong:
         shapes = [f"{name} {list(there)}, expected {list(here)}" for name, there, here in wrong]
         raise ValueError(
-            f"{source} can't be loaded: of its weights {len(missing)} are missing ({', '.join(missing[:3])}) "
-            f"and {len(wrong)} of another shape ({'; '.join(shapes[:3])})"
+            f"{source} can't be loaded: {len(missing)} of its weights are missing ({', '.join(missing[:3])}) "
+            f"and {len(wrong)} have another shape ({'; '.join(shapes[:3])})"
         )
     return model
 

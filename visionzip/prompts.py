@@ -300,7 +300,7 @@ def get_template(name: str, processor: Any) -> BaseTemplate:
         ValueError: for a name there is no file for, or where the processor lacks what the template needs.
     """
     if name not in template_names():
-        raise ValueError(f"there is no template {name!r}; there are {', '.join(template_names())}")
+        raise ValueError(f"there is no template {name!r}; expected one of {', '.join(template_names())}")
     return importlib.import_module(f"visionzip.templates.{name}").Template(processor)
 
 

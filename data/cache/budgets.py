@@ -49,11 +49,11 @@ class CompressToEach:
             others = ", ".join(sorted(name for name, other in SELECTORS if other.nested))
             raise ValueError(
                 f"the selector {self.config.selector} is not nested: what it keeps at a small budget is not part of what it keeps "
-                f"at a larger one, so one cached sequence can't serve zip.budgets; choose one of {others}"
+                f"at a larger one, so one cached sequence can't contain all of zip.budgets; choose one of {others}"
             )
         if (merges or not self.ranked) and len(self.budgets) > MOST:
             raise ValueError(
-                f"a cache can't store the tokens of {len(self.budgets)} budgets apart, {MOST} at most; list fewer in zip.budgets, or "
+                f"a cache can store the tokens of at most {MOST} budgets separately, found {len(self.budgets)}; list fewer in zip.budgets, or "
                 "leave data.cache out"
             )
 

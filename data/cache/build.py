@@ -144,7 +144,7 @@ def build_cache(config: PipelineConfig, batch: int = 64, workers: int = 4) -> No
     """This process's share of the cache that `config` names, and a line on the terminal about it.
 
     Args:
-        batch: images through the encoder at once.
+        batch: images encoded at once.
         workers: processes that read images.
 
     Raises:
@@ -154,7 +154,7 @@ def build_cache(config: PipelineConfig, batch: int = 64, workers: int = 4) -> No
     """
     data, section = config.data, config.model
     if not data.cache:
-        raise CacheError("the config does not say where the cache is to be; add data.cache=FOLDER")
+        raise CacheError("data.cache is not set; add data.cache=FOLDER")
     folder, dtype = Path(data.cache), getattr(torch, section.dtype)
     process, processes = rank_and_world()
     device = own_device()

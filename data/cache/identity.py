@@ -78,7 +78,7 @@ def check_identity(folder: str | os.PathLike[str], wanted: dict[str, Any]) -> di
         ) from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CacheError(
-            f"{path} is damaged ({type(error).__name__}: {error}); delete the folder and make the cache again"
+            f"{path} is damaged ({type(error).__name__}: {error}); delete the folder and build the cache again"
         ) from None
     if found:
         raise CacheError(

@@ -117,5 +117,5 @@ class MediaDataset(Dataset):
         try:
             return self.store.get(key) is not None
         except Damaged as error:
-            print(f"{error}; computing it again", file=sys.stderr)
+            print(f"{error}; recomputing it", file=sys.stderr)
             return False

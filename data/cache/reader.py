@@ -60,7 +60,7 @@ class CachedTokens:
         try:
             entry = self.store.get(key)
         except Damaged as error:
-            raise Reject("damaged cache", f"{error}; run python -m data.cache again, which repairs it") from error
+            raise Reject("damaged cache", f"{error}; run visionzip cache again to repair it") from error
         if entry is None:
             raise Reject("not in the cache", f"{name}: run visionzip cache with this config")
         about, tensors = entry

@@ -88,7 +88,7 @@ class Store:
             except FileNotFoundError:
                 pass
             except (OSError, DamagedFile) as error:
-                logger.warning("%s; making it again from the shards", error)
+                logger.warning("%s; rebuilding it from the shards", error)
             tables, unreadable = self._merge()
             with contextlib.suppress(OSError):  # a folder that can't be written: every process keeps its own
                 remove_leftovers(self.folder, ".index-*.part")
@@ -110,7 +110,7 @@ class Store:
                 shard = Shard(path)
             except (Damaged, OSError) as error:
                 unreadable += 1
-                logger.warning("%s; its contents will be computed again", error)
+                logger.warning("%s; its contents will be recomputed", error)
                 continue
             found = np.zeros(len(shard.rows), INDEXED)
             for column in ROW.names or ():

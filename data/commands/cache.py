@@ -19,9 +19,7 @@ from visionzip.argument_types import at_least
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    parser.add_argument(
-        "--batch", type=at_least(1), default=64, help="images through the encoder at once (default: %(default)s)"
-    )
+    parser.add_argument("--batch", type=at_least(1), default=64, help="images encoded at once (default: %(default)s)")
     parser.add_argument(
         "--workers", type=at_least(0), default=4, help="processes that read images (default: %(default)s)"
     )

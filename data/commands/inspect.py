@@ -35,10 +35,10 @@ LIMIT = 2000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    parser.add_argument("--limit", type=at_least(1), default=LIMIT, help="samples looked at (default: %(default)s)")
-    parser.add_argument("--all", action="store_true", help="look at every sample of an epoch")
+    parser.add_argument("--limit", type=at_least(1), default=LIMIT, help="samples read (default: %(default)s)")
+    parser.add_argument("--all", action="store_true", help="read every sample of an epoch")
     parser.add_argument("--samples", type=at_least(0), default=3, help="samples shown in full (default: %(default)s)")
-    parser.add_argument("--workers", type=at_least(0), default=2, help="processes reading (default: %(default)s)")
+    parser.add_argument("--workers", type=at_least(0), default=2, help="processes that read (default: %(default)s)")
     parser.add_argument("--uncompressed", action="store_true", help="count all visual tokens, leaving zip out")
     parser.add_argument("--out", default="runs/inspect", help="folder for plot and lists (default: %(default)s)")
 

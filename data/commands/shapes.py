@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder to write: train.json, eval.json, images/")
     parser.add_argument("--train", type=at_least(0), default=4000, help="training images (default: %(default)s)")
     parser.add_argument("--eval", type=at_least(0), default=400, help="held-out images (default: %(default)s)")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="which images (default: %(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the images (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -37,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"scenes of the split {split} (default: %(default)s)",
         )
     parser.add_argument("--side", type=at_least(32), default=stamps.SIDE, help="pixels (default: %(default)s)")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="which scenes (default: %(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the scenes (default: %(default)s)")
     parser.add_argument("--stamps", help="folder of Tux Paint's stamps (default: fetched)")
-    parser.add_argument("--backgrounds", help="folder of photographs without things in them (default: fetched)")
+    parser.add_argument("--backgrounds", help="folder of photographs used as backgrounds (default: fetched)")
     parser.add_argument("--cache", default=CACHE, help="where fetched files are kept (default: %(default)s)")
     parser.add_argument(
         "--workers", type=at_least(1), default=min(os.cpu_count() or 1, 8), help="processes (default: %(default)s)"

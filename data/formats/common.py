@@ -38,7 +38,7 @@ class Columns(BaseModel):
     question: str | None = None
     answer: str | None = Field(default=None, description="an answer, or a list of which the first is taken")
     caption: str | None = None
-    types: str | None = Field(default=None, description="one question type a round")
+    types: str | None = Field(default=None, description="one question type per round")
 
 
 @dataclass(frozen=True)
@@ -263,5 +263,5 @@ def _types(value: Any, rounds: int) -> list[str] | None:
     if isinstance(value, str):
         value = [value] * rounds
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value) or len(value) < rounds:
-        raise Reject("wrong type", f"types must be one string a round ({rounds}), found {value!r:.120}")
+        raise Reject("wrong type", f"types must be one string per round ({rounds}), found {value!r:.120}")
     return value[:rounds]

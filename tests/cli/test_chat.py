@@ -226,7 +226,7 @@ class TestTerminal:
         monkeypatch.setattr(Chat, "ask", full)
         code, printed = talk("what", "/reset")
         assert code == 0
-        assert "! the memory does not suffice for this conversation; try /reset, or a smaller /budget" in printed.out
+        assert "! there is not enough memory for this conversation; try /reset, or a smaller /budget" in printed.out
         assert "forgotten" in printed.out
 
     def test_a_wrong_picture_ends_it_before_the_model_is_loaded(self, talk, monkeypatch):

@@ -148,7 +148,7 @@ class TestExport:
         command = ["export", str(projector), "--out", str(tmp_path / "again")]
         assert main(command) == 0
         assert main(command) == 2
-        assert "is there already and not empty" in capsys.readouterr().err
+        assert "already exists and is not empty" in capsys.readouterr().err
         assert main([*command, "--overwrite"]) == 0
 
     def test_base(self, projector, tmp_path, capsys):

@@ -229,7 +229,7 @@ def test_every_flipped_bit_of_the_index_is_noticed_and_the_index_made_again(plac
         assert [(int(row["hi"]), int(row["lo"])) for row in store.rows] == keys, byte
         assert all(store.get(key) is not None for key in keys)
         assert len(caplog.records) == 1, byte
-        assert "making it again from the shards" in caplog.text
+        assert "rebuilding it from the shards" in caplog.text
         assert index.read_bytes() == good
     caplog.clear()
     Store(cache, cache_at(cache))

@@ -143,7 +143,7 @@ def test_a_long_list_that_would_be_stored_apart_is_refused(monkeypatch):
     attachment = attached(attach(tiny_llava(), tiny_processor(), config))
     CompressToEach(attachment)
     monkeypatch.setattr("data.cache.budgets.MOST", 9)
-    with pytest.raises(ValueError, match="10 budgets apart, 9 at most"):
+    with pytest.raises(ValueError, match="at most 9 budgets separately, found 10"):
         CompressToEach(attachment)
 
 

@@ -244,7 +244,7 @@ def test_chat_rejects_what_the_template_refuses():
 
 def test_every_template_is_found_by_its_file_and_others_are_named():
     assert template_names() == ["chat", "llava_v1", "paligemma", "plain"]
-    with pytest.raises(ValueError, match="there is no template 'vicuna'; there are chat, llava_v1"):
+    with pytest.raises(ValueError, match="there is no template 'vicuna'; expected one of chat, llava_v1"):
         get_template("vicuna", kit.processor())
 
 
@@ -272,7 +272,7 @@ def test_a_broken_chat_template_is_one_clear_error(broken, message):
     using.chat_template = broken
     with pytest.raises(ValueError, match=message) as caught:
         get_template("chat", using)
-    assert "mend its chat_template.jinja, or use the template llava_v1 or plain" in str(caught.value)
+    assert "fix its chat_template.jinja, or use the template llava_v1 or plain" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -182,7 +182,7 @@ def test_what_can_not_be_asked(device_model):
     with pytest.raises(ValueError, match="and the model's limit is"):
         chat.ask("why " * 5000)
     chat.show(images()[0])
-    with pytest.raises(ValueError, match="an image waits for the next question already"):
+    with pytest.raises(ValueError, match="the next question already has an image"):
         chat.show(images()[1])
     assert chat.turns == []
 

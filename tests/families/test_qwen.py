@@ -339,7 +339,7 @@ class TestRefusals:
         inputs = QWEN2.process(processor, [QWEN2.prompt()], [[picture(0, SIZES[0])]])
         with pytest.raises(ValueError, match="patches were given, but the grids"):
             attached(model).compress(pixel_values=inputs["pixel_values"][4:], image_grid_thw=inputs["image_grid_thw"])
-        with pytest.raises(ValueError, match="pixel_values without image_grid_thw"):
+        with pytest.raises(ValueError, match="pixel_values was given without image_grid_thw"):
             attached(model).compress(pixel_values=inputs["pixel_values"])
 
     def test_tokens_that_do_not_say_what_was_kept(self) -> None:

@@ -166,7 +166,7 @@ def test_the_global_batch_is_the_same_for_any_number_of_processes(world: int, de
         {**GOOD, "trainer": {"global_batch_size": 128, "per_device_train_batch_size": device}}
     ).trainer
     assert accumulation_steps(section, world)["gradient_accumulation_steps"] == steps
-    with pytest.raises(ValueError, match="can't be shared by 3 processes; take a multiple of 3"):
+    with pytest.raises(ValueError, match="can't be divided among 3 processes; use a multiple of 3"):
         accumulation_steps(section, 3)
 
 

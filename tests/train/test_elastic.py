@@ -93,7 +93,7 @@ def test_several_budgets_of_a_sample_packed_or_not(workspace: Path, ranks: Ranks
 
 def test_what_is_not_possible_is_said_at_once(workspace: Path, tmp_path: Path, capsys) -> None:
     one = config_of(workspace, tmp_path / "one", train__budgets_per_sample=2)
-    with pytest.raises(ConfigError, match="there is one budget; list several"):
+    with pytest.raises(ConfigError, match="there is only one budget; list several"):
         parse_config(one)
     held_out = {"sources": one["data"]["sources"], "cache": "tokens"}
     other = {**BUDGETS, "dominant": 6}

@@ -71,7 +71,7 @@ def test_a_file_that_is_there_is_not_overwritten(there, capsys):
         ("model nowhere.json", "there is no file"),
         ("model empty.json", "it is empty"),
         ("model other.json", "none of its first records can be used"),
-        ("model train.json", "names an image that is not there"),
+        ("model train.json", "names an image that does not exist"),
         ("model train.json --images images --budget x", "'x' is not a budget"),
         ("model train.json --images images --budget all", "give fewer than all"),
         ("model train.json --images images --eval other.json", "other.json: none of its first"),

@@ -25,16 +25,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _model.add_arguments(parser)
     parser.add_argument("data", help="questions and answers: .json, .jsonl, Parquet, or a hub data set")
     parser.add_argument("--images", help="root of relative image paths (default: the file's own folder)")
-    parser.add_argument("--template", help="of the prompts (default: the processor's own, else llava_v1)")
+    parser.add_argument("--template", help="template of the prompts (default: the processor's own, else llava_v1)")
     parser.add_argument("--budgets", help="32, 27+5, 0.1 or all, separated by commas")
-    parser.add_argument("--max-questions", type=at_least(1), default=500, help="the first ones (default: 500)")
+    parser.add_argument(
+        "--max-questions",
+        type=at_least(1),
+        default=500,
+        help="ask at most this many questions, the first ones (default: 500)",
+    )
     parser.add_argument("--batch-size", type=at_least(1), default=8, help="questions asked at once (default: 8)")
     parser.add_argument("--max-new-tokens", type=at_least(1), default=32, help="longest answer (default: 32)")
-    parser.add_argument("--metric", default="exact_match", help="what an answer is worth (train/metrics/)")
-    parser.add_argument("--repeats", type=at_least(1), default=3, help="times are medians of so many (default: 3)")
-    parser.add_argument("--json", help="write every figure to this file")
-    parser.add_argument("--plot", help="draw it into this PNG")
-    parser.add_argument("--theme", choices=("light", "dark"), default="light", help="of the plot")
+    parser.add_argument("--metric", default="exact_match", help="how an answer is scored (train/metrics/)")
+    parser.add_argument(
+        "--repeats", type=at_least(1), default=3, help="timed runs, of which the median is reported (default: 3)"
+    )
+    parser.add_argument("--json", help="write all numbers to this JSON file")
+    parser.add_argument("--plot", help="write a plot to this PNG file")
+    parser.add_argument("--theme", choices=("light", "dark"), default="light", help="theme of the plot")
 
 
 def run(arguments: argparse.Namespace) -> int:

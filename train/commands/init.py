@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", help="root of relative image paths (default: the data file's folder)")
     parser.add_argument("--eval", help="held-out records, laid out the same way")
     parser.add_argument("--budget", help="visual tokens per image: 64, 54+10 or 0.1 (default: suits the model)")
-    parser.add_argument("--output-dir", help="of the run (default: runs/ and the name of the config)")
+    parser.add_argument("--output-dir", help="output_dir of the run (default: runs/ and the name of the config)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--out", type=Path, default=Path("run.yaml"), help="config to write (default: %(default)s)")
 
@@ -138,7 +138,7 @@ def look_into(path: str, images: str | None) -> int:
         raise ConfigError(f"{path}: none of its first records can be used ({reasons[0] if reasons else 'it is empty'})")
     for media in islice((media for sample in samples for media in sample.media), LOOKED_AT):
         if isinstance(media.source, str) and not Path(where.root, media.source).exists():
-            raise ConfigError(f"{path} names an image that is not there, {media.source}; set its root with --images")
+            raise ConfigError(f"{path} names an image that does not exist, {media.source}; set its root with --images")
     return len(records)
 
 

@@ -67,7 +67,7 @@ def plan(arguments: argparse.Namespace) -> int:
     print(
         f"{sizes.total / 1e9:.2f} billion parameters, {sizes.trained / 1e6:.1f} million train; {count_of(arguments.gpus, 'GPU')}; "
         f"{length} tokens per sample, {sizes.visual} of them visual\n"
-        f"a checkpoint: {3 * 4 * sizes.trained / 1e6:.0f} MB (three float32 tensors a trained parameter; all weights in bf16 alone: "
+        f"a checkpoint: {3 * 4 * sizes.trained / 1e6:.0f} MB (three float32 tensors per trained parameter; all weights in bf16 alone: "
         f"{2 * sizes.total / 1e9:.1f} GB)\n"
     )
     print(

@@ -30,10 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _config.add_arguments(parser)
     parser.add_argument("--out", required=True, type=Path, help="folder of the sweep")
     parser.add_argument(
-        "--jobs", type=at_least(1), default=1, help="cells at once, a process each (default: %(default)s)"
+        "--jobs", type=at_least(1), default=1, help="cells run at once, each in its own process (default: %(default)s)"
     )
     parser.add_argument("--preset", choices=sorted(PRESETS), help="axes with their usual values")
-    parser.add_argument("--pixels", action="store_true", help="compute visual tokens in every run, in place of once")
+    parser.add_argument("--pixels", action="store_true", help="compute visual tokens in every run instead of once")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -106,8 +106,8 @@ class Looker:
         total = tile.features.hidden_states.shape[1]
         if look.maps.shape[1] != total:
             raise ValueError(
-                f"this model chooses among {total} tokens made of {look.maps.shape[1]} patches of its encoder, so there is "
-                f"no attention of a single one to show"
+                f"this model selects among {total} tokens, each made of several of the encoder's {look.maps.shape[1]} patches, so "
+                f"there is no attention per patch to show"
             )
         token, first = patch + tile.cls, tile.cls
         found = look.maps[number]
@@ -120,7 +120,7 @@ class Looker:
             ValueError: for an empty question, or a budget that can't be met.
         """
         if not question.strip():
-            raise ValueError("ask something first")
+            raise ValueError("the question is empty; type one first")
         pad_images = self.config.pad_images
         with self.lock:
             before = self._attachment().config

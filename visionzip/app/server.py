@@ -178,7 +178,7 @@ def serve(page: Any, host: str = "127.0.0.1", port: int = 7860, public_urls: Seq
 def check_port(host: str, port: int) -> None:
     """Raises ValueError where nothing can listen at `host` and `port`."""
     if not 0 < port < 65536:
-        raise ValueError(f"port {port} does not exist; choose one from 1 to 65535")
+        raise ValueError(f"port {port} is not valid; choose one from 1 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, model: str | None = None) 
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run Python code that comes with the model (default: never; nothing asks)",
+        help="run Python code that comes with the model (never run without this option)",
     )
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument(
@@ -126,7 +126,7 @@ def with_arguments(config: Any, arguments: argparse.Namespace) -> Any:
         budget = parse_budget(arguments.budget, config)
         if budget is None:
             raise ValueError(
-                f"--budget {arguments.budget}: this command looks at compression; give fewer tokens than all"
+                f"--budget {arguments.budget}: this command needs a compressed model; give a number or share of tokens"
             )
         asked |= {"dominant": budget.dominant, "contextual": budget.contextual}
     return type(config)(**{**config.model_dump(), **asked})

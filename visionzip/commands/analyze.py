@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _model.add_arguments(parser)
     parser.add_argument("path", help="a folder of images")
     parser.add_argument("--out", default="visionzip-analysis", help="folder for table, plots and JSON")
-    parser.add_argument("--theme", choices=("light", "dark"), default="light", help="of the plots")
+    parser.add_argument("--theme", choices=("light", "dark"), default="light", help="theme of the plots")
     parser.add_argument("--limit", type=at_least(1), help="at most this many images, in the order of their names")
 
 

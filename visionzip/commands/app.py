@@ -18,7 +18,7 @@ from visionzip.commands import _model
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _model.add_arguments(parser)
-    parser.add_argument("--image", "--picture", help="shown from the start")
+    parser.add_argument("--image", "--picture", help="image shown at the start")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
     parser.add_argument(
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="URL",
-        help="address that a reverse proxy serves the app at; can be given again",
+        help="address that a reverse proxy serves the app at; can be given several times",
     )
     parser.add_argument("--open", action="store_true", help="open it in a browser")
 

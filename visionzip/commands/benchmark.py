@@ -29,15 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--turns", type=at_least(1), default=1, help="of the conversation (default: 1)")
     parser.add_argument("--new-tokens", type=at_least(1), default=32, help="length of each answer (default: 32)")
     parser.add_argument(
-        "--repeats", type=at_least(1), default=3, help="the median of so many runs (default: 3), after one to warm up"
+        "--repeats",
+        type=at_least(1),
+        default=3,
+        help="timed runs, of which the median is reported (default: 3), after one warm-up run",
     )
     parser.add_argument("--image", "--picture", help="default: 640 × 480 pixels of a gradient")
     parser.add_argument(
         "--quantize", type=int, choices=(8, 4), help="load the weights in 8 or 4 bit (bitsandbytes, GPU)"
     )
-    parser.add_argument("--json", help="write every figure to this file")
-    parser.add_argument("--plot", help="draw it into this PNG")
-    parser.add_argument("--theme", choices=("light", "dark"), default="light", help="of the plot")
+    parser.add_argument("--json", help="write all numbers to this JSON file")
+    parser.add_argument("--plot", help="write a plot to this PNG file")
+    parser.add_argument("--theme", choices=("light", "dark"), default="light", help="theme of the plot")
 
 
 def run(arguments: argparse.Namespace) -> None:

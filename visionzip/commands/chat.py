@@ -26,7 +26,9 @@ from visionzip.commands import _model
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _model.add_arguments(parser, model="?")
-    parser.add_argument("--image", action="append", default=[], help="an image to begin with; can be given again")
+    parser.add_argument(
+        "--image", action="append", default=[], help="an image to begin with; can be given several times"
+    )
     parser.add_argument("--max-new-tokens", type=at_least(1), default=512, help="longest answer (default: 512)")
     parser.add_argument("--temperature", type=temperature, default=0.0, help="0 (default): always the likeliest token")
 
@@ -120,7 +122,7 @@ class Terminal:
             return
         except torch.OutOfMemoryError:
             raise ValueError(
-                "the memory does not suffice for this conversation; try /reset, or a smaller /budget"
+                "there is not enough memory for this conversation; try /reset, or a smaller /budget"
             ) from None
         print()
         self.note(summary(turn))

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run Python code that comes with the base model (default: never; nothing asks)",
+        help="run Python code that comes with the base model (never run without this option)",
     )
     parser.add_argument("--vision-tower", help="llava: the encoder's id or directory, if its sizes do not identify it")
     parser.add_argument(

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repository", help="owner/name; created if it does not exist")
     parser.add_argument("--private", action="store_true", help="create it as a private repository")
     parser.add_argument("--revision", help="branch to commit to (default: main)")
-    parser.add_argument("--message", help="of the commit")
+    parser.add_argument("--message", help="commit message")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", nargs="+", help="[label=]file or directory")
     parser.add_argument("--full", metavar="LABEL", help="which of them used all tokens (default: the one that says so)")
     parser.add_argument("--budget", type=int, choices=(64, 128, 192), help="published rows of this budget only")
-    parser.add_argument("--json", action="store_true", help="one JSON object in place of Markdown")
-    parser.add_argument("--out", help="write it here in place of printing it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of Markdown")
+    parser.add_argument("--out", help="write the table to this file instead of printing it")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -21,12 +21,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _model.add_arguments(parser)
     parser.add_argument("path", help="an image, a folder of images, or a video")
     parser.add_argument(
-        "--out", default="visionzip-report.html", help="the page; PNGs go into a folder of its name beside it"
+        "--out",
+        default="visionzip-report.html",
+        help="HTML page to write; the PNGs go into a folder of the same name beside it",
     )
     parser.add_argument(
-        "--theme", choices=("light", "dark"), default="light", help="of the PNGs (the page follows the reader)"
+        "--theme",
+        choices=("light", "dark"),
+        default="light",
+        help="theme of the PNGs (the page follows the reader's setting)",
     )
-    parser.add_argument("--frames", type=at_least(1), default=8, help="taken evenly from a video (default: 8)")
+    parser.add_argument(
+        "--frames", type=at_least(1), default=8, help="frames sampled uniformly from a video (default: 8)"
+    )
     parser.add_argument("--limit", type=at_least(1), help="at most this many images of a folder")
 
 

@@ -187,7 +187,7 @@ class Chat:
             ValueError: when it can't be read, or another one waits for the question already.
         """
         if self.waiting:
-            raise ValueError("an image waits for the next question already, and a question shows one image: ask first")
+            raise ValueError("the next question already has an image, and a question can have only one; ask it first")
         self.waiting.append(open_image(image))
         return self.waiting[0]
 

@@ -34,7 +34,7 @@ def free(out: str | os.PathLike[str], *, overwrite: bool = False, ours: bool = T
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         if not overwrite:
-            raise FileExistsError(f"{out} is there already and not empty; choose another place, or remove it first")
+            raise FileExistsError(f"{out} already exists and is not empty; choose another path, or remove it first")
         if not target.is_dir() or not ours:
             raise FileExistsError(
                 f"{out} is not an export and will not be replaced; choose another path, or remove it first"

@@ -55,7 +55,7 @@ def loaded_into(model: nn.Module, path: str | os.PathLike[str], *, force: bool =
     """
     attachment = required(model)
     if any(LORA.search(name) for name, _ in attachment.model.named_parameters()):
-        raise ValueError(f"{path} can't be loaded for a while: the model has adapters already; merge or delete them")
+        raise ValueError(f"{path} can't be loaded temporarily: the model already has adapters; merge or delete them")
     before, config, earlier = projector_state(model), attachment.config, attachment.trained
     header = load_into(model, path, force=force)
     try:

@@ -76,8 +76,8 @@ With Hugging Face's version of the base model: `visionzip.load("{here}")` (`pip 
         name = str(options.get("name", out.name))
         if "llava" not in name.lower() or any(other in name.lower() for other in OTHER_MODELS):
             raise ValueError(
-                f"LLaVA's loader goes by the directory's name, which must contain 'llava' and neither 'lora' nor 'mpt'; "
-                f"{name!r} does not do. Choose one such as llava-visionzip-64"
+                f"LLaVA's loader decides by the directory's name, which must contain 'llava' and neither 'lora' nor 'mpt'; "
+                f"{name!r} does not qualify. Choose one such as llava-visionzip-64"
             )
         state = trained.only_projector("LLaVA's mm_projector.bin")
         missing, unknown = sorted(set(NAMES.values()) - state.keys()), sorted(state.keys() - set(NAMES.values()))

@@ -146,8 +146,8 @@ def check_exportable(attachment: Attachment) -> Attachment:
     model_type = attachment.model.config.model_type
     if model_type not in SUPPORTED:
         raise ValueError(
-            f"model type {model_type!r} can't be exported to ONNX; supported: {', '.join(SUPPORTED)} (others cut images into tiles of "
-            f"their own number, or their prompts are not plain causal text)"
+            f"model type {model_type!r} can't be exported to ONNX; supported: {', '.join(SUPPORTED)} (other families cut images into "
+            f"a varying number of tiles, or their attention is not plainly causal)"
         )
     if attachment.config.adaptive is not None:
         raise ValueError(

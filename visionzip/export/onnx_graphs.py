@@ -149,7 +149,7 @@ def language_graph(attachment: Attachment, opset: int) -> LanguageGraph:
     config = module.config
     if any(getattr(DynamicCache(config=config), "is_sliding", [])):
         raise ValueError(
-            f"the attention of {config.model_type} slides over a window, which the runtime's cache does not"
+            f"the attention of {config.model_type} slides over a window, which the runtime's cache does not support"
         )
     heads, head_dim = (
         config.num_key_value_heads,

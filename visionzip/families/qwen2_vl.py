@@ -94,7 +94,9 @@ class Qwen2VL(Family):
             if image_inputs.get(pixels) is None:
                 continue
             if image_inputs.get(grid) is None:
-                raise ValueError(f"{pixels} without {grid}: the size of each {kind} has to be known")
+                raise ValueError(
+                    f"{pixels} was given without {grid}, which contains the size of each {kind}; pass both"
+                )
             found = self.encoder.encode(tower, image_inputs[pixels], image_inputs[grid], scores=scores)
             visual_tokens += [_choose(frames, config) for frames in found]
         return visual_tokens

@@ -39,7 +39,9 @@ def frame_budget(config: ZipConfig, tokens: int, reserved: int = 0) -> tuple[int
     try:
         return config.resolve(tokens, reserved)
     except ValueError as error:
-        raise ValueError(f"of a video's frame {error} Shares, as dominant=0.1, fit images and frames alike.") from None
+        raise ValueError(
+            f"for the frames of a video, {error} Shares (dominant=0.1) suit both images and frames."
+        ) from None
 
 
 def bilinear_corners(side: int, pooled: int, device: torch.device) -> tuple[Tensor, Tensor]:

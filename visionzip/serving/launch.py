@@ -68,7 +68,7 @@ def check_installed(engine: str) -> None:
         raise ValueError(NEEDED[engine])
     if engine == "vllm" and not entry_points(group="vllm.general_plugins", name="visionzip"):
         raise ValueError(
-            "vLLM does not see the plugin of visionzip-ft, whose installation is older than it: install it again "
+            "vLLM does not find the plugin of visionzip-ft, because the installed version is too old: install it again "
             "(pip install visionzip-ft, in a checkout pip install -e .)"
         )
 

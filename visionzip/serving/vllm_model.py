@@ -76,7 +76,7 @@ class CompressedProcessor(MultiModalProcessor):
         budget = options.pop(BUDGET, None)
         if options:
             raise ValueError(
-                f"a request's mm_processor_kwargs may contain budget alone, and not {', '.join(sorted(options))}"
+                f"a request's mm_processor_kwargs may contain only budget, not {', '.join(sorted(options))}"
             )
         budgets = self.info.budgets(MultiModalProcessingInfo.get_hf_processor(self.info))
         config = budgets.config(budget)  # before anything is processed: a wrong budget is the request's fault
@@ -150,7 +150,7 @@ class CompressedForConditionalGeneration(TransformersMultiModalForCausalLM):
         for found, (_, wanted) in zip(embeddings, kept, strict=True):
             if len(found) != wanted:
                 raise RuntimeError(
-                    f"{len(found)} visual tokens for {wanted} placeholders of one {kind}: a fault of visionzip-ft"
+                    f"{len(found)} visual tokens for {wanted} placeholders of one {kind}: this is a bug in visionzip-ft"
                 )
         return embeddings
 

@@ -38,7 +38,7 @@ class Template(BaseTemplate):
             line = f", line {number}" if number else ""
             raise ValueError(
                 f"the chat template of this {type(processor).__name__} can't write one question and its answer "
-                f"({type(error).__name__}{line}: {error}); mend its chat_template.jinja, or use the template llava_v1 or plain"
+                f"({type(error).__name__}{line}: {error}); fix its chat_template.jinja, or use the template llava_v1 or plain"
             ) from error
 
     def _probe(self) -> tuple[str, str]:
@@ -82,7 +82,7 @@ class Template(BaseTemplate):
         try:
             skeleton, expected = self._render(marked, generation), self._render(real, generation)
         except Exception as error:  # templates raise for conversations they do not take, each in its own way
-            raise PromptError("template", f"the chat template refuses it: {type(error).__name__}: {error}") from error
+            raise PromptError("template", f"the chat template rejects it: {type(error).__name__}: {error}") from error
         texts = self._as_rendered(skeleton, expected, texts)
         return [self._cut(skeleton, texts, slots)]
 
