@@ -202,7 +202,9 @@ class TestRefused:
 
     def test_more_than_a_frame_has(self) -> None:
         """A frame of LLaVA-OneVision has 196 positions, a picture's tile 729; a budget in tokens has to fit both."""
-        with pytest.raises(ValueError, match=r"for the frames of a video, a budget of dominant=300 .* makes 196 tokens"):
+        with pytest.raises(
+            ValueError, match=r"for the frames of a video, a budget of dominant=300 .* makes 196 tokens"
+        ):
             attach(ONEVISION.model(), ONEVISION.processor(), ZipConfig(dominant=300, contextual=0))
 
     def test_onevision_with_a_cls_token(self) -> None:
