@@ -19,7 +19,7 @@ def write_once(out: str | Path, manifest: str, wanted: dict[str, Any], fill: Cal
     is replaced. Several processes may call this at once.
 
     Raises:
-        ValueError: `out` holds something that this function did not write; it is left alone.
+        ValueError: `out` contains something that this function did not write; it is left alone.
         OSError: as `fill` and the file system raise it; nothing is left behind.
     """
     out = Path(out).resolve()
@@ -55,7 +55,7 @@ def _found(out: Path, manifest: str) -> dict | None:
 def _put(aside: Path, out: Path, manifest: str, wanted: dict) -> bool:
     """Rename `aside` to `out`. A folder of other parameters is replaced; one with the same, written meanwhile, stays.
 
-    Another process may do the same at any moment, so whatever a rename finds changed is looked at again.
+    Another process may do the same at any moment, so a rename that finds something changed is tried again.
     """
     replaced = aside / "replaced"
     for _ in range(100):

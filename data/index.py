@@ -264,7 +264,7 @@ def scan_array(path: str, start: int) -> Iterator[np.ndarray]:
 
 
 def _nothing_behind(path: str, end: int) -> None:
-    """Raises `IndexFileError` where more than space stands behind the array: a second array's records would be lost unseen."""
+    """Raises `IndexFileError` where anything but whitespace follows the array: a second array's records would be lost without notice."""
     with open(path, "rb") as file:
         file.seek(end)
         while chunk := file.read(CHUNK):
@@ -276,7 +276,7 @@ def _nothing_behind(path: str, end: int) -> None:
 
 
 def _structure(block: np.ndarray, depth: int, quoted: bool) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Positions of brackets and commas outside of strings, the depth behind each, and whether the block ends in a string."""
+    """Positions of brackets and commas outside of strings, the depth after each, and whether the block ends in a string."""
     quotes = (block == ord('"')).view(np.uint8)
     backslashes = np.flatnonzero(block == ord("\\"))
     if len(backslashes):
@@ -294,5 +294,5 @@ def _structure(block: np.ndarray, depth: int, quoted: bool) -> tuple[np.ndarray,
 
 
 def _not_empty(spans: np.ndarray, path: str) -> np.ndarray:
-    """Leave out the nothing between the brackets of `[]` and behind a trailing comma."""
+    """Leave out the empty item between the brackets of `[]` and after a trailing comma."""
     return _not_blank(spans, path)

@@ -81,7 +81,7 @@ class Questions(Sequence):
 
 
 def single_round(sample: Sample, turn: int) -> Sample:
-    """Question and answer number `turn` alone, with all images shown up to there in front of the question."""
+    """Question and answer number `turn` alone, with all images shown so far before the question."""
     system = [message for message in sample.messages if message.role == "system"]
     rounds = [message for message in sample.messages if message.role != "system"]
     question, answer = rounds[2 * turn : 2 * turn + 2]

@@ -1,4 +1,4 @@
-"""The one form every record takes, and how a record that can't be used is told apart from one that can."""
+"""The one form every record takes, and how a record that can't be used is told from one that can."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def _this_process() -> str:
 
 
 def write_checked(path: Path, magic: bytes, parts: Iterable[bytes]) -> None:
-    """Write `parts` one after the other behind a header of `magic` (8 bytes) and their SHA-256."""
+    """Write `parts` one after the other after a header of `magic` (8 bytes) and their SHA-256."""
     digest = hashlib.sha256()
     with replacing(path) as file:
         file.write(magic.ljust(HEADER_BYTES, b"\0"))

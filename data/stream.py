@@ -107,7 +107,7 @@ class StreamedDataset(IterableDataset):
         return other
 
     def skip_batches(self, batches: int, batch_size: int) -> None:
-        """Begin behind the first `batches` batches of a DataLoader: their records are read but not decoded."""
+        """Begin after the first `batches` batches of a DataLoader: their records are read but not decoded."""
         self.batches, self.batch_size = batches, batch_size
 
     def __iter__(self) -> Iterator[Any]:

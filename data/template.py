@@ -18,7 +18,7 @@ IGNORE = -100
 class Encoded:
     """`input_ids` and `labels` (L,), `images`: the half-open token range of each image or video, by its index.
 
-    `cut_off`: the text goes on behind `input_ids`, which are more than the limit all the same.
+    `cut_off`: the text continues after `input_ids`, which already exceed the limit.
     """
 
     input_ids: list[int]
@@ -43,7 +43,7 @@ class LabelledTemplate:
             return self.renderer.spans(messages, generation)
 
     def encode_spans(self, chunks: list[list[Span]], placeholders: Sequence[str], limit: int | None = None) -> Encoded:
-        """Ids and labels. With `limit`, text behind the first `limit` tokens need not be tokenized; these are the same."""
+        """Ids and labels. With `limit`, text after the first `limit` tokens need not be tokenized; these are the same."""
         with rejecting():
             found = self.renderer.encode_spans(chunks, placeholders, limit)
         labels = [token if marked else IGNORE for token, marked in zip(found.input_ids, found.supervised, strict=True)]

@@ -165,7 +165,7 @@ def mark_knee(points: Sequence[Point]) -> list[Point]:
 
 
 def render_points(points: Sequence[Point]) -> str:
-    """Markdown, one line a budget, and below it what the knee says."""
+    """Markdown: one line per budget, and a sentence about the knee below."""
     lines = [
         "| budget | visual tokens | accuracy | prefill ms | first token ms | KV cache MB | |",
         "|---|---:|---:|---:|---:|---:|---|",

@@ -44,7 +44,7 @@ class Writer:
     """Writes the files of one checkpoint into a hidden directory; `commit` renames it, so that it appears complete.
 
     Raises:
-        OSError: when the disk is full or the directory can't be written; nothing is left behind then.
+        OSError: when the disk is full or the directory can't be written; nothing is left then.
     """
 
     def __init__(

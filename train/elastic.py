@@ -1,4 +1,4 @@
-"""Training one projector for several budgets (`ZipConfig.budgets`): every image of every step at a budget of its own.
+"""Training one projector for several budgets (`ZipConfig.budgets`): each image of each step at its own budget.
 
 Which budget that is, `data.elastic` draws. From a token cache an item has the tokens of its budget. From pixels a batch has each
 row's image inputs and budget, and the encoder runs here, before the model's forward, which then reads what a cache gives.

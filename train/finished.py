@@ -1,4 +1,4 @@
-"""Whether a run is finished: trained to its end, and everything that it leaves behind is there."""
+"""Whether a run is finished: trained to its end, and all of its results are in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exit codes for whatever may happen: every command of the program runs inside `run_guarded`."""
+"""Exit codes for every kind of ending: every command of the program runs inside `run_guarded`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: export, report, tables."""
+"""The results of a finished run: export, report, tables."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def accuracy_at_budgets(results: dict[str, Scores]) -> dict[str, float]:
 
 
 def render_budgets(results: dict[str, Scores]) -> str:
-    """One row a budget of `eval.budgets`, as Markdown; empty where there is none."""
+    """One row per budget of `eval.budgets`, as Markdown; empty if there are none."""
     found = accuracy_at_budgets(results)
     if not found:
         return ""

@@ -302,7 +302,7 @@ class Owner:
     def write(
         self, processor: Any, kind: str, inputs: Any, index: int, budget: Any
     ) -> tuple[str, list[tuple[int | float, int | float]]]:
-        """The placeholders of the `index`-th image (or video) at a budget of its own, and that budget for each entry of `compress`.
+        """The placeholders of the `index`-th image (or video) at its own budget, and that budget for each entry of `compress`.
 
         Raises:
             ValueError: as `Attachment.at`; in another process than the model's.

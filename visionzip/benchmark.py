@@ -244,7 +244,7 @@ def _peak(device: torch.device) -> Iterator[list[int]]:
 
 
 def render_rows(rows: Sequence[Row]) -> str:
-    """Markdown, one line a budget, batch size and turn; in brackets how many times less or faster than with all tokens."""
+    """Markdown: one line per budget, batch size and turn; numbers in brackets say how many times smaller or faster than with all tokens."""
     head = ["budget", "batch", "turn", "visual tokens", "prompt", "encode ms", "prefill ms", "first token ms",
             "ms per token", "KV cache MB", "peak MB", "GFLOP"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]

@@ -107,7 +107,7 @@ class Chat:
         self._forget()
 
     def ask(self, question: str, write: Callable[[str], None] = lambda text: None) -> Turn:
-        """Answer, handing text to `write` as it comes.
+        """Answer, passing text to `write` as it is generated.
 
         Raises:
             ValueError: when the conversation does not fit into the model any more, or the question holds the text that

@@ -1,4 +1,4 @@
-"""What training leaves behind: runs, checkpoints, token caches. Read as files: the library does not know the program."""
+"""What training writes: runs, checkpoints, token caches. Read as files: the library does not know the program."""
 
 from __future__ import annotations
 

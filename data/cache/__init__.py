@@ -6,8 +6,8 @@ Selection does not look at the text, so tokens are a function of the image, the 
 | file | subject |
 |---|---|
 | `identity.py` | what a cache was made with |
-| `shards.py` | the files that tokens lie in |
-| `store.py` | all shards of a folder behind one index |
+| `shards.py` | the files that contain the tokens |
+| `store.py` | all shards of a folder under one index |
 | `keys.py` | under which keys the tokens of an image are found |
 | `media.py` | which images a config has, read for the encoder |
 | `build.py` | encode, compress, write |

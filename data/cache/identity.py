@@ -107,7 +107,7 @@ def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 
 def without_budgets_there(stored: dict[str, Any], wanted: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A cache for several budgets serves each of them: both without their budgets, if those that are wanted are there."""
+    """A cache for several budgets can be read at each of them: both without their budgets, if those that are wanted are there."""
     there, here = stored["zip"], wanted["zip"]
     budgets = here.get("budgets") or [[here["dominant"], here["contextual"]]]
     if any(budget not in there["budgets"] for budget in budgets):

@@ -1,4 +1,4 @@
-"""All shards of a folder behind one sorted index on disk, which is memory-mapped: no process loads it."""
+"""All shards of a folder under one sorted index on disk, which is memory-mapped: no process loads it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _COUNTS = struct.Struct("<QQQ")  # rows, names, shards that could be read
 
 
 class Store:
-    """Entries by key. Where a key stands in several shards the youngest one counts: a damaged entry is replaced by writing it again.
+    """Entries by key. Where several shards have a key, the newest one counts: a damaged entry is replaced by writing it again.
 
     Pickles as its path, so that workers open it for themselves.
 

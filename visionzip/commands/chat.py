@@ -6,7 +6,7 @@
 
 In the chat:
   /image photo.jpg [more.png]   show images before the next question
-  /image scan.png --budget 128  with a budget of their own, whatever the others have
+  /image scan.png --budget 128  with their own budget, whatever that of the others
   /budget 64                    keep 64 tokens per image from now on; also 54+10, 0.1 (a share), or all
   /reset                        forget the conversation and its images
   /help, /exit

@@ -196,7 +196,7 @@ class Chat:
         self.turns, self._visual, self.waiting, self._held, self._cache = [], [], [], [], []
 
     def ask(self, question: str, write: Write = lambda text: None) -> Answer:
-        """Answer, handing text to `write` as it comes.
+        """Answer, passing text to `write` as it is generated.
 
         Raises:
             ValueError: for a question that can't be asked, or a conversation that does not fit any more; nothing has changed then.

@@ -26,7 +26,7 @@ Layer = int | Sequence[int]
 class Encoder(ABC):
     """Reads one layer of one kind of vision encoder: hidden states, keys and scores, in one pass and no further.
 
-    An adapter is stateless; the module it reads is passed in, so that one adapter serves every model in the process.
+    An adapter is stateless; the module it reads is passed in, so that one adapter works for every model in the process.
     """
 
     has_cls: bool

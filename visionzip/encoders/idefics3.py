@@ -1,4 +1,4 @@
-"""Idefics3's and SmolVLM's vision transformers: SigLIP's layers behind embeddings that take images of any shape."""
+"""Idefics3's and SmolVLM's vision transformers: SigLIP's layers after embeddings that accept images of any shape."""
 
 from __future__ import annotations
 

@@ -197,7 +197,7 @@ def encode(inner: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def chunk_positions(inner: Any, input_ids: Tensor, inputs: dict[str, Any], past: int) -> Tensor:
-    """Positions ``(3, B, L)`` of the tokens behind a cache of `past`; sets the model's ``rope_deltas``.
+    """Positions ``(3, B, L)`` of the tokens after a cache of `past`; sets the model's ``rope_deltas``.
 
     Args:
         input_ids: ``(B, L)``, the new tokens alone.

@@ -75,7 +75,7 @@ def original_positions(compact: Tensor, image: Tensor, places: list[Tensor], sto
 
 
 def ahead_of(cache: Any, length: int) -> Tensor | None:
-    """How far positions are ahead of the number of tokens behind the first `length` tokens of a cache ``(B, 1)``; None: not at all."""
+    """How far positions are ahead of the number of tokens after the first `length` tokens of a cache ``(B, 1)``; None: not at all."""
     stored: Tensor | None = getattr(cache, _AHEAD, None)
     if stored is None or not length:
         return None
@@ -85,7 +85,7 @@ def ahead_of(cache: Any, length: int) -> Tensor | None:
 def remember_ahead(cache: Any, past: int, ahead: Tensor, image: Tensor) -> None:
     """Store with a cache of `past` tokens how far ahead the positions of those that are added are ``(B, L)``.
 
-    A cache may be cropped later, hence a number for each token; that of an image's is what the text behind it has.
+    A cache may be cropped later, hence a number for each token; that of an image's token is that of the text after it.
     """
     backward = ahead.masked_fill(image, torch.iinfo(ahead.dtype).max).flip(1).cummin(dim=1).values.flip(1)
     backward = torch.where(backward == torch.iinfo(ahead.dtype).max, ahead, backward)
@@ -99,7 +99,7 @@ def remember_ahead(cache: Any, past: int, ahead: Tensor, image: Tensor) -> None:
 
 
 def counted(mask: Tensor | None, rows: int, past: int, length: int, device: torch.device) -> Tensor:
-    """``(B, L)``: positions without gaps of the `length` tokens behind `past`, padding on the left not counted."""
+    """``(B, L)``: consecutive positions of the `length` tokens after `past`, padding on the left not counted."""
     if mask is None or mask.ndim != 2:
         return torch.arange(past, past + length, device=device).expand(rows, -1)
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]

