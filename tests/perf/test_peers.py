@@ -12,12 +12,14 @@ import torch
 
 from data.template import IGNORE
 from scripts import gpu_check
-from scripts.benchmarks import peer_run, peers, profile
+from scripts.benchmarks import peer_run, peers, plan, profile
 from scripts.benchmarks.peer_data import DATASET_INFO, make_model, make_records, our_config
 from scripts.benchmarks.peer_environments import run_pip
 from scripts.benchmarks.presets import PRESETS
 from tests.data import kit
 from train.config import RunConfig
+from train.duration import sample_work
+from train.memory import measure_model, model_without_weights
 
 TINY = dataclasses.replace(PRESETS["tiny"], batch=3)
 
@@ -194,6 +196,30 @@ def test_what_a_row_runs_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert ran["cache"][2] == "data.cache"
     outer = peers.Setting("tiny", tmp_path, tmp_path, steps=2, wheels=tmp_path)
     assert (setting.python, outer.python) == (Path(sys.executable), tmp_path / "trl")
+
+
+def test_the_plan_s_time_stands_beside_a_run_of_the_same_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """7.2 TFLOP/s for work that is counted, and a run that is twice as slow as that."""
+    config = our_config(TINY, tmp_path / "work" / "model", tmp_path, tmp_path / "out", 2, {"dominant": 14}, None)
+    seen = []
+
+    def slow(python: Path, values: dict, spec: dict) -> dict:
+        seen.append(values)
+        model = model_without_weights(RunConfig.model_validate(values), tmp_path)
+        valid = RunConfig.model_validate(values)
+        work = sample_work(model, valid, measure_model(model, valid), 250)
+        return {"seconds": 2 * TINY.batch * work.total / 7.2e12, "tokens_per_step": 250 * TINY.batch}
+
+    monkeypatch.setattr(plan, "run_ours", slow)
+    monkeypatch.setattr(plan, "measure_rate", lambda model, config, samples, length: 7.2e12)
+    result = plan.run(peers.Setting("tiny", tmp_path / "work", tmp_path, steps=2, batch=TINY.batch))
+    assert [row["off"] for row in result["rows"].values()] == pytest.approx([-0.5, -0.5])
+    assert result["rows"]["from pixels"]["measured"] > result["rows"]["from the token cache"]["measured"]
+    assert [values["data"]["cache"] is not None for values in seen] == [False, True]
+    assert seen[0]["trainer"] == config["trainer"]
+    assert "-50 %" in plan.show(result)
 
 
 def test_the_thin_encoder_costs_a_twentieth_of_the_llm() -> None:
