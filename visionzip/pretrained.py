@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from visionzip.words import count_of
+
 #: what a damaged or hostile file raises somewhere inside transformers, torch or tokenizers
 UNREADABLE = (
     OSError,
@@ -39,6 +41,17 @@ def read_config(source: str | os.PathLike[str], *, revision: str | None = None, 
         )
     except Exception as error:
         raise failure(source, error, "the config of") from error
+
+
+def describe_mismatch(weights: dict[str, Any]) -> str:
+    """What `from_pretrained`'s loading info says against the weights: those that are missing or have another shape; or nothing."""
+    missing = sorted(weights["missing_keys"])
+    wrong = [f"{name} {list(there)}, expected {list(here)}" for name, there, here in sorted(weights["mismatched_keys"])]
+    problems = (
+        f"{count_of(len(missing), 'weight')} missing ({', '.join(missing[:3])})" if missing else "",
+        f"{count_of(len(wrong), 'weight')} of another shape ({'; '.join(wrong[:3])})" if wrong else "",
+    )
+    return ", ".join(filter(None, problems))
 
 
 def load_model(
@@ -74,13 +87,8 @@ def load_model(
     except (*UNREADABLE, RuntimeError) as error:
         raise failure(source, error) from error
     model, weights = loaded
-    missing, wrong = sorted(weights["missing_keys"]), sorted(weights["mismatched_keys"])
-    if missing or wrong:
-        shapes = [f"{name} {list(there)}, expected {list(here)}" for name, there, here in wrong]
-        raise ValueError(
-            f"{source} can't be loaded: {len(missing)} of its weights are missing ({', '.join(missing[:3])}) "
-            f"and {len(wrong)} have another shape ({'; '.join(shapes[:3])})"
-        )
+    if problem := describe_mismatch(weights):
+        raise ValueError(f"{source} can't be loaded: {problem}")
     return model
 
 

@@ -84,8 +84,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path):
         (b'{\n "data": [\n  {"a": 1}\n ]\n}', "neither a JSON array of records nor JSON Lines"),
         (b"id,question\n1,what\n", "neither a JSON array of records nor JSON Lines"),
         ('[{"a": 1}]'.encode("utf-16"), "UTF-16"),
-        (b'[{"a": 1}]\n[{"a": 2}]\n', "behind the array's end at byte 10"),
-        (b'[{"a": 1}] x', "behind the array's end at byte 10"),
+        (b'[{"a": 1}]\n[{"a": 2}]\n', "the array ends at byte 10, but is followed by"),
+        (b'[{"a": 1}] x', "the array ends at byte 10, but is followed by"),
     ],
 )
 def test_a_file_that_cant_be_indexed_says_why(tmp_path, content, message):

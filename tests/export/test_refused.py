@@ -87,8 +87,8 @@ def test_a_merged_model_is_loaded_whole_or_not_at_all(trained, tmp_path, ending,
 
     rewrite(out / "model.safetensors", damage)
     messages = {
-        "renamed": rf"lacks 1 of the projector's|1 of its weights are missing \(model.*{ending}\)",
-        "cut": rf"1 have another shape \(model.*{ending} \[\d+, 48\], expected \[\d+, 48\]\)",
+        "renamed": rf"lacks 1 of the projector's|1 weight missing \(model.*{ending}\)",
+        "cut": rf"1 weight of another shape \(model.*{ending} \[\d+, 48\], expected \[\d+, 48\]\)",
         "another": r"(?s)trained for something else.*llm: ",
     }
     if (change, ending) == ("another", "linear_2.weight"):

@@ -48,7 +48,7 @@ def test_pooled_is_the_mean_of_each_cell():
     assert result.slots[0].tolist() == [DROPPED, 0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
     assert result.kept[0].tolist() == [1, 3, 9]
     assert result.targets[0].tolist() == [11]
-    with pytest.raises(ValueError, match="pooled makes no more tokens than there are patches: 17 of 16"):
+    with pytest.raises(ValueError, match="pooled makes at most one token per patch: 17 requested, 16 patches"):
         compress(features, 16, 1, selector="pooled")
 
 
