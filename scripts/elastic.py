@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -130,7 +131,9 @@ def runs_of(args: argparse.Namespace) -> tuple[dict[tuple[str, int], RunConfig],
         tokens[name] = count_llm_tokens(found[name, args.seeds[0]], base.trainer.max_steps)
     target = round(args.cost * statistics.mean(tokens.values()))
     steps, tokens[ONE] = steps_for(base, target)
-    variant = "-".join([f"one-{args.cost:g}x", *args.one])
+    variant = "-".join(
+        [f"one-{args.cost:g}x", *(re.sub(r"[^\w.+=]+", "-", override).strip("-") for override in args.one)]
+    )
     for seed in args.seeds:
         folder = f"output_dir={args.out / f'{variant}-{seed}'}"
         found[ONE, seed] = settings(args, f"seed={seed}", f"trainer.max_steps={steps}", *args.one, folder)
