@@ -209,9 +209,11 @@ def render_table(args: argparse.Namespace, found: dict[str, Any], tokens: dict[s
         one = found[ONE][name]
         means.append(statistics.mean(one.values()))
         others = {
-            who: 100 * statistics.mean(found[f"specialist {who}"][name].values()) for who in trained if who != name
+            who: 100 * statistics.mean(answers.values())
+            for who in trained
+            if who != name and (answers := found[f"specialist {who}"].get(name))
         }
-        best, worst = max(others, key=others.__getitem__), min(others, key=others.__getitem__)
+        ranked = [f"{others[who]:.1f} (of {who})" for who in sorted(others, key=others.__getitem__)] or ["–"]
         own = found[f"specialist {name}"][name] if name in trained else None
         behind = ""
         if own is not None:
@@ -219,7 +221,7 @@ def render_table(args: argparse.Namespace, found: dict[str, Any], tokens: dict[s
             behind = f"{statistics.mean(differences):+.1f}"
         lines.append(
             f"| {sum(budget)}{'' if own else ' (never trained on)'} | {percent(found[FREE][name])} | {percent(own) if own else '–'} | "
-            f"{percent(one)} | {behind or '–'} | {others[best]:.1f} (of {best}) | {others[worst]:.1f} (of {worst}) |"
+            f"{percent(one)} | {behind or '–'} | {ranked[-1]} | {ranked[0]} |"
         )
     rising = all(after >= before for before, after in itertools.pairwise(means))
     counted = ", ".join(f"{who.removeprefix('specialist ')} {count:,}" for who, count in tokens.items())
@@ -242,7 +244,8 @@ def draw(args: argparse.Namespace, found: dict[str, Any], path: Path) -> None:
     with style():
         figure, axes = new_figure(8.4, 4.6)
         specialists = [f"specialist {written(budget)}" for budget in ladder(settings(args).zip)]
-        for number, who in enumerate(specialists):
+        away = [who for who in specialists if len(found[who]) == len(budgets)]
+        for number, who in enumerate(away):
             axes.plot(
                 totals, line(who), color=QUIET, linewidth=1, label="a specialist away from home" if not number else None
             )
@@ -268,7 +271,7 @@ def draw(args: argparse.Namespace, found: dict[str, Any], path: Path) -> None:
 
 
 def parse_seeds(text: str) -> list[int]:
-    return [int(seed) for seed in text.split(",")]
+    return [int(seed) for seed in text.split(",") if seed]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -281,7 +284,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--unseen", default="12,40", help="budgets that nothing is trained on (default: %(default)s)")
     parser.add_argument("--seeds", type=parse_seeds, default=[0, 1, 2])
     parser.add_argument(
-        "--away", type=parse_seeds, default=[0, 1, 2], help="seeds whose specialists are asked at all budgets"
+        "--away",
+        type=parse_seeds,
+        default=[0, 1, 2],
+        help="seeds whose specialists are asked at all budgets; '' for none (default: 0,1,2)",
     )
     parser.add_argument(
         "--cost", type=float, default=1, help="LLM tokens of the one projector, in specialists' (default: 1)"

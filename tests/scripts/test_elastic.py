@@ -36,6 +36,10 @@ def test_the_table(args: Namespace) -> None:
     assert "Full tokens: 97.0 %. LLM tokens of a training run: 7+1 1,000, one projector 2,000." in lines
     assert lines[-1] == "The one projector does not rise everywhere with the budget."
 
+    found["specialist 7+1"] = {"7+1": {"0": 0.60, "1": 0.61}}
+    alone = elastic.render_table(args, found, {"one projector": 2000}).splitlines()
+    assert alone[4] == "| 16 | 50.0 | 65.0 ± 0.0 | 67.0 ± 1.4 | +2.0 | – | – |"
+
 
 @pytest.mark.parametrize(("target", "steps"), [(1234, 12), (1300, 13), (50, 1), (10**9, 480)])
 def test_as_many_steps_as_the_tokens_allow(
