@@ -44,6 +44,10 @@ class ModelSection(Section):
     quantization: Literal["8bit", "4bit"] | None = Field(
         None, description="quantisation of the frozen LLM (bitsandbytes, GPU only)"
     )
+    frozen_dtype: Literal["float8"] | None = Field(
+        None,
+        description="float8: the frozen LLM's linear layers in 8 bits, in both passes (torchao; not yet measured on a GPU)",
+    )
     projector: str | None = Field(None, description="start from this fine-tuned projector instead of the model's own")
     force_projector: bool = Field(
         False, description="load `projector` even if it was trained with another base, encoder or budget"

@@ -10,9 +10,10 @@ from torch import nn
 
 from data.partial import as_config_error, load_without
 from train.config import ConfigError, ModelSection, RunConfig
+from train.float8 import freeze_in_float8
 from visionzip import attach
 from visionzip.export import load_into
-from visionzip.families import FAMILIES, Family
+from visionzip.families import FAMILIES, Family, family_for
 from visionzip.pretrained import load_model, load_processor, read_config
 
 
@@ -42,6 +43,8 @@ def build_model(config: RunConfig) -> tuple[Any, Any]:
         attach(model, processor, config.zip)
         if section.projector is not None:
             load_into(model, section.projector, force=section.force_projector, adapters=False)
+    if section.frozen_dtype is not None:
+        freeze_in_float8(model, family_for(model))
     model.config.use_cache = False
     return model, processor
 

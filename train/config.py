@@ -153,11 +153,22 @@ class RunConfig(PipelineConfig):
             raise ValueError(
                 "model.quantization and train.parts: a quantised LLM can't be trained in full; use train.lora"
             )
+        if self.model.frozen_dtype:
+            self._llm_stays_frozen_and_whole()
         if self.model.quantization and self.trainer.sharded:
             raise ValueError(
                 "model.quantization: quantised weights can't be sharded by ZeRO-3; use trainer.deepspeed=zero2"
             )
         return self
+
+    def _llm_stays_frozen_and_whole(self) -> None:
+        what = f"model.frozen_dtype={self.model.frozen_dtype}"
+        if "llm" in self.train.parts or (self.train.lora is not None and "llm" in self.train.lora.on):
+            raise ValueError(f"{what}: the LLM would be trained; leave llm out of train.parts and train.lora.on")
+        if self.model.quantization:
+            raise ValueError(f"{what} and model.quantization can't be combined; leave one of them out")
+        if self.trainer.sharded:
+            raise ValueError(f"{what}: ZeRO-3 can't shard these weights; use trainer.deepspeed=zero2")
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:

@@ -96,6 +96,7 @@ def settings_of(config: RunConfig, args: Any) -> dict[str, Any]:
         **{f"trainer.{name}": getattr(args, name) for name in OPTIMIZATION},
         "model.projector": config.model.projector,
         "model.quantization": config.model.quantization,
+        **({"model.frozen_dtype": config.model.frozen_dtype} if config.model.frozen_dtype else {}),
         **({"train.budgets_per_sample": config.train.budgets_per_sample} if config.zip.budgets is not None else {}),
         "train.lora": lora.model_dump(include={"r", "alpha", "dropout"}) if lora else None,
     }

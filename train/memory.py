@@ -151,6 +151,8 @@ def list_plans(config: RunConfig) -> list[Plan]:
     bytes_ = {None: 4.0 if config.model.dtype == "float32" else 2.0, "8bit": 1.05, "4bit": 0.6}[
         config.model.quantization
     ]
+    if config.model.frozen_dtype is not None:
+        bytes_ = 1.05
     checkpointing = bool(extra.get("gradient_checkpointing") or extra.get("activation_checkpointing"))
     number = int(stage[4]) if stage.startswith("zero") else 0
     here = Plan(
@@ -162,7 +164,7 @@ def list_plans(config: RunConfig) -> list[Plan]:
         sizes.append(sizes[-1] // 2)
     batch = lambda size: f"trainer.per_device_train_batch_size={size}"  # noqa: E731
     ways = [here, *(replace(here, name=batch(size), device=size) for size in sizes[1:])]
-    whole = config.model.quantization is None
+    whole = config.model.quantization is None and config.model.frozen_dtype is None
     if whole and number < 3:
         ways += [
             replace(here, name=f"trainer.deepspeed=zero3 {batch(size)}", stage=3, device=size, offload=False)
