@@ -65,12 +65,12 @@ class FrozenProduct(torch.autograd.Function):
     """x (rows, in), stored weight (out, in) in e4m3 and its scale () → (rows, out). The gradient is that of `x` alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(weight, scale)
         return convert(x, FORWARD, "INPUT") @ as_float8(weight, scale, x.dtype).t()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         weight, scale = ctx.saved_tensors
         return convert(gradient, BACKWARD, "GRAD_OUTPUT") @ as_float8(weight, scale, gradient.dtype), None, None
 
@@ -86,6 +86,9 @@ class FrozenFloat8Linear(nn.Module):
 
     Weight and scale are buffers of integers of the same width, which no `model.bfloat16()` rounds, and are in no state dict.
     """
+
+    weight_bits: Tensor
+    scale_bits: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
