@@ -19,6 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from data.folder import write_once
+from data.locate import VERSION, Located, locate
 from data.rounds import Round, render_record
 from data.scenes import encode_jpeg
 from data.stamp_scenes import CATALOGUE, KINDS, QUADRANTS, Placed, StampScene, Thing, compose, paint
@@ -26,6 +27,7 @@ from data.stamp_scenes import CATALOGUE, KINDS, QUADRANTS, Placed, StampScene, T
 TYPES = ("what", "where", "count", "exists", "kind", "beside", "order")
 UNSEEN_TYPES = ("where", "count", "exists", "kind")  # answered by place, number or kind
 SPLITS = ("train", "eval", "unseen")
+LOCATED = ("train", "eval")  # splits that `--locate` asks about; it names things
 SIDE = 224
 
 #: Rounds of a conversation in ``train``. The more there are, the more is answered by an earlier answer rather than by the image.
@@ -207,6 +209,14 @@ def record(split: str, seed: int, index: int, variant: int = 0) -> dict:
     return render_record(f"stamps-{split}-{seed}-{index}-{variant}", f"{split}/{index:06d}.jpg", rounds)
 
 
+def locate_record(split: str, seed: int, index: int) -> dict:
+    """A record of `data.locate`'s questions about the `index`-th scene of ``train`` or ``eval``; things of ``unseen`` are never named."""
+    scene = scene_of(split, seed, index)
+    things = [Located(placed.thing.name, placed.x, placed.y) for placed in scene.things]
+    rounds = locate(things, random.Random(f"locate {scene.seed}"))
+    return render_record(f"stamps-locate-{split}-{seed}-{index}", f"{split}/{index:06d}.jpg", rounds)
+
+
 def write(
     out: str | Path,
     stamps: Path,
@@ -215,6 +225,7 @@ def write(
     seed: int = 0,
     workers: int = 2,
     progress: Callable[[int], object] = lambda scenes: None,
+    located: bool = False,
 ) -> bool:
     """Write ``train.json``, ``eval.json``, ``unseen.json`` and ``images/`` into `out`; False if they were there already.
 
@@ -222,6 +233,7 @@ def write(
         stamps: a folder of stamps that `data.stamp_files.check_stamps` accepts.
         backgrounds: photographs; with none, every scene stands before a texture.
         progress: called with the number of scenes written so far.
+        located: write ``locate-train.json`` and ``locate-eval.json`` as well.
 
     Raises:
         ValueError: `out` holds something else, which is left alone.
@@ -237,6 +249,7 @@ def write(
         "side": size.side,
         "seed": seed,
         "backgrounds": photographs,
+        **({"locate": VERSION} if located else {}),
     }
 
     def fill(folder: Path) -> None:
@@ -249,9 +262,16 @@ def write(
                 progress(done)
             variants = range(size.conversations if split == "train" else 1)
             records = [record(split, seed, index, variant) for variant in variants for index in range(count)]
-            (folder / f"{split}.json").write_text(json.dumps(records, indent=0) + "\n", encoding="utf-8")
+            _write_records(folder / f"{split}.json", records)
+            if located and split in LOCATED:
+                places = [locate_record(split, seed, index) for index in range(count)]
+                _write_records(folder / f"locate-{split}.json", places)
 
     return write_once(out, _MANIFEST, wanted, fill)
+
+
+def _write_records(path: Path, records: list[dict]) -> None:
+    path.write_text(json.dumps(records, indent=0) + "\n", encoding="utf-8")
 
 
 def _write_image(

@@ -2,6 +2,7 @@
 
     python -m data.commands.stamps --out runs/stamps
     python -m data.commands.stamps --out runs/stamps --train 1000 --stamps FOLDER --backgrounds FOLDER
+    python -m data.commands.stamps --out runs/stamps --locate
 
 Without ``--stamps`` and ``--backgrounds`` the files come from two Debian packages, fetched into ``--cache`` on first use.
 """
@@ -36,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             default=getattr(default, split),
             help=f"scenes of the split {split} (default: %(default)s)",
         )
+    parser.add_argument(
+        "--locate",
+        action="store_true",
+        help="write locate-train.json and locate-eval.json as well: questions about places in the same images",
+    )
     parser.add_argument("--side", type=at_least(32), default=stamps.SIDE, help="pixels (default: %(default)s)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the scenes (default: %(default)s)")
     parser.add_argument("--stamps", help="folder of Tux Paint's stamps (default: fetched)")
@@ -65,6 +71,7 @@ def write(arguments: argparse.Namespace) -> int:
             arguments.seed,
             arguments.workers,
             progress=lambda done: progress.update(task, completed=done, visible=True),
+            located=arguments.locate,
         )
     print(
         f"{arguments.out}: {size.train} training, {size.eval} held-out scenes, "

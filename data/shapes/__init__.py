@@ -2,7 +2,8 @@
 
     python -m data.shapes --out runs/shapes --train 4000 --eval 400 --seed 0
 
-writes `train.json`, `eval.json` (LLaVA's own form) and `images/` once; a second call with the same numbers does nothing.
+writes `train.json`, `eval.json` (LLaVA's own form) and `images/` once; a second call with the same numbers does nothing. `--locate` adds
+`locate-train.json` and `locate-eval.json`, questions about the same images that only positions answer (`data.locate`).
 Each record is one conversation about one image, with one round of each type in `TYPES`, in an order of its own, so that every
 type also comes first: evaluation asks single questions. The extra key `types` names the type of each round.
 
@@ -20,6 +21,7 @@ from pathlib import Path
 from PIL import Image
 
 from data.folder import write_once
+from data.locate import VERSION, Located, locate
 from data.rounds import Round, render_record
 from data.scenes import COLOURS, PAIRS, SHAPES, SIZE, Scene, Shape, draw_scene, encode_jpeg, make_scene, once
 
@@ -38,6 +40,7 @@ __all__ = [
     "draw_scene",
     "encode_jpeg",
     "image_seed",
+    "locate_record",
     "make_scene",
     "record",
     "records",
@@ -155,17 +158,39 @@ def records(split: str, count: int, seed: int = 0) -> Iterator[tuple[dict, Image
         yield record(split, seed, index), draw_scene(make_scene(image_seed(split, seed, index)))
 
 
-def write(out: str | Path, train: int = 4000, held_out: int = 400, seed: int = 0) -> bool:
+def locate_record(split: str, seed: int, index: int) -> dict:
+    """A record of `data.locate`'s questions about the image of the `index`-th record. Shapes that have a twin are not asked about."""
+    made = make_scene(image_seed(split, seed, index))
+    names = [f"{shape.colour} {shape.name}" for shape in made.shapes]
+    things = [
+        Located(name, shape.x / SIZE, shape.y / SIZE)
+        for name, shape in zip(names, made.shapes, strict=True)
+        if names.count(name) == 1
+    ]
+    rounds = locate(things, random.Random(f"locate {made.seed}"))
+    return render_record(f"shapes-locate-{split}-{seed}-{index}", f"{split}/{index:06d}.jpg", rounds)
+
+
+def write(out: str | Path, train: int = 4000, held_out: int = 400, seed: int = 0, located: bool = False) -> bool:
     """Write the data set into the folder `out`; True if it was written, False if it was there already.
+
+    Args:
+        located: write `locate-train.json` and `locate-eval.json` as well.
 
     Raises:
         ValueError: `out` holds something else, which is left alone; see `data.folder.write_once`.
     """
     wanted = {"version": _VERSION, "train": train, "eval": held_out, "seed": seed}
+    if located:
+        wanted["locate"] = VERSION
 
     def fill(folder: Path) -> None:
-        _write_split(folder, "train", train, seed)
-        _write_split(folder, "eval", held_out, seed)
+        for split, count in (("train", train), ("eval", held_out)):
+            _write_split(folder, split, count, seed)
+            if located:
+                _write_records(
+                    folder / f"locate-{split}.json", [locate_record(split, seed, index) for index in range(count)]
+                )
 
     return write_once(out, _MANIFEST, wanted, fill)
 
@@ -176,4 +201,8 @@ def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
     for entry, image in records(split, count, seed):
         (folder / "images" / entry["image"]).write_bytes(encode_jpeg(image))
         made.append(entry)
-    (folder / f"{split}.json").write_text(json.dumps(made, indent=0) + "\n", encoding="utf-8")
+    _write_records(folder / f"{split}.json", made)
+
+
+def _write_records(path: Path, made: list[dict]) -> None:
+    path.write_text(json.dumps(made, indent=0) + "\n", encoding="utf-8")

@@ -155,6 +155,19 @@ def test_written_data_is_read_by_the_ordinary_reader(files, tmp_path, processor)
         assert all("input_ids" in dataset[index] for index in range(count))
 
 
+def test_locate_adds_files_and_changes_none(files, tmp_path):
+    root, backgrounds = files
+    size = stamps.Size(train=3, eval=2, unseen=1, side=32)
+    for name in ("plain", "located"):
+        assert stamps.write(tmp_path / name, root, backgrounds, size, workers=1, located=name == "located")
+    assert not stamps.write(tmp_path / "located", root, backgrounds, size, workers=1, located=True)
+    plain, located = ({str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+                      for folder in (tmp_path / "plain", tmp_path / "located"))  # fmt: skip
+    assert set(located) - set(plain) == {"locate-train.json", "locate-eval.json"}
+    assert all(located[name] == plain[name] for name in plain if name != "stamps.json")
+    assert json.loads(located["locate-eval.json"]) == [stamps.locate_record("eval", 0, index) for index in range(2)]
+
+
 def test_two_processes_write_the_same_images(files, tmp_path):
     root, backgrounds = files
     size = stamps.Size(train=110, eval=1, unseen=1, side=32)
