@@ -167,6 +167,20 @@ def test_per_image_budgets_are_refused_before_the_engine_starts(vllm, tmp_path, 
     assert "before it is encoded" in capsys.readouterr().err.replace("\n", " ")
 
 
+@pytest.mark.parametrize("form", ["merged", "safetensors"])
+def test_original_positions_are_refused_before_the_engine_starts(vllm, tmp_path, capsys, form):
+    model, processor = tiny_llava(), tiny_processor()
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    attach(model, processor, BUDGET.model_copy(update={"positions": "original"}))
+    save(model, tmp_path / form, form)
+    arguments = ["--base", str(tmp_path / "base")] if form == "safetensors" else []
+    assert cli.main(["serve", str(tmp_path / form), *arguments, "--print"]) == 2
+    assert "--engine transformers" in capsys.readouterr().err.replace("\n", " ")
+    with pytest.raises(ValueError, match="numbers visual tokens consecutively"):
+        Budgets(processor, attached(model).family, attached(model).config)
+
+
 def test_the_plugin_registers_one_class_once(monkeypatch):
     registered = {}
     registry = types.SimpleNamespace(get_supported_archs=registered.keys, register_model=registered.__setitem__)

@@ -13,7 +13,7 @@ from train.cached import read_from_cache, short_prompts
 from train.layout import PackedRow, PaddedRows
 from train.loss import summed_loss
 from train.prefix import Prefix
-from visionzip import ZipConfig, attach, attached, detach, load
+from visionzip import ZipConfig, attach, attached, detach, load, save
 from visionzip.chat import Chat
 from visionzip.export import save_projector
 from visionzip.selectors import SELECTORS
@@ -198,6 +198,8 @@ def test_detached_exported_and_refused(ready, tmp_path):
     again, _ = load(tmp_path / "export", base=tmp_path / "model")
     assert attached(again).config.positions == "original"
     torch.testing.assert_close(again(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="LLaVA's own code numbers visual tokens consecutively"):
+        save(model, tmp_path / "llava-export", "llava", base=tmp_path / "model")
     detach(model)
     assert "_prepare_position_ids_for_generation" not in model.__dict__
     assert not model.model._forward_pre_hooks

@@ -79,6 +79,11 @@ With Hugging Face's version of the base model: `visionzip.load("{here}")` (`pip 
                 f"LLaVA's loader decides by the directory's name, which must contain 'llava' and neither 'lora' nor 'mpt'; "
                 f"{name!r} does not qualify. Choose one such as llava-visionzip-64"
             )
+        if trained.header.zip is not None and trained.header.zip.positions == "original":
+            raise ValueError(
+                "LLaVA's own code numbers visual tokens consecutively, and this projector was trained with zip.positions=original; "
+                "choose another format, or train with positions=compact"
+            )
         state = trained.only_projector("LLaVA's mm_projector.bin")
         missing, unknown = sorted(set(NAMES.values()) - state.keys()), sorted(state.keys() - set(NAMES.values()))
         if missing or unknown:

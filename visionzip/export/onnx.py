@@ -153,6 +153,11 @@ def check_exportable(attachment: Attachment) -> Attachment:
         raise ValueError(
             "per-image budgets (ZipConfig.adaptive) can't be exported: a graph keeps the same number of tokens of every image"
         )
+    if attachment.config.positions == "original":
+        raise ValueError(
+            "zip.positions=original can't be exported to ONNX: runtimes number visual tokens consecutively; train with "
+            "positions=compact, or choose another format"
+        )
     if getattr(attachment.model, "is_quantized", False):
         raise ValueError("the model is loaded in 8 or 4 bit; load it unquantised, and choose --precision")
     return attachment

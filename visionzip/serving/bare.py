@@ -93,6 +93,13 @@ def with_budget(processor: Any, family: Family, config: ZipConfig) -> Any:
     return changed
 
 
+#: an engine counts positions itself: the model would answer, and worse than it was trained to
+ORIGINAL_POSITIONS = (
+    "a model with zip.positions=original can't be served by vLLM, which numbers visual tokens consecutively; serve it with "
+    "--engine transformers, or train with positions=compact"
+)
+
+
 class Budgets:
     """The budgets that requests name, and a processor for each.
 
@@ -112,6 +119,8 @@ class Budgets:
                 "per-image budgets (adaptive) can't be served: an engine has to know how many tokens an image has before it is "
                 "encoded; export the model with a fixed budget"
             )
+        if own.positions == "original":
+            raise ValueError(ORIGINAL_POSITIONS)
         self.own, self.family = own, family
         # a number of tokens and a share are two keys, also where they are equal (1 and 1.0)
         self._at = lru_cache(self.REMEMBERED, typed=True)(

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from visionzip.serving.bare import CONFIG_KEY, check_served
+from visionzip.serving.bare import CONFIG_KEY, ORIGINAL_POSITIONS, check_served
 from visionzip.serving.vllm_plugin import ARCHITECTURE
 
 #: a host name that no address has (RFC 2606): where nothing else is allowed, no image is fetched from anywhere
@@ -134,6 +134,8 @@ def vllm_command(
 
     config = read_json(directory / "config.json")
     check_served(config.get("model_type"))
+    if (config.get(CONFIG_KEY) or {}).get("positions") == "original":
+        raise ValueError(ORIGINAL_POSITIONS)
     dtype = arguments.dtype if arguments.dtype != "auto" else str(config.get("dtype") or "auto")
     command = [
         *(sys.executable, "-m", "visionzip.serving.vllm_main", *server_module(), str(directory)),
