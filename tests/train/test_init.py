@@ -47,6 +47,8 @@ def test_the_config_is_valid_and_says_why(there, capsys):
     text = (there / "run.yaml").read_text()
     assert all("#" in line for line in text.splitlines() if "learning_rate" in line or "dominant" in line)
     assert "visionzip train --config run.yaml" in capsys.readouterr().out
+    (there / "run.yaml").write_text(text.replace("  # positions: original", "  positions: original"))
+    assert load_config("run.yaml").zip == config.zip.model_copy(update={"positions": "original"})
 
 
 def test_without_held_out_questions_and_with_a_budget(there):

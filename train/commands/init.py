@@ -22,6 +22,7 @@ from train.config import ConfigError, parse_config
 from train.guard import run_guarded
 from visionzip.budgets import format_budget, parse_budget, suitable_budget
 from visionzip.config import ZipConfig
+from visionzip.families import FAMILIES
 from visionzip.pretrained import load_processor, read_config
 from visionzip.prompts import usual_template_name
 from visionzip.words import count_of
@@ -80,13 +81,20 @@ def init(arguments: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Model:
-    """What a config has to know of a model. `hidden`: size of the LLM's embeddings; `length`: tokens it can hold."""
+    """What a config has to know of a model.
+
+    Attributes:
+        hidden: size of the LLM's embeddings.
+        length: tokens it can hold.
+        places: whether kept tokens can have their original positions (`zip.positions`).
+    """
 
     budget: ZipConfig
     dtype: str
     hidden: int
     length: int
     template: str
+    places: bool
 
 
 def read_model(path: str, trust_remote_code: bool) -> Model:
@@ -111,6 +119,7 @@ def read_model(path: str, trust_remote_code: bool) -> Model:
         hidden=hidden,
         length=min(2048, getattr(text, "max_position_embeddings", None) or 2048),
         template=usual_template_name(processor),
+        places=(family := FAMILIES.get(str(config.model_type))) is not None and family.places,
     )
 
 
@@ -172,6 +181,12 @@ def render_config(arguments: argparse.Namespace, model: Model, records: int, bud
         "#   sources:\n#     - path: held-out.json\n"
     )
     trust = "  trust_remote_code: true\n" if arguments.trust_remote_code else ""
+    places = (
+        "  # positions: original         # kept tokens keep the positions of the full prompt: more accurate with every selector that\n"
+        "                               # was measured (docs/results.md); not for vLLM, ONNX and LLaVA's own loader\n"
+        if model.places
+        else ""
+    )
     output = arguments.output_dir or f"runs/{arguments.out.stem}"
     return f"""# {count_of(records, "record")} for {arguments.model}. Every key: visionzip train --help
 #
@@ -188,7 +203,7 @@ model:
 zip:
   dominant: {budget.dominant}                   # tokens kept as they are{share}
   contextual: {budget.contextual}                 # tokens that the rest is merged into
-
+{places}
 data:
   sources:
 {source(arguments.data)}
