@@ -29,7 +29,7 @@ CALIBRATION = 400  # training images
 MEASURES = ("attention", "coverage")
 
 
-def pictures(folder: Path, limit: int | None = None) -> Iterator[Any]:
+def make_images(folder: Path, limit: int | None = None) -> Iterator[Any]:
     from visionzip.analysis.image_files import find_images
 
     return (picture for _, picture in find_images(folder, limit).images())
@@ -50,13 +50,13 @@ def variants(data: Path, selector: str, mean: float) -> dict[str, dict[str, Any]
         attachment = attached(model)
         assert attachment is not None
         start = Adaptive(threshold=0.5, measure=measure)
-        result = calibrated(attachment, processor, pictures(data / "images" / "train", CALIBRATION), mean, start)
+        result = calibrated(attachment, processor, make_images(data / "images" / "train", CALIBRATION), mean, start)
         found[measure] = result.config.model_dump(exclude_none=True)
     for name, section in found.items():
         attach(model, processor, ZipConfig(**section))
         attachment = attached(model)
         assert attachment is not None
-        inputs = (to_model(model, image_inputs(processor, each)) for each in pictures(data / "images" / "eval"))
+        inputs = (to_model(model, image_inputs(processor, each)) for each in make_images(data / "images" / "eval"))
         kept = sorted(len(picture) for each in inputs for picture in attachment.compress(**each))
         spread = [kept[0], kept[len(kept) // 10], kept[len(kept) // 2], kept[len(kept) * 9 // 10], kept[-1]]
         found[name] = {"zip": section, "mean": statistics.mean(kept), "spread": spread}

@@ -80,14 +80,14 @@ def parts(
     """Name → (run, show), in the order of importance. `small`: the same with tiny shapes, to try the script without a GPU."""
     half = torch.float32 if small else torch.bfloat16
     geometry = lambda name: "tiny" if small else name  # noqa: E731
-    rounds, pictures, prompts = (1, 2, 2) if small else (5, 32, 8)
+    rounds, images, prompts = (1, 2, 2) if small else (5, 32, 8)
     everything = {
         "golden": (lambda: exactness.golden(device), exactness.show),
         "gradients": (lambda: exactness.gradients(device, [torch.float32] if small else [torch.float32, torch.bfloat16]), exactness.show),
         "encoder": (
             lambda: {
-                "clip": encoder.run(geometry("clip-l-336"), pictures, rounds, device, half, selectors=True),
-                "siglip": encoder.run("tiny-siglip" if small else "siglip-so400m-384", pictures, rounds, device, half),
+                "clip": encoder.run(geometry("clip-l-336"), images, rounds, device, half, selectors=True),
+                "siglip": encoder.run("tiny-siglip" if small else "siglip-so400m-384", images, rounds, device, half),
             },
             lambda r: "\n\n".join(encoder.show(r[name]) for name in ("clip", "siglip")),
         ),

@@ -62,7 +62,7 @@ def random_tower() -> Any:
     return InternVLVisionModel(InternVLVisionConfig(**small, layer_scale_init_value=1.0, initializer_range=0.2)).eval()
 
 
-def pictures(size: int, count: int) -> Tensor:
+def make_images(size: int, count: int) -> Tensor:
     """``(count, 3, size, size)`` in [-1, 1]."""
     drawn = [draw_scene(make_scene(seed)).convert("RGB").resize((size, size)) for seed in range(count)]
     return torch.stack([torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8) for p in drawn]).reshape(
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(Path("data") / "tiny-llava"))
     parser.add_argument("--random", action="store_true")
     parser.add_argument("--side", type=int, default=2, help="side of a group, in patches")
-    parser.add_argument("--pictures", type=int, default=32)
+    parser.add_argument("--images", type=int, default=32)
     options = parser.parse_args()
     if options.random:
         tower = random_tower()
@@ -84,7 +84,7 @@ def main() -> None:
 
         tower = AutoModelForImageTextToText.from_pretrained(options.model).eval().model.vision_tower
     size = tower.config.image_size
-    pixels = pictures(size if isinstance(size, int) else size[0], options.pictures)
+    pixels = make_images(size if isinstance(size, int) else size[0], options.images)
     scores = torch.cat([scores_of(tower, part) for part in pixels.split(8)])
     print(
         "| budget | before: groups touched | before: groups complete | before: attention covered | after: attention covered |"

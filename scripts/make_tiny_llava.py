@@ -46,19 +46,19 @@ TRAINED = (*shapes.TYPES * 2, "count", "count")  # rounds of a conversation of s
 
 
 @dataclass
-class Pictures:
+class Images:
     """`pixels` (B, SIZE, SIZE, 3) uint8 as they come out of the JPEG, and their scenes."""
 
     scenes: list[shapes.Scene]
     pixels: Tensor
 
 
-def render(split: str, seed: int, count: int, workers: int) -> Pictures:
+def render(split: str, seed: int, count: int, workers: int) -> Images:
     """Draw images ahead, in `workers` processes, so that training never waits for one."""
     seeds = [shapes.image_seed(split, seed, index) for index in range(count)]
     with ProcessPoolExecutor(workers) as pool:
         drawn = list(pool.map(_pixels, seeds, chunksize=256))
-    return Pictures([shapes.make_scene(number) for number in seeds], torch.from_numpy(np.stack(drawn)))
+    return Images([shapes.make_scene(number) for number in seeds], torch.from_numpy(np.stack(drawn)))
 
 
 def _pixels(seed: int) -> np.ndarray:
@@ -142,15 +142,15 @@ class Progress:
 
 
 def train_vision(
-    vision: CLIPVisionModel, pictures: Pictures, steps: int, batch: int, lr: float, muon_lr: float, seed: int
+    vision: CLIPVisionModel, images: Images, steps: int, batch: int, lr: float, muon_lr: float, seed: int
 ) -> None:
     """Step 1: from the CLS token alone, which colour-shape pairs are there.
 
     A tenth of the loss asks each patch, in the layer LLaVA reads, for its own place: CLS does not care where anything is, and
     without this the patches forget it too, so that nobody could tell from a few of them where a shape stands.
     """
-    pairs = torch.zeros(len(pictures.scenes), len(shapes.PAIRS))
-    for row, made in enumerate(pictures.scenes):
+    pairs = torch.zeros(len(images.scenes), len(shapes.PAIRS))
+    for row, made in enumerate(images.scenes):
         pairs[row, made.pairs()] = 1
     patches = (shapes.SIZE // PATCH) ** 2
     from_cls, from_patch = nn.Linear(WIDTH, pairs.shape[1]), nn.Linear(WIDTH, patches)
@@ -158,7 +158,7 @@ def train_vision(
     progress = Progress("vision tower", steps)
     vision.train()
     for step, (_, indices) in enumerate(epochs(len(pairs), batch, steps, seed)):
-        output = vision(pixel_values=normalise(pictures.pixels[indices]), output_hidden_states=True)
+        output = vision(pixel_values=normalise(images.pixels[indices]), output_hidden_states=True)
         found = F.binary_cross_entropy_with_logits(from_cls(output.pooler_output), pairs[indices])
         places = from_patch(output.hidden_states[-2][:, 1:]).flatten(0, 1)
         lost = F.cross_entropy(places, torch.arange(patches).repeat(len(indices)))
@@ -289,7 +289,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, default=1000, help="of weights and images (default: %(default)s)")
-    parser.add_argument("--pictures", type=int, default=40_000)
+    parser.add_argument("--images", type=int, default=40_000)
     parser.add_argument("--held-out", type=int, default=400, help="held-out images, five questions each")
     parser.add_argument("--vision-batch", type=int, default=64)
     parser.add_argument("--vision-steps", type=int, default=1800)
@@ -302,14 +302,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def prepare_vision(vision: CLIPVisionModel, pictures: Pictures, args: argparse.Namespace) -> None:
+def prepare_vision(vision: CLIPVisionModel, images: Images, args: argparse.Namespace) -> None:
     """Step 1, or what an earlier run left of it in `--work`."""
     kept = args.work / "vision.pt" if args.work else None
     if kept and kept.exists():
         vision.load_state_dict(torch.load(kept, weights_only=True))
         vision.eval().requires_grad_(False)
         return
-    train_vision(vision, pictures, args.vision_steps, args.vision_batch, args.vision_lr, args.vision_muon_lr, args.seed)
+    train_vision(vision, images, args.vision_steps, args.vision_batch, args.vision_lr, args.vision_muon_lr, args.seed)
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
         torch.save(vision.state_dict(), kept)
@@ -322,13 +322,11 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = make_tokenizer(args.seed)
     processor, model = make_processor(tokenizer), make_model()
     started = time.monotonic()
-    pictures = render("train", args.seed, args.pictures, args.threads)
-    print(f"drew {len(pictures.scenes)} images in {time.monotonic() - started:.0f} s", flush=True)
-    prepare_vision(model.model.vision_tower, pictures, args)
-    features = patch_features(model, pictures.pixels)
-    train_language(
-        model, tokenizer, pictures.scenes, features, args.steps, args.batch, args.lr, args.muon_lr, args.seed
-    )
+    images = render("train", args.seed, args.images, args.threads)
+    print(f"drew {len(images.scenes)} images in {time.monotonic() - started:.0f} s", flush=True)
+    prepare_vision(model.model.vision_tower, images, args)
+    features = patch_features(model, images.pixels)
+    train_language(model, tokenizer, images.scenes, features, args.steps, args.batch, args.lr, args.muon_lr, args.seed)
     held_out = render("eval", args.seed, args.held_out, args.threads)
     scores = answer_questions(model, tokenizer, held_out.scenes, patch_features(model, held_out.pixels))
 

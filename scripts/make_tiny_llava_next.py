@@ -3,7 +3,7 @@
     python -m scripts.make_tiny_llava_next --base data/tiny-llava --out data/tiny-llava-next --threads 2
 
 Vision tower, projector and language model are those of `data/tiny-llava`, which knows one image of 81 tokens; the last two go on
-learning, with the newline, on what transformers' LLaVA-NeXT makes of the same pictures: the whole one and two tiles, 180 tokens.
+learning, with the newline, on what transformers' LLaVA-NeXT makes of the same images: the whole one and two tiles, 180 tokens.
 About a quarter of an hour on two cores.
 """
 
@@ -120,7 +120,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("data/tiny-llava-next"))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, default=2000, help="of images (default: %(default)s)")
-    parser.add_argument("--pictures", type=int, default=12_000)
+    parser.add_argument("--images", type=int, default=12_000)
     parser.add_argument("--held-out", type=int, default=400)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=1200)
@@ -135,15 +135,15 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     started = time.monotonic()
     processor, model = make_processor(args.base), make_model(args.base)
-    pictures = make.render("train", args.seed, args.pictures, args.threads)
-    features = features_of(model, processor, pictures.pixels)
+    images = make.render("train", args.seed, args.images, args.threads)
+    features = features_of(model, processor, images.pixels)
     print(f"{len(features)} images of {features.shape[1]} tokens in {time.monotonic() - started:.0f} s", flush=True)
 
     projector = model.model.multi_modal_projector
     model.model.multi_modal_projector = WithNewlines(projector, model.model.image_newline, layout())
     tokenizer = processor.tokenizer
     make.train_language(
-        model, tokenizer, pictures.scenes, features, args.steps, args.batch, args.lr, args.muon_lr, args.seed
+        model, tokenizer, images.scenes, features, args.steps, args.batch, args.lr, args.muon_lr, args.seed
     )
     held_out = make.render("eval", args.seed, args.held_out, args.threads)
     scores = make.answer_questions(model, tokenizer, held_out.scenes, features_of(model, processor, held_out.pixels))

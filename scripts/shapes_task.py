@@ -1,6 +1,6 @@
 """Write the embedded held-out data as a task for lmms-eval, so that its command line can be tried without a download.
 
-python -m scripts.shapes_task --out runs/lmms-shapes --pictures 40
+python -m scripts.shapes_task --out runs/lmms-shapes --images 40
 lmms-eval --include_path runs/lmms-shapes --tasks visionzip_shapes --model visionzip --model_args pretrained=data/tiny-llava,full=true
 """
 
@@ -60,15 +60,15 @@ def share(values):
 '''
 
 
-def write(out: str | Path, pictures: int, seed: int = 0) -> int:
+def write(out: str | Path, images: int, seed: int = 0) -> int:
     """Write the task into `out`; returns the number of questions."""
     from datasets import Dataset, Features, Image, Value
 
     rows: dict[str, list] = {"image": [], "question": [], "answer": [], "type": []}
-    for record, picture in shapes.records("eval", pictures, seed):
+    for record, image in shapes.records("eval", images, seed):
         said = record["conversations"]
         for kind, asked, answered in zip(record["types"], said[::2], said[1::2], strict=True):
-            rows["image"].append(picture)
+            rows["image"].append(image)
             rows["question"].append(asked["value"].replace("<image>", "").strip())
             rows["answer"].append(answered["value"])
             rows["type"].append(kind)
@@ -86,10 +86,10 @@ def write(out: str | Path, pictures: int, seed: int = 0) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--pictures", type=int, default=40, help="five questions about each (default: 40)")
+    parser.add_argument("--images", type=int, default=40, help="five questions about each (default: 40)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    print(f"{write(arguments.out, arguments.pictures, arguments.seed)} questions in {arguments.out}")
+    print(f"{write(arguments.out, arguments.images, arguments.seed)} questions in {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -94,11 +94,11 @@ def tiny_llava(
 def tiny_processor(image: int = 32, patch: int = 8, strategy: str = "default"):
     from transformers import CLIPImageProcessor, LlavaProcessor
 
-    pictures = CLIPImageProcessor(
+    images = CLIPImageProcessor(
         size={"shortest_edge": image}, crop_size={"height": image, "width": image}, do_convert_rgb=True
     )
     return LlavaProcessor(
-        pictures,
+        images,
         tiny_tokenizer(),
         patch_size=patch,
         vision_feature_select_strategy=strategy,
@@ -106,6 +106,6 @@ def tiny_processor(image: int = 32, patch: int = 8, strategy: str = "default"):
     )
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (40, 32)) -> Image.Image:
+def make_image(seed: int = 0, size: tuple[int, int] = (40, 32)) -> Image.Image:
     """Noise, ``size`` = (width, height)."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))

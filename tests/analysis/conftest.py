@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.tiny import picture, tiny_llava, tiny_processor
+from tests.tiny import make_image, tiny_llava, tiny_processor
 
 
 @pytest.fixture(scope="session")
@@ -16,14 +16,14 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     """Three good images, one of them in a subfolder, and four files that are not images."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     (folder / "more").mkdir(parents=True)
     for place, name in enumerate(("a.jpg", "b & c.png", "more/a.jpg")):
-        picture(place, (60, 48)).save(folder / name)
+        make_image(place, (60, 48)).save(folder / name)
     (folder / "empty.png").write_bytes(b"")
-    (folder / "text.jpg").write_text("no picture")
+    (folder / "text.jpg").write_text("no image")
     (folder / "torn.png").write_bytes((folder / "b & c.png").read_bytes()[:400])
     (folder / "notes.txt").write_text("not looked at")
     return folder

@@ -22,9 +22,9 @@ def ready(model, processor):
     return attach(model, processor, BUDGET)
 
 
-def test_the_command(model_folder, pictures, tmp_path, capsys):
+def test_the_command(model_folder, images, tmp_path, capsys):
     out = tmp_path / "out"
-    arguments = ["analyze", str(model_folder), str(pictures), "--out", str(out), "--dominant", "5", "--contextual", "3"]
+    arguments = ["analyze", str(model_folder), str(images), "--out", str(out), "--dominant", "5", "--contextual", "3"]
     assert main(arguments) == 0
     said = capsys.readouterr()
     assert "3 images, 16 patches per image" in said.out
@@ -41,12 +41,12 @@ def test_the_command(model_folder, pictures, tmp_path, capsys):
     assert "measured before: 3 images" in capsys.readouterr().out
 
 
-def test_budgets_are_those_of_the_scores(ready, pictures, tmp_path):
-    facts = summarize(analyze(ready, pictures, tmp_path / "out", progress=False))
+def test_budgets_are_those_of_the_scores(ready, images, tmp_path):
+    facts = summarize(analyze(ready, images, tmp_path / "out", progress=False))
     needed = []
     for name in ("a.jpg", "b & c.png", "more/a.jpg"):
         best = (
-            trace(ready, decode_image(pictures / name))
+            trace(ready, decode_image(images / name))
             .tiles[0]
             .attention.flatten()
             .sort(descending=True)
@@ -63,67 +63,67 @@ def test_budgets_are_those_of_the_scores(ready, pictures, tmp_path):
     assert f"| 90% | {np.median(needed):.0f} (" in render_summary(facts)
 
 
-def test_goes_on_where_it_was_stopped(ready, pictures, tmp_path, monkeypatch):
-    whole = summarize(analyze(ready, pictures, tmp_path / "whole", progress=False))
+def test_goes_on_where_it_was_stopped(ready, images, tmp_path, monkeypatch):
+    whole = summarize(analyze(ready, images, tmp_path / "whole", progress=False))
 
     measured = []
     plain = module.measure_image
 
-    def stopping(attachment, name, picture):
+    def stopping(attachment, name, image):
         if len(measured) == 2:
             raise KeyboardInterrupt
         measured.append(name)
-        return plain(attachment, name, picture)
+        return plain(attachment, name, image)
 
     monkeypatch.setattr(module, "measure_image", stopping)
     with pytest.raises(KeyboardInterrupt):
-        analyze(ready, pictures, tmp_path / "out", progress=False)
+        analyze(ready, images, tmp_path / "out", progress=False)
     with open(tmp_path / "out" / LINES, "a") as file:
         file.write('{"name": "more/a.jpg", "ti')  # the kill fell on a line that was being written
     monkeypatch.setattr(module, "measure_image", lambda *a: (measured.append(a[1]), plain(*a))[1])
-    found = analyze(ready, pictures, tmp_path / "out", progress=False)
+    found = analyze(ready, images, tmp_path / "out", progress=False)
     assert found.resumed == 2
     assert measured == ["a.jpg", "b & c.png", "more/a.jpg"]  # each once
     assert summarize(found) == whole
 
 
-def test_refuses_to_mix(ready, processor, pictures, tmp_path):
-    analyze(ready, pictures, tmp_path / "out", progress=False)
+def test_refuses_to_mix(ready, processor, images, tmp_path):
+    analyze(ready, images, tmp_path / "out", progress=False)
     attach(ready, processor, ZipConfig(dominant=6, contextual=3))
     with pytest.raises(ValueError, match="measured with another zip"):
-        analyze(ready, pictures, tmp_path / "out", progress=False)
+        analyze(ready, images, tmp_path / "out", progress=False)
 
 
-def test_more_pictures_than_before(ready, pictures, tmp_path):
-    assert len(analyze(ready, pictures, tmp_path / "out", limit=2, progress=False).lines) == 2
-    assert len(analyze(ready, pictures, tmp_path / "out", progress=False).lines) == 3
-    assert len(analyze(ready, pictures, tmp_path / "out", limit=1, progress=False).lines) == 1
+def test_more_images_than_before(ready, images, tmp_path):
+    assert len(analyze(ready, images, tmp_path / "out", limit=2, progress=False).lines) == 2
+    assert len(analyze(ready, images, tmp_path / "out", progress=False).lines) == 3
+    assert len(analyze(ready, images, tmp_path / "out", limit=1, progress=False).lines) == 1
 
 
-def test_another_picture_of_the_same_name_is_measured(ready, pictures, tmp_path):
-    one = analyze(ready, pictures, tmp_path / "out", limit=1, progress=False)
-    (pictures / "a.jpg").write_bytes((pictures / "more" / "a.jpg").read_bytes())
-    other = analyze(ready, pictures, tmp_path / "out", limit=1, progress=False)
+def test_another_image_of_the_same_name_is_measured(ready, images, tmp_path):
+    one = analyze(ready, images, tmp_path / "out", limit=1, progress=False)
+    (images / "a.jpg").write_bytes((images / "more" / "a.jpg").read_bytes())
+    other = analyze(ready, images, tmp_path / "out", limit=1, progress=False)
     assert (other.resumed, len(other.lines)) == (0, 1)
     assert other.lines[0]["curve"] != one.lines[0]["curve"]
-    assert analyze(ready, pictures, tmp_path / "out", limit=1, progress=False).lines == other.lines
+    assert analyze(ready, images, tmp_path / "out", limit=1, progress=False).lines == other.lines
 
 
 @pytest.mark.parametrize("line", ["[]", "{garbage}", '{"name": "a.jpg"}'])
-def test_a_damaged_file_of_measurements(ready, pictures, tmp_path, line):
-    analyze(ready, pictures, tmp_path / "out", limit=1, progress=False)
+def test_a_damaged_file_of_measurements(ready, images, tmp_path, line):
+    analyze(ready, images, tmp_path / "out", limit=1, progress=False)
     with open(tmp_path / "out" / LINES, "a") as file:
         file.write(line + "\n")
     with pytest.raises(ValueError, match=rf"{LINES} is damaged .*delete it to measure again"):
-        analyze(ready, pictures, tmp_path / "out", progress=False)
+        analyze(ready, images, tmp_path / "out", progress=False)
 
 
-def test_its_own_plots_are_not_measured(model_folder, pictures, capsys):
-    arguments = ["analyze", str(model_folder), str(pictures), "--dominant", "5", "--contextual", "3", "--out"]
+def test_its_own_plots_are_not_measured(model_folder, images, capsys):
+    arguments = ["analyze", str(model_folder), str(images), "--dominant", "5", "--contextual", "3", "--out"]
     for _ in range(2):
-        assert main([*arguments, str(pictures / "out")]) == 0
+        assert main([*arguments, str(images / "out")]) == 0
         assert "3 images, 16 patches per image" in capsys.readouterr().out
-    assert main([*arguments, str(pictures)]) == 2
+    assert main([*arguments, str(images)]) == 2
     assert "the results would be written among the images in" in capsys.readouterr().err
 
 
@@ -134,9 +134,9 @@ def test_nothing_to_analyze(ready, tmp_path):
         analyze(ready, tmp_path / "in", tmp_path / "out", progress=False)
 
 
-def test_plots_and_table_say_the_same_numbers(ready, pictures, tmp_path, figures):
+def test_plots_and_table_say_the_same_numbers(ready, images, tmp_path, figures):
     """The table had medians where the plot had means: 61 patches in one, 60 in the other."""
-    found = analyze(ready, pictures, tmp_path / "out", progress=False)
+    found = analyze(ready, images, tmp_path / "out", progress=False)
     for line, budgets in zip(found.lines, ([1, 5, 9], [2, 6, 10], [9, 13, 16]), strict=True):
         line["budgets"] = budgets
     write(found, name="tiny")

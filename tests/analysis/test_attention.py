@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.families.case import cases
-from tests.families.case import picture as photo
-from tests.tiny import picture, tiny_llava, tiny_processor
+from tests.families.case import make_image as photo
+from tests.tiny import make_image, tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, attached
 from visionzip.analysis.attention import attention_by_layer, attention_map, watching
 from visionzip.analysis.trace import image_inputs, to_model
@@ -26,7 +26,7 @@ def test_every_layer_from_cls(attention):
     model, processor = tiny_llava(), tiny_processor()
     model.set_attn_implementation(attention)
     attach(model, processor, ZipConfig(dominant=5, contextual=3))
-    inputs = image_inputs(processor, picture(0))
+    inputs = image_inputs(processor, make_image(0))
     found = attention_by_layer(attached(model), inputs)
     expected = maps_of(model.model.vision_tower, inputs["pixel_values"])
     assert len(found) == len(expected) == 3
@@ -61,7 +61,7 @@ def test_windows_are_joined_by_their_size():
 def test_the_map_of_the_layer_that_is_read():
     model, processor = tiny_llava(), tiny_processor()
     attach(model, processor, ZipConfig(dominant=5, contextual=3))
-    inputs = image_inputs(processor, picture(0))
+    inputs = image_inputs(processor, make_image(0))
     found = attention_map(attached(model), inputs)
     expected = maps_of(model.model.vision_tower, inputs["pixel_values"])[1]  # 3 layers, hidden_states[-2]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
@@ -76,9 +76,9 @@ def test_a_patch_is_not_mistaken_for_its_neighbour(patch):
     from visionzip.analysis.trace import trace
     from visionzip.app.looker import Look
 
-    look = Look(picture(0), trace(model, picture(0)))
+    look = Look(make_image(0), trace(model, make_image(0)))
     to, by = looker.attention_of(look, 0, patch)
-    whole = maps_of(model.model.vision_tower, image_inputs(processor, picture(0))["pixel_values"])[1][0]
+    whole = maps_of(model.model.vision_tower, image_inputs(processor, make_image(0))["pixel_values"])[1][0]
     torch.testing.assert_close(torch.tensor(to.flatten()), whole[patch + 1, 1:], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(torch.tensor(by.flatten()), whole[1:, patch + 1], rtol=1e-4, atol=1e-6)
 
@@ -87,7 +87,7 @@ def test_watching_leaves_the_model_as_it_was():
     model, processor = tiny_llava(), tiny_processor()
     attach(model, processor, ZipConfig(dominant=5, contextual=3))
     tower = model.model.vision_tower
-    inputs = image_inputs(processor, picture(0))
+    inputs = image_inputs(processor, make_image(0))
     before = attached(model).compress(**inputs)[0]
     seen = []
     with watching(tower, seen.append):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.families.case import cases
-from tests.families.case import picture as photo
-from tests.tiny import picture, tiny_llava, tiny_processor
+from tests.families.case import make_image as photo
+from tests.tiny import make_image, tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, attached, save
 from visionzip.benchmark import benchmark, render_rows
 from visionzip.cli import main
@@ -20,7 +20,7 @@ def rows():
     model, processor = tiny_llava(), tiny_processor()
     attach(model, processor, ZipConfig(dominant=5, contextual=3))
     found = benchmark(
-        model, processor, picture(0), budgets=[None, ZipConfig(dominant=5, contextual=3)], batches=[1, 3], turns=2,
+        model, processor, make_image(0), budgets=[None, ZipConfig(dominant=5, contextual=3)], batches=[1, 3], turns=2,
         new_tokens=NEW, repeats=1,
     )  # fmt: skip
     assert attached(model).config == ZipConfig(dominant=5, contextual=3)  # as it was
@@ -130,7 +130,7 @@ def test_a_projectors_own_split_selector_and_merge(model_folder, tmp_path, capsy
         (["--batches", "1,a"], "expected numbers such as 1,8"),
         (["--batches", "0"], "batch must be at least 1, got 0"),
         (["--new-tokens", "1"], "new tokens must be at least 2, got 1"),
-        (["--picture", "nowhere.png"], "nowhere.png: file missing (No such file or directory)"),
+        (["--image", "nowhere.png"], "nowhere.png: file missing (No such file or directory)"),
         (["--dominant", "15", "--contextual", "9"], "the encoder makes 17 tokens"),
     ],
 )

@@ -1,11 +1,11 @@
-"""Pictures say what the tensors say, in colours that can be told apart."""
+"""Images say what the tensors say, in colours that can be told apart."""
 
 import itertools
 
 import numpy as np
 import pytest
 
-from tests.tiny import picture
+from tests.tiny import make_image
 from visionzip import ZipConfig, attach
 from visionzip.analysis import draw
 from visionzip.analysis.trace import KEPT, trace
@@ -47,7 +47,7 @@ def test_numbers_can_be_read_on_every_colour():
 @pytest.fixture
 def tile(model, processor):
     attach(model, processor, ZipConfig(dominant=6, contextual=3))
-    return trace(model, picture(0)).tiles[0]
+    return trace(model, make_image(0)).tiles[0]
 
 
 def cells(image, tile):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.families.case import cases, picture, video
-from tests.tiny import picture as noise
+from tests.families.case import cases, make_image, video
+from tests.tiny import make_image as noise
 from tests.tiny import tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, attached
 from visionzip.analysis.trace import KEPT, image_inputs, to_model, trace, trace_inputs, trace_video
@@ -15,7 +15,7 @@ CASES = cases()
 
 
 def length(sequence):
-    """Tokens of one picture as `Attachment.compress` gives it; Qwen's is a dict."""
+    """Tokens of one image as `Attachment.compress` gives it; Qwen's is a dict."""
     return sequence["kept"].numel() if isinstance(sequence, dict) else len(sequence)
 
 
@@ -29,7 +29,7 @@ def likeness(one, other):
 def test_any_family(case):
     model, processor = case.model(), case.processor()
     attach(model, processor, case.budget)
-    shown = picture(0, case.sizes[0])
+    shown = make_image(0, case.sizes[0])
     found = trace(model, shown, name="x")
     sequences = attached(model).compress(**to_model(model, image_inputs(processor, shown)))
     assert found.tokens == sum(length(sequence) for sequence in sequences)
@@ -49,11 +49,11 @@ def test_any_family(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_pixels_that_are_ready_show_the_same_picture(case):
-    """A run has no picture any more, only what goes into the model; for Qwen that is a list of patches in an order of its own."""
+def test_pixels_that_are_ready_show_the_same_image(case):
+    """A run has no image any more, only what goes into the model; for Qwen that is a list of patches in an order of its own."""
     model, processor = case.model(), case.processor()
     attach(model, processor, case.budget)
-    shown = picture(0, case.sizes[0])
+    shown = make_image(0, case.sizes[0])
     known = trace(model, shown).tiles[0]
     found = trace_inputs(attached(model), processor, image_inputs(processor, shown)).tiles[0]
     assert torch.equal(found.kept, known.kept)
@@ -75,7 +75,7 @@ def test_every_frame_of_a_video(case):
         assert likeness(found.tiles[0].image, frames[-1]) < 0.2
 
 
-def test_frames_are_pictures_where_the_model_has_no_way_for_videos(model, processor):
+def test_frames_are_images_where_the_model_has_no_way_for_videos(model, processor):
     attach(model, processor, ZipConfig(dominant=5, contextual=3))
     found = trace_video(model, [noise(0), noise(1), noise(2)])
     assert (len(found.tiles), found.tokens, found.of_tokens) == (3, 24, 48)

@@ -1,6 +1,6 @@
 """The app in a real headless Chromium: `make test-browser`. Not collected by `make test`, which must pass without a browser.
 
-Every host but this machine is blocked, so the page must need nobody else. With SCREENSHOTS=folder pictures of it are left there.
+Every host but this machine is blocked, so the page must need nobody else. With SCREENSHOTS=folder images of it are left there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.app.test_app import BUDGET, answer, free_port
-from tests.tiny import picture, tiny_llava, tiny_processor
+from tests.tiny import make_image, tiny_llava, tiny_processor
 from visionzip import attach
 from visionzip.app.looker import Looker
 from visionzip.app.server import serve
@@ -47,10 +47,10 @@ def browser():
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    """Address of the app, and the folder of its pictures. MODEL and PICTURE show it with something else than random weights."""
+    """Address of the app, and the folder of its images. MODEL and IMAGE show it with something else than random weights."""
     folder = tmp_path_factory.mktemp("app")
-    picture(0).save(folder / "a.png")
-    picture(1, (60, 60)).save(folder / "b.png")
+    make_image(0).save(folder / "a.png")
+    make_image(1, (60, 60)).save(folder / "b.png")
     if os.environ.get("MODEL"):
         import visionzip
 
@@ -58,7 +58,7 @@ def setting(tmp_path_factory):
     else:
         model, processor = tiny_llava(), tiny_processor()
         attach(model, processor, BUDGET)
-    start = os.environ.get("PICTURE", str(folder / "a.png"))
+    start = os.environ.get("IMAGE", str(folder / "a.png"))
     server = serve(build(Looker(model, processor), os.environ.get("MODEL", "tiny"), start), port=free_port())
     yield server.address, folder
     server.close()
@@ -142,7 +142,7 @@ def words(page):
     return page.text("words")
 
 
-def test_1_opens_with_a_picture(page):
+def test_1_opens_with_an_image(page):
     page.until(lambda: "visual tokens" in words(page))
     for name in ("heat", "kept", "merged", "look"):
         page.until(lambda name=name: page.source(name))
@@ -184,7 +184,7 @@ def test_4_ask_with_all_tokens_and_with_few(page):
     page.shoot("app.png")
 
 
-def test_5_another_picture(page, setting):
+def test_5_another_image(page, setting):
     _, folder = setting
     before = page.source("look")
     page.one("image", "button[aria-label='Remove Image']").click()
@@ -194,9 +194,9 @@ def test_5_another_picture(page, setting):
     assert page.errors() == []
 
 
-def test_6_a_file_that_is_no_picture_gets_a_message(page, setting):
+def test_6_a_file_that_is_no_image_gets_a_message(page, setting):
     _, folder = setting
-    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "broken.png").write_bytes(b"no image")
     page.one("image", "button[aria-label='Remove Image']").click()
     page.until(lambda: not page.browser.find_elements("css selector", "#image img"))
     page.one("image", "input[type=file]").send_keys(str(folder / "broken.png"))

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.tiny import picture, tiny_llava, tiny_processor
+from tests.tiny import make_image, tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, attached, detach
 from visionzip.analysis.ask import ask
 from visionzip.app.looker import Looker, patch_at
@@ -32,15 +32,15 @@ def looker(model, processor):
 
 @pytest.fixture
 def look(looker, tmp_path):
-    picture(0).save(tmp_path / "a.png")
+    make_image(0).save(tmp_path / "a.png")
     return looker.look(tmp_path / "a.png")
 
 
-def answer(config, question="what is this", picture_=None):
+def answer(config, question="what is this", image_=None):
     model, processor = tiny_llava(), tiny_processor()
     if config is not None:
         attach(model, processor, config)
-    return ask(model, processor, picture_ or picture(0), question, max_new_tokens=6)
+    return ask(model, processor, image_ or make_image(0), question, max_new_tokens=6)
 
 
 def test_both_answers_are_the_models_own(looker, look):
@@ -71,7 +71,7 @@ def test_a_projector_for_several_budgets(model, processor, tmp_path):
     assert [label for label, _ in shown.choices] == ["4", "6", "12"]
     assert shown.visible
     assert shown.value == "6"
-    picture(0).save(tmp_path / "a.png")
+    make_image(0).save(tmp_path / "a.png")
     handlers = Handlers(gradio(), looker)
     look = looker.look(tmp_path / "a.png")
     kept, merged, *_, words = handlers.choose_trained("12", look, 0, 5, 1, "visionzip", "add")
@@ -98,7 +98,7 @@ def test_the_model_is_as_it_was_after_a_failure(looker, look, monkeypatch):
     assert attached(looker.model).config == BUDGET
 
 
-def test_a_picture_that_is_none(looker, tmp_path):
+def test_an_image_that_is_none(looker, tmp_path):
     (tmp_path / "a.png").write_text("x")
     with pytest.raises(ValueError, match="unreadable image"):
         looker.look(tmp_path / "a.png")
@@ -126,7 +126,7 @@ def free_port():
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("app")
-    picture(0).save(folder / "a.png")
+    make_image(0).save(folder / "a.png")
     model, processor = tiny_llava(), tiny_processor()
     looker = Looker(attach(model, processor, BUDGET), processor)
     server = serve(build(looker, "tiny", str(folder / "a.png")), port=free_port())
@@ -162,7 +162,7 @@ def upload(client, address, data, name="a.png"):
 
 def png(seed=0):
     buffer = io.BytesIO()
-    picture(seed).save(buffer, "PNG")
+    make_image(seed).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -183,8 +183,8 @@ def test_upload_budget_ask(client, address):
     assert [row[1] for row in times["data"]] == [16, 8]
 
 
-def test_a_bad_picture_gets_one_clear_message(client, address):
-    (path,) = upload(client, address, b"no picture").json()
+def test_a_bad_image_gets_one_clear_message(client, address):
+    (path,) = upload(client, address, b"no image").json()
     file = {"path": path, "meta": {"_type": "gradio.FileData"}}
     answered = call(client, address, "open", [file, "visionzip", "add"], session="bad")
     assert not answered["success"]
@@ -231,7 +231,7 @@ def model_folder_for_app(tmp_path_factory):
     return folder
 
 
-def test_a_picture_that_does_not_exist(model_folder_for_app, capsys):
+def test_an_image_that_does_not_exist(model_folder_for_app, capsys):
     assert main(["app", str(model_folder_for_app), "--port", str(free_port()), "--image", "nowhere.png"]) == 2
     assert "nowhere.png: file missing" in capsys.readouterr().err
 

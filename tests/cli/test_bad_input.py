@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import picture, tiny_llava, tiny_processor
+from tests.tiny import make_image, tiny_llava, tiny_processor
 from visionzip.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +20,7 @@ def place(tmp_path_factory):
     tiny_llava().save_pretrained(place / "model")
     tiny_processor().save_pretrained(place / "model")
     (place / "photos").mkdir()
-    picture(0).save(place / "photos" / "a.png")
+    make_image(0).save(place / "photos" / "a.png")
     (place / "empty").mkdir()
     (place / "text.txt").write_text("x")
     (place / "list.json").write_text("[1]")

@@ -1,10 +1,10 @@
-"""The chat: same answers as computing everything anew, each picture encoded once, and what it prints."""
+"""The chat: same answers as computing everything anew, each image encoded once, and what it prints."""
 
 import pytest
 import torch
 from PIL import Image
 
-from tests.tiny import picture, tiny_llava, tiny_processor
+from tests.tiny import make_image, tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, attached, detach
 from visionzip.chat import Chat
 from visionzip.cli import main
@@ -24,7 +24,7 @@ def chat():
 
 @pytest.fixture
 def encoded(chat, monkeypatch):
-    """How many pictures went through the encoder, call by call."""
+    """How many images went through the encoder, call by call."""
     seen = []
     tower = chat.model.model.vision_tower.embeddings
     tower.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
@@ -42,7 +42,7 @@ def anew(chat):
 
 
 def test_turns_reuse_the_cache_and_answer_as_if_computed_anew(chat, encoded):
-    chat.show(picture(0))
+    chat.show(make_image(0))
     first = chat.ask("what is this")
     assert (first.text, encoded) == (anew(chat), [1, 1])  # once by the chat, once by the check
     assert first.images == [(8, 16)]
@@ -50,14 +50,14 @@ def test_turns_reuse_the_cache_and_answer_as_if_computed_anew(chat, encoded):
     encoded.clear()
 
     second = chat.ask("is this red")
-    assert encoded == []  # no picture was read again
+    assert encoded == []  # no image was read again
     assert second.text == anew(chat)
     assert (second.images, second.encoded) == ([], 0)
     assert second.prefilled < second.prompt - 8
     encoded.clear()
 
-    chat.show(picture(1))
-    chat.show(picture(2))
+    chat.show(make_image(1))
+    chat.show(make_image(2))
     third = chat.ask("how many")
     assert encoded == [2]  # the new ones only
     assert third.text == anew(chat)
@@ -75,12 +75,12 @@ def test_text_arrives_as_it_is_made(chat):
     assert turn.tokens == 6
 
 
-def test_a_question_without_any_picture(chat):
+def test_a_question_without_any_image(chat):
     assert chat.ask("what is a circle").text == anew(chat)
 
 
 def test_another_budget_keeps_the_conversation(chat, encoded):
-    chat.show(picture(0))
+    chat.show(make_image(0))
     chat.ask("what is this")
     encoded.clear()
     chat.budget(ZipConfig(dominant=9, contextual=2))
@@ -89,11 +89,11 @@ def test_another_budget_keeps_the_conversation(chat, encoded):
     assert turn.encoded == 1
     assert turn.prefilled == turn.prompt
     assert turn.text == anew(chat)
-    chat.show(picture(1))
+    chat.show(make_image(1))
     assert chat.ask("what").images == [(11, 16)]
     chat.budget(None)
     assert attached(chat.model) is None
-    chat.show(picture(2))
+    chat.show(make_image(2))
     turn = chat.ask("what")
     assert turn.images == [(16, 16)]
     assert turn.text == anew(chat)
@@ -102,7 +102,7 @@ def test_another_budget_keeps_the_conversation(chat, encoded):
 
 
 def test_a_budget_that_can_not_be_met_changes_nothing(chat):
-    chat.show(picture(0))
+    chat.show(make_image(0))
     chat.ask("what is this")
     with pytest.raises(ValueError, match="can't be met"):
         chat.budget(ZipConfig(dominant=50))
@@ -111,16 +111,16 @@ def test_a_budget_that_can_not_be_met_changes_nothing(chat):
 
 
 def test_reset(chat):
-    chat.show(picture(0))
+    chat.show(make_image(0))
     chat.ask("what is this")
-    chat.show(picture(1))
+    chat.show(make_image(1))
     chat.reset()
     turn = chat.ask("what")
     assert (turn.prompt, turn.encoded, len(chat.messages)) == (4 + SYSTEM, 0, 2)
 
 
 def test_an_interrupted_answer(chat):
-    chat.show(picture(0))
+    chat.show(make_image(0))
     said = []
 
     def stop(text):
@@ -159,7 +159,7 @@ class TestTerminal:
     def talk(self, tmp_path, monkeypatch, capsys):
         tiny_llava().save_pretrained(tmp_path / "base")
         tiny_processor().save_pretrained(tmp_path / "base")
-        picture(0).save(tmp_path / "a.png")
+        make_image(0).save(tmp_path / "a.png")
         monkeypatch.chdir(tmp_path)
 
         def run(*lines, arguments=()):
@@ -229,13 +229,13 @@ class TestTerminal:
         assert "! there is not enough memory for this conversation; try /reset, or a smaller /budget" in printed.out
         assert "forgotten" in printed.out
 
-    def test_a_wrong_picture_ends_it_before_the_model_is_loaded(self, talk, monkeypatch):
+    def test_a_wrong_image_ends_it_before_the_model_is_loaded(self, talk, monkeypatch):
         monkeypatch.setattr("visionzip.load", None)
         code, printed = talk(arguments=["--image", "nope.png"])
         assert (code, printed.err) == (2, "visionzip chat: nope.png: file missing (No such file or directory)\n")
 
 
-def test_a_cache_that_ends_inside_a_picture_is_used_up_to_the_picture(chat):
+def test_a_cache_that_ends_inside_an_image_is_used_up_to_the_image(chat):
     ids = torch.tensor([0, 5, *[4] * 8, 7, *[4] * 8, 8, 6])
     for held, expected in (
         (5, (2, 0)),

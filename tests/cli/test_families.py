@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.families.case import cases, picture
+from tests.families.case import cases, make_image
 from visionzip import attach, save
 from visionzip.chat import Chat
 from visionzip.export import load_into, read_export
@@ -11,7 +11,7 @@ from visionzip.inputs import batch_prompts, text_inputs
 from visionzip.projector import projector_state
 
 CASES = cases()
-M_ROPE = ("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL")  # transformers has no positions for a new picture on an old cache
+M_ROPE = ("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL")  # transformers has no positions for a new image on an old cache
 
 
 @pytest.fixture(scope="module", params=CASES, ids=[case.name for case in CASES])
@@ -21,14 +21,14 @@ def family(request):
     return request.param.name, attach(model, processor, request.param.budget), processor
 
 
-def test_three_turns_with_two_pictures(family):
+def test_three_turns_with_two_images(family):
     name, model, processor = family
     chat = Chat(model, processor, max_new_tokens=3)
-    chat.show(picture(0, (200, 160)))
+    chat.show(make_image(0, (200, 160)))
     first, second = chat.ask("what is this"), chat.ask("is a red")
-    chat.show(picture(1, (160, 200)))
+    chat.show(make_image(1, (160, 200)))
     third = chat.ask("how many")
-    new = 2 if name in M_ROPE else 1  # elsewhere the first picture stays in the cache
+    new = 2 if name in M_ROPE else 1  # elsewhere the first image stays in the cache
     assert [turn.encoded for turn in (first, second, third)] == [1, 0, new]
     assert second.prefilled < second.prompt - first.images[0][0]
     assert first.images[0][0] < first.images[0][1]

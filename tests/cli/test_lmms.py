@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from scripts.shapes_task import TASK, write
-from tests.tiny import picture, tiny_llava, tiny_processor
+from tests.tiny import make_image, tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, load, save
 from visionzip.cli import main
 
@@ -45,12 +45,12 @@ def lmms(monkeypatch):
     return visionzip.lmms
 
 
-def request(question, pictures, settings=None, doc=0):
+def request(question, images, settings=None, doc=0):
     return SimpleNamespace(args=(question, settings or {"max_new_tokens": 5}, lambda shown: shown, doc, "task", "test"))
 
 
 def test_its_command_line(projector, tmp_path, capsys):
-    assert write(tmp_path / "task", pictures=2) == 10
+    assert write(tmp_path / "task", images=2) == 10
     environment = {
         **os.environ,
         "HF_HOME": str(tmp_path / "home"),
@@ -100,7 +100,7 @@ class TestPlugIn:
     @pytest.fixture
     def model(self, lmms, projector):
         made = lmms.VisionZip(pretrained=str(projector), device="cpu")
-        made.task_dict = {"task": {"test": [[picture(0)], [picture(1), picture(2)], []]}}
+        made.task_dict = {"task": {"test": [[make_image(0)], [make_image(1), make_image(2)], []]}}
         return made
 
     def test_a_batch_answers_as_single_questions_do(self, lmms, model):
@@ -115,7 +115,7 @@ class TestPlugIn:
         whole = lmms.VisionZip(pretrained=str(projector), device="cpu", full=True)
         whole.task_dict = model.task_dict
         for made, tokens in ((whole, 16), (model, 8)):
-            ids = made.processor(text="<image>", images=picture(), return_tensors="pt")["input_ids"]
+            ids = made.processor(text="<image>", images=make_image(), return_tensors="pt")["input_ids"]
             assert ids.shape[1] == 1 + tokens
         whole.generate_until([request("what", [], doc=1)])
 
@@ -174,7 +174,7 @@ class TestPlugIn:
 
         model.processor = kit.processor()
         model.template = lmms.get_template("llava_v1", model.processor)
-        row = model._row("What colour is the bus?", [picture(0)])
+        row = model._row("What colour is the bus?", [make_image(0)])
         tokenizer = model.processor.tokenizer
         before, behind = model.template.render([lmms.question("What colour is the bus?")], ["<image>"]).split("<image>")
         expected = [1, *(tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, behind))]

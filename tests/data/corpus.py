@@ -29,11 +29,11 @@ class Case:
 
 
 def corpus(folder: Path) -> list[Case]:
-    """Write the pictures into `folder/images` and return the cases, each with the id `c<number>`."""
+    """Write the images into `folder/images` and return the cases, each with the id `c<number>`."""
     images = folder / "images"
     images.mkdir()
-    write_pictures(images)
-    cases = [*pictures(), *records()]
+    write_images(images)
+    cases = [*image_cases(), *records()]
     (folder / "secret.png").write_bytes((images / "good.png").read_bytes())
     numbered = []
     for number, case in enumerate(cases):
@@ -52,7 +52,7 @@ def shown(file: str) -> dict[str, Any]:
     return {"image": file, "conversations": turns("<image>\nWhat is it?", "A cat.")}
 
 
-def write_pictures(images: Path) -> None:
+def write_images(images: Path) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
     jpeg = io.BytesIO()
     noise.save(jpeg, "JPEG")
@@ -86,7 +86,7 @@ def write_pictures(images: Path) -> None:
     os.mkfifo(images / "pipe.jpg")
 
 
-def pictures() -> list[Case]:
+def image_cases() -> list[Case]:
     video = turns("<video>\nWhat happens?", "Nothing.")
     return [
         Case("a good image", shown("good.png"), None),
@@ -179,11 +179,11 @@ def misplaced() -> dict[str, Any]:
 
 
 def crowd() -> dict[str, Any]:
-    """Forty pictures of 16 tokens in one turn: cutting would go through one."""
+    """Forty images of 16 tokens in one turn: cutting would go through one."""
     return {"image": ["good.png"] * 40, "conversations": turns("<image>" * 40 + "How many?", "Forty.")}
 
 
 def rounds() -> dict[str, Any]:
-    """A picture a round: cut before the first round whose picture no longer fits."""
+    """An image a round: cut before the first round whose image no longer fits."""
     texts = [text for _ in range(30) for text in ("<image>\nWhat is it?", "A cat.")]
     return {"image": ["good.png"] * 30, "conversations": turns(*texts)}

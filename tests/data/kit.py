@@ -16,7 +16,7 @@ from tests.tiny import REFERENCE
 
 LABELS = REFERENCE / "llava_v1_labels"
 
-# How llava-hf/llava-1.5 writes a conversation: pictures of a turn first, no token behind an answer.
+# How llava-hf/llava-1.5 writes a conversation: images of a turn first, no token behind an answer.
 LLAVA_CHAT = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
@@ -79,14 +79,14 @@ def bytelevel_tokenizer() -> Any:
 
 
 def processor(template: str = "llava", tokenizer: Any = None, image: int = 32, patch: int = 8, **changes: Any) -> Any:
-    """A LLaVA processor: 16 placeholders a picture."""
+    """A LLaVA processor: 16 placeholders an image."""
     from transformers import CLIPImageProcessor, LlavaProcessor
 
     if tokenizer is None:
         tokenizer = llama_tokenizer() if template == "llava" else bytelevel_tokenizer()
-    pictures = CLIPImageProcessor(size={"shortest_edge": image}, crop_size={"height": image, "width": image}, **changes)
+    images = CLIPImageProcessor(size={"shortest_edge": image}, crop_size={"height": image, "width": image}, **changes)
     return LlavaProcessor(
-        pictures,
+        images,
         tokenizer,
         patch_size=patch,
         vision_feature_select_strategy="default",
@@ -98,7 +98,7 @@ def processor(template: str = "llava", tokenizer: Any = None, image: int = 32, p
 PLACEHOLDERS = 16
 
 
-def write_picture(path: Path, seed: int = 0, size: tuple[int, int] = (40, 30)) -> str:
+def write_image(path: Path, seed: int = 0, size: tuple[int, int] = (40, 30)) -> str:
     """Noise; returns the file's name."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,11 +107,11 @@ def write_picture(path: Path, seed: int = 0, size: tuple[int, int] = (40, 30)) -
 
 
 def record(
-    number: int, picture: str | None = None, question: str = "What is it?", answer: str = "A cat."
+    number: int, image: str | None = None, question: str = "What is it?", answer: str = "A cat."
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"id": f"r{number}"}
-    if picture is not None:
-        row["image"] = picture
+    if image is not None:
+        row["image"] = image
         question = f"<image>\n{question}"
     row["conversations"] = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     return row

@@ -27,24 +27,24 @@ from data.dataset import build_dataset
 from data.images import PixelImages
 from data.partial import load_without
 from data.sample import Media, Reject, Rejection, Sample
-from tests.tiny import picture, tiny_llava, tiny_processor
+from tests.tiny import make_image, tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, attached
 
 ROOT = Path(__file__).parents[2]
 BUDGET = ZipConfig(dominant=5, contextual=2)
-PICTURES = 6
+IMAGES = 6
 
 
 @pytest.fixture
 def place(tmp_path):
     """A JSON file of seven records about six files, of which two hold the same bytes; a model directory."""
-    for number in range(PICTURES - 1):
-        picture(number).save(tmp_path / f"{number}.png")
-    shutil.copy(tmp_path / "0.png", tmp_path / f"{PICTURES - 1}.png")
+    for number in range(IMAGES - 1):
+        make_image(number).save(tmp_path / f"{number}.png")
+    shutil.copy(tmp_path / "0.png", tmp_path / f"{IMAGES - 1}.png")
     records = [
-        {"id": f"r{number}", "image": f"{number % PICTURES}.png",
+        {"id": f"r{number}", "image": f"{number % IMAGES}.png",
          "conversations": [{"from": "human", "value": "<image>\nwhat is this"}, {"from": "gpt", "value": "a red circle"}]}
-        for number in range(PICTURES + 1)
+        for number in range(IMAGES + 1)
     ]  # fmt: skip
     (tmp_path / "records.json").write_text(json.dumps(records))
     tiny_llava().save_pretrained(tmp_path / "model")
@@ -90,7 +90,7 @@ def cache(place):
 
 def test_tokens_are_those_of_the_encoder(place, cache):
     cached = CachedTokens(cache, frames=8)
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         found = cached(sample(place, f"{number}.png"))
         assert torch.allclose(found.inputs[VISUAL][0], compressed(place, f"{number}.png"), atol=1e-6)
         assert found.placeholders == ["<image>" * 7]
@@ -100,20 +100,20 @@ def test_tokens_are_those_of_the_encoder(place, cache):
 
 
 def test_equal_files_are_one_entry(cache):
-    assert len(Store(cache, cache_at(cache))) == PICTURES - 1 + 1  # and the blank picture
+    assert len(Store(cache, cache_at(cache))) == IMAGES - 1 + 1  # and the blank image
 
 
 def test_the_second_time_nothing_is_computed(place, cache):
     again = make(place, cache)
-    assert (len(again.written), again.reused) == (0, PICTURES)
+    assert (len(again.written), again.reused) == (0, IMAGES)
 
 
-def test_a_picture_that_is_gone_is_found_by_name_and_a_changed_one_is_not(place, cache):
+def test_an_image_that_is_gone_is_found_by_name_and_a_changed_one_is_not(place, cache):
     before = compressed(place, "1.png")
     (place / "1.png").unlink()
     cached = CachedTokens(cache, frames=8)
     assert torch.allclose(cached(sample(place, "1.png")).inputs[VISUAL][0], before, atol=1e-6)
-    picture(77, (64, 32)).save(place / "1.png")
+    make_image(77, (64, 32)).save(place / "1.png")
     with pytest.raises(Reject, match="not in the cache"):
         cached(sample(place, "1.png"))
     make(place, cache)
@@ -122,7 +122,7 @@ def test_a_picture_that_is_gone_is_found_by_name_and_a_changed_one_is_not(place,
     assert not torch.allclose(after, before, atol=1e-3)
 
 
-def test_a_picture_elsewhere_is_found_by_content(place, cache):
+def test_an_image_elsewhere_is_found_by_content(place, cache):
     shutil.copy(place / "2.png", place / "moved.png")
     found = CachedTokens(cache, frames=8)(sample(place, "moved.png")).inputs[VISUAL][0]
     assert torch.allclose(found, compressed(place, "2.png"), atol=1e-6)
@@ -150,7 +150,7 @@ def test_many_processes_write_one_cache(place):
         process.join()
         assert process.exitcode == 0
     cached = CachedTokens(folder, frames=8)
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         found = cached(sample(place, f"{number}.png")).inputs[VISUAL][0]
         assert torch.allclose(found, compressed(place, f"{number}.png"), atol=1e-6)
     assert make(place, folder).written == set()
@@ -310,7 +310,7 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing_half_written(place,
         shutil.copy(place / "whole" / "cache.json", place / "tokens")
     capsys.readouterr()
     assert main(given) == 0
-    assert f"{PICTURES} images, {PICTURES} computed" in capsys.readouterr().out
+    assert f"{IMAGES} images, {IMAGES} computed" in capsys.readouterr().out
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next(place, cache):
@@ -321,7 +321,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(place, cache):
     )
     subprocess.run([sys.executable, "-c", script, str(cache)], check=False, cwd=ROOT)
     assert len(list(cache.glob(".*.part"))) == 1
-    picture(99).save(place / "3.png")
+    make_image(99).save(place / "3.png")
     make(place, cache)
     assert list(cache.glob(".*.part")) == []
 
@@ -424,14 +424,14 @@ def test_command_line(place, capsys):
     assert "data.cache=FOLDER" in capsys.readouterr().err
     given = ["--config", str(place / "run.yaml"), "--workers", "0", f"data.cache={place / 'cli'}"]
     assert main(given) == 0
-    assert f"{PICTURES} images, {PICTURES} computed" in capsys.readouterr().out
+    assert f"{IMAGES} images, {IMAGES} computed" in capsys.readouterr().out
     assert main(given) == 0
-    assert f"0 computed, {PICTURES} there already" in capsys.readouterr().out
+    assert f"0 computed, {IMAGES} there already" in capsys.readouterr().out
     assert main([*given, "zip.dominant=4"]) == 2
     assert "zip.dominant: 5 there, 4 here" in capsys.readouterr().err
 
 
-def test_items_of_a_dataset_are_the_same_but_for_the_pictures(place, cache):
+def test_items_of_a_dataset_are_the_same_but_for_the_images(place, cache):
     processor = tiny_processor()
     attach(tiny_llava(), processor, BUDGET)
     pixels = build_dataset(data_config(place), processor, 0)

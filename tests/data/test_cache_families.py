@@ -1,4 +1,4 @@
-"""Every family trains from the token cache as it does from pixels: pictures, several of them, videos, and rows of text alone."""
+"""Every family trains from the token cache as it does from pixels: images, several of them, videos, and rows of text alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data.cache.reader import VISUAL, VISUAL_VIDEO, CachedTokens
 from data.dataset import build_dataset
 from data.sample import Rejection
 from tests.data import kit
-from tests.families.case import Case, cases, picture
+from tests.families.case import Case, cases, make_image
 from train.cached import read_from_cache
 from train.loss import summed_loss
 from visionzip import attach, attached
@@ -21,9 +21,9 @@ NEAR = 1e-5
 
 
 def records(case: Case, folder) -> list[dict[str, Any]]:
-    """One picture, none, two, and a video where the family takes videos."""
+    """One image, none, two, and a video where the family takes videos."""
     for number, size in enumerate([*case.sizes, case.sizes[0]][:3]):
-        picture(number, size).save(folder / f"{number}.png")
+        make_image(number, size).save(folder / f"{number}.png")
     two = [{"from": "human", "value": "<image> is this <image> a square"}, {"from": "gpt", "value": "no"}]
     rows = [
         kit.record(0, "0.png", answer="a red circle"),
@@ -33,7 +33,7 @@ def records(case: Case, folder) -> list[dict[str, Any]]:
     if case.frames:
         frames = [f"frame{number}.png" for number in range(case.frames)]
         for number, name in enumerate(frames):
-            picture(10 + number, case.sizes[0]).save(folder / name)
+            make_image(10 + number, case.sizes[0]).save(folder / name)
         said = [{"from": "human", "value": "<video>\nwhat is this"}, {"from": "gpt", "value": "two"}]
         rows.append({"id": "video", "video": [frames], "conversations": said})
     return rows
@@ -70,7 +70,7 @@ def test_losses_and_gradients_are_those_from_pixels(case, tmp_path):
         batch, text = dataset.collator()(items), dataset.collator()([dataset[1]])
         if name == "cache":
             assert not any(key.startswith("pixel_values") for key in batch)
-            assert len(batch[VISUAL]) >= 3  # a tile is a picture to some
+            assert len(batch[VISUAL]) >= 3  # a tile is an image to some
             assert len(batch.get(VISUAL_VIDEO, [])) == bool(case.frames)
             read_from_cache(model)
             model.get_submodule(attachment.family.frozen["encoder"]).register_forward_pre_hook(fails)

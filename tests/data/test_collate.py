@@ -1,4 +1,4 @@
-"""Batches: padding, pictures of all families' shapes, and a blank picture where there is none."""
+"""Batches: padding, images of all families' shapes, and a blank image where there is none."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.data import kit
 
 @pytest.fixture
 def data(tmp_path):
-    picture = kit.write_picture(tmp_path / "a.png")
-    rows = [kit.record(0, picture), kit.record(1, answer="A very long answer about nothing."), kit.record(2, picture)]
+    image = kit.write_image(tmp_path / "a.png")
+    rows = [kit.record(0, image), kit.record(1, answer="A very long answer about nothing."), kit.record(2, image)]
     return kit.dataset(tmp_path, kit.write_json(tmp_path / "a.json", rows))
 
 
@@ -32,7 +32,7 @@ def test_rows_are_padded_on_the_right(data):
     assert "rejections" not in batch
 
 
-def test_a_batch_without_pictures_gets_a_blank_one(data):
+def test_a_batch_without_images_gets_a_blank_one(data):
     batch = data.collator()([data[1]])
     assert batch["input_ids"].shape[0] == 2
     image = data.encoder.processor.tokenizer.convert_tokens_to_ids("<image>")
@@ -53,7 +53,7 @@ def test_what_is_no_item_is_left_out_and_told(data):
 
 
 def test_tiles_are_padded_and_patches_are_not():
-    """LLaVA-NeXT: tiles on dim 1, as many as the largest picture's. Qwen: patches of all pictures on dim 0."""
+    """LLaVA-NeXT: tiles on dim 1, as many as the largest image's. Qwen: patches of all images on dim 0."""
     rows = [
         {"pixel_values": torch.ones(1, 3, 2), "image_sizes": torch.tensor([[1, 2]])},
         {"input_ids": torch.tensor([1])},

@@ -46,11 +46,11 @@ def test_each_case_has_its_documented_outcome(bad, template):
             continue
         assert len(item["input_ids"]) == len(item["labels"]) <= LENGTH, case.name
         assert (item["labels"] != IGNORE).any(), case.name
-        pictures = len(item["pixel_values"]) if "pixel_values" in item else 0
-        assert int((item["input_ids"] == image).sum()) == pictures * kit.PLACEHOLDERS, case.name
+        images = len(item["pixel_values"]) if "pixel_values" in item else 0
+        assert int((item["input_ids"] == image).sum()) == images * kit.PLACEHOLDERS, case.name
 
 
-def test_cutting_leaves_out_rounds_whose_pictures_do_not_fit(bad):
+def test_cutting_leaves_out_rounds_whose_images_do_not_fit(bad):
     cases, folder = bad
     data = open_data(folder)
     number = [case.name for case in cases].index("more rounds than fit")

@@ -1,4 +1,4 @@
-"""Batches of real files train every family: its pictures' shapes, its placeholders, its token types."""
+"""Batches of real files train every family: its images' shapes, its placeholders, its token types."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from data.collate import TEXT_KEYS
 from data.template import IGNORE
 from tests.data import kit
-from tests.families.case import Case, cases, picture
+from tests.families.case import Case, cases, make_image
 from visionzip import attach
 
 CASES = cases()
@@ -20,9 +20,9 @@ def case(request) -> Case:
 
 
 def make(case: Case, folder, processor):
-    """A record with one picture, one with none, and one with two."""
+    """A record with one image, one with none, and one with two."""
     for number, size in enumerate([*case.sizes, case.sizes[0]][:3]):
-        picture(number, size).save(folder / f"{number}.png")
+        make_image(number, size).save(folder / f"{number}.png")
     rows = [kit.record(0, "0.png", answer="a red circle"), kit.record(1, answer="yes")]
     two = [{"from": "human", "value": "<image> is this <image> a square"}, {"from": "gpt", "value": "no"}]
     rows.append({"id": "two", "image": ["1.png", "2.png"], "conversations": two})
@@ -46,7 +46,7 @@ def test_a_mixed_batch_goes_through_the_compressed_model(case, tmp_path):
     assert torch.isfinite(forward(model, data.collator()(items)))
 
 
-def test_a_batch_without_pictures_goes_through_with_a_blank_one(case, tmp_path):
+def test_a_batch_without_images_goes_through_with_a_blank_one(case, tmp_path):
     model, processor = case.model(), case.processor()
     attach(model, processor, case.budget)
     data = make(case, tmp_path, processor)
@@ -62,7 +62,7 @@ def test_a_batch_without_pictures_goes_through_with_a_blank_one(case, tmp_path):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_items_hold_what_the_processor_gives(case, tmp_path, count):
-    """The same pictures through the processor's own call: same inputs, same number of placeholders."""
+    """The same images through the processor's own call: same inputs, same number of placeholders."""
     processor = case.processor()
     data = make(case, tmp_path, processor)
     index = {1: 0, 2: 2}[count]
@@ -82,7 +82,7 @@ def test_paligemma_is_trained_as_its_processor_does_it(tmp_path):
     """Ids, token types and labels are those of the processor given the answer as `suffix`."""
     case = next(case for case in CASES if case.name == "PaliGemma")
     processor = case.processor()
-    picture(0, (224, 224)).save(tmp_path / "a.png")
+    make_image(0, (224, 224)).save(tmp_path / "a.png")
     path = kit.write_json(tmp_path / "a.json", [kit.record(0, "a.png", question="what is this", answer="a red circle")])
     data = kit.dataset(tmp_path, path, using=processor, template="paligemma")
     item = data[0]

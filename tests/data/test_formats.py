@@ -11,8 +11,8 @@ from data.formats import list_formats, parse_record
 from data.formats.common import RecordSource
 from data.sample import Media, Message, Reject, Sample, Slot
 
-ROOT = "/pictures"
-A, B = Media("image", "/pictures/a.jpg"), Media("image", "/pictures/b.jpg")
+ROOT = "/images"
+A, B = Media("image", "/images/a.jpg"), Media("image", "/images/b.jpg")
 
 
 def read(row, layout: str = "auto", **columns: str) -> Sample:
@@ -42,7 +42,7 @@ SAME = {
             {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
         ]
     },
-    "parts, pictures beside": {
+    "parts, images beside": {
         "messages": [
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nWhat?"}]},
             {"role": "assistant", "content": "A cat."},
@@ -72,7 +72,7 @@ def test_every_layout_gives_the_same_sample(row):
     assert (sample.source, sample.id) == ("here", "#7")
 
 
-def test_a_caption_has_a_picture_and_no_question():
+def test_a_caption_has_an_image_and_no_question():
     assert read({"image": "a.jpg", "caption": "A cat."}).messages == [
         Message("user", [Slot("image", 0)]),
         Message("assistant", ["A cat."]),
@@ -97,11 +97,11 @@ def test_markers_anywhere_in_several_turns():
     sample = read(llava("Is <image> like <image>?", "No.", "And <image>", "Yes.", image=["a.jpg", "b.jpg", "c.jpg"]))
     assert sample.messages[0].parts == ["Is ", Slot("image", 0), " like ", Slot("image", 1), "?"]
     assert sample.messages[2].parts == ["And ", Slot("image", 2)]
-    assert [media.source for media in sample.media] == ["/pictures/a.jpg", "/pictures/b.jpg", "/pictures/c.jpg"]
+    assert [media.source for media in sample.media] == ["/images/a.jpg", "/images/b.jpg", "/images/c.jpg"]
 
 
 def test_a_marker_in_an_answer_is_text():
-    sample = read(llava("How do I show a picture in HTML?", "With <image> in SVG, <img> in HTML."))
+    sample = read(llava("How do I show an image in HTML?", "With <image> in SVG, <img> in HTML."))
     assert sample.messages[1].parts == ["With <image> in SVG, <img> in HTML."]
     assert sample.media == []
 
@@ -110,13 +110,13 @@ def test_videos_take_either_marker():
     for marker in ("<video>", "<image>"):
         sample = read(llava(f"{marker}\nWhat happens?", "He falls.", video="a.mp4"))
         assert sample.messages[0].parts[0] == Slot("video", 0)
-        assert sample.media == [Media("video", "/pictures/a.mp4")]
+        assert sample.media == [Media("video", "/images/a.mp4")]
     both = read(llava("<video> or <image>?", "B", image="a.jpg", video="a.mp4"))
     assert [media.kind for media in both.media] == ["video", "image"]
     assert both.messages[0].slots == [Slot("video", 0), Slot("image", 1)]
 
 
-def test_embedded_pictures_and_data_uris():
+def test_embedded_images_and_data_uris():
     embedded = {"bytes": b"\x89PNG", "path": "a.png"}
     assert read(llava("<image>\nWhat?", "A", image=embedded)).media == [Media("image", b"\x89PNG")]
     assert read(llava("<image>\nWhat?", "A", image={"bytes": None, "path": "a.jpg"})).media == [A]
@@ -129,7 +129,7 @@ def test_a_greeting_before_the_first_question_is_skipped_as_llava_does():
     assert [message.text for message in read(row).messages] == ["a", "b"]
 
 
-def test_a_last_question_without_an_answer_is_left_out_with_its_picture():
+def test_a_last_question_without_an_answer_is_left_out_with_its_image():
     sample = read(llava("<image>\nWhat?", "A cat.", "And <image>?", image=["a.jpg", "b.jpg"]))
     assert sample.messages == EXPECTED
     assert sample.media == [A]
@@ -205,7 +205,7 @@ BAD = {
     ],
     "path outside the image root": [
         llava("<image>", "b", image=path)
-        for path in ("../a.jpg", "x/../../a.jpg", "/etc/passwd", "/pictures2/a.jpg", "..")
+        for path in ("../a.jpg", "x/../../a.jpg", "/etc/passwd", "/images2/a.jpg", "..")
     ],
     "remote image": [
         llava("<image>", "b", image="https://example.org/a.jpg"),
@@ -224,7 +224,7 @@ def test_what_is_refused_and_why(reason, row):
 
 
 def test_paths_inside_the_root_in_any_spelling():
-    for path in ("a.jpg", "./a.jpg", "x/../a.jpg", "/pictures/a.jpg"):
+    for path in ("a.jpg", "./a.jpg", "x/../a.jpg", "/images/a.jpg"):
         assert read(llava("<image>\nWhat?", "A", image=path)).media == [A]
 
 

@@ -169,7 +169,7 @@ def test_bytes_of_the_file_changed_at_random(folder, edits, array):
 
 @FUZZ
 @given(edits=EDITS, kind=st.sampled_from(sorted(PHOTOS)), embedded=st.booleans())
-def test_bytes_of_a_picture_changed_at_random(folder, edits, kind, embedded):
+def test_bytes_of_an_image_changed_at_random(folder, edits, kind, embedded):
     (folder / "b.png").write_bytes(edited(PHOTOS[kind], edits))
     (folder / "a.jsonl").write_text(json.dumps(kit.record(0, "b.png")))
     used, rejected, read = consume(opened(folder))

@@ -35,7 +35,7 @@ def png(seed: int) -> dict[str, Any]:
 
 
 def next_data(rows: int = 6) -> datasets.Dataset:
-    """As LLaVA-NeXT-Data: one embedded picture, LLaVA's turns."""
+    """As LLaVA-NeXT-Data: one embedded image, LLaVA's turns."""
     features = datasets.Features(
         {
             "id": datasets.Value("string"),
@@ -89,7 +89,7 @@ def stored(folder: Path, data: datasets.Dataset, how: str) -> str:
 
 
 @pytest.mark.parametrize("how", ["parquet", "folder of parquet", "saved", "arrow"])
-def test_embedded_pictures_are_those_of_files(tmp_path, how):
+def test_embedded_images_are_those_of_files(tmp_path, how):
     """Item by item what the same records give as JSON with files beside it."""
     rows = next_data()
     (tmp_path / "images").mkdir()
@@ -136,7 +136,7 @@ def test_mapped_columns(tmp_path):
     assert item["pixel_values"].shape[0] == 1
 
 
-def test_a_damaged_embedded_picture_is_rejected(tmp_path):
+def test_a_damaged_embedded_image_is_rejected(tmp_path):
     rows = next_data().to_list()
     rows[1]["image"] = {"bytes": b"\x89PNG broken", "path": None}
     data = datasets.Dataset.from_list(rows, features=next_data().features)

@@ -30,8 +30,8 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("inspect")
     tiny_llava().save_pretrained(folder / "model")
     tiny_processor().save_pretrained(folder / "model")
-    picture = kit.write_picture(folder / "a.png")
-    rows = [kit.record(n, picture if n % 2 else None, answer="a red circle " * (1 + n % 5)) for n in range(40)]
+    image = kit.write_image(folder / "a.png")
+    rows = [kit.record(n, image if n % 2 else None, answer="a red circle " * (1 + n % 5)) for n in range(40)]
     rows += [kit.record(40, "absent.png"), {"id": "r3", "conversations": []}]
     config = {
         "output_dir": "runs/x",
@@ -215,8 +215,8 @@ def test_a_mistake_in_the_config_is_one_message(folder, capsys, overrides, messa
     assert out == ""
 
 
-def test_samples_show_what_is_supervised_and_pictures_as_notes(tmp_path):
-    kit.write_picture(tmp_path / "a.png")
+def test_samples_show_what_is_supervised_and_images_as_notes(tmp_path):
+    kit.write_image(tmp_path / "a.png")
     data = kit.dataset(tmp_path, kit.write_json(tmp_path / "a.json", [kit.record(0, "a.png", answer="2 cats.")]))
     encoded, _, _ = data.encoder.encode(data.sample(0))
     text = colour_tokens(data.encoder.template.tokenizer, encoded)

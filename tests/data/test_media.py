@@ -1,4 +1,4 @@
-"""Every kind of picture becomes upright RGB of a sane size, or says why not."""
+"""Every kind of image becomes upright RGB of a sane size, or says why not."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_a_file_whose_own_name_has_a_backslash_is_that_file(tmp_path):
     assert decode_image(f"{tmp_path}/a\\b.png", MAX).size == (9, 9)
 
 
-def test_a_very_wide_picture_is_used(tmp_path):
+def test_a_very_wide_image_is_used(tmp_path):
     image = decode_image(encode(Image.new("RGB", (30_000, 40), "red"), "PNG"), MAX)
     assert image.size == (30_000, 40)
     square = pad_to_square(image, (1, 2, 3))
@@ -190,7 +190,7 @@ def test_a_very_wide_picture_is_used(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(10, 4), (4, 10), (5, 5)])
-def test_padding_puts_the_picture_in_the_middle(size):
+def test_padding_puts_the_image_in_the_middle(size):
     square = np.asarray(pad_to_square(Image.new("RGB", size, "red"), (9, 8, 7)))
     side = max(size)
     expected = np.full((side, side, 3), (9, 8, 7))
@@ -201,7 +201,7 @@ def test_padding_puts_the_picture_in_the_middle(size):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (3, 3), (200, 2)])
 @pytest.mark.parametrize("pad", [True, False])
-def test_tiny_pictures_pass_the_image_processor(tmp_path, size, pad):
+def test_tiny_images_pass_the_image_processor(tmp_path, size, pad):
     Image.new("RGB", size, (250, 10, 10)).save(tmp_path / "a.png")
     row = kit.record(0, "a.png")
     made = kit.dataset(tmp_path, kit.write_json(tmp_path / "a.json", [row]), pad_images=pad)[0]

@@ -14,14 +14,14 @@ from tests.data import kit
 
 def rows(folder) -> list:
     """Seven records without a fault that shows before decoding, and four with one."""
-    kit.write_picture(folder / "a.png")
+    kit.write_image(folder / "a.png")
     (folder / "empty.png").write_bytes(b"")
-    (folder / "no-picture.png").write_text("not found")  # only decoding tells
+    (folder / "no-image.png").write_text("not found")  # only decoding tells
     (folder / "frames").mkdir()
-    kit.write_picture(folder / "frames" / "1.png")
+    kit.write_image(folder / "frames" / "1.png")
     good = [kit.record(number, "a.png" if number % 2 else None) for number in range(5)]
     video = {**kit.record(5), "video": "frames"}
-    return [*good, video, kit.record(6, "no-picture.png"), kit.record(7, "gone.png"), kit.record(8, "empty.png"),
+    return [*good, video, kit.record(6, "no-image.png"), kit.record(7, "gone.png"), kit.record(8, "empty.png"),
             kit.record(9, "../a.png"), {"id": "r10", "conversations": []}]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Each round asked on its own, with its picture, ready for `generate`."""
+"""Each round asked on its own, with its image, ready for `generate`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.data import kit
 
 @pytest.fixture
 def questions(tmp_path):
-    kit.write_picture(tmp_path / "a.png")
-    kit.write_picture(tmp_path / "b.png", seed=1)
+    kit.write_image(tmp_path / "a.png")
+    kit.write_image(tmp_path / "b.png", seed=1)
     rounds = [("human", "<image>\nWhat colour?"), ("gpt", "Red."), ("human", "How many?"), ("gpt", "2")]
     rows = [
         {
@@ -51,7 +51,7 @@ def test_every_round_is_a_question(questions):
 
 
 def test_a_later_round_reads_as_if_it_were_the_first(questions):
-    """No earlier answer is given away, and the picture stands in front of the question."""
+    """No earlier answer is given away, and the image stands in front of the question."""
     tokenizer = questions.dataset.encoder.processor.tokenizer
     text = tokenizer.decode(questions[1].inputs["input_ids"])
     assert "Red" not in text
@@ -60,14 +60,14 @@ def test_a_later_round_reads_as_if_it_were_the_first(questions):
     assert asked.endswith("USER:\nHowmany?ASSISTANT:")
 
 
-def test_pictures_shown_before_are_shown_again(questions):
+def test_images_shown_before_are_shown_again(questions):
     image = questions.dataset.encoder.processor.tokenizer.convert_tokens_to_ids("<image>")
     counts = [int((questions[n].inputs["input_ids"] == image).sum()) // kit.PLACEHOLDERS for n in (4, 5)]
     assert counts == [1, 2]
     assert questions[5].inputs["pixel_values"].shape[0] == 2
 
 
-def test_a_picture_that_cant_be_read_is_a_rejection(questions):
+def test_an_image_that_cant_be_read_is_a_rejection(questions):
     assert isinstance(questions[3], Rejection)
     assert questions[3].reason == "file missing"
 

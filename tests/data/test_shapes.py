@@ -31,14 +31,14 @@ def test_train_and_held_out_seeds_never_meet(seed, index, other_seed, other_inde
 
 
 @given(st.sampled_from(shapes.SPLITS), seeds, indices, st.sampled_from(shapes.SPLITS), seeds, indices)
-def test_every_picture_has_a_seed_of_its_own(split, seed, index, other_split, other_seed, other_index):
+def test_every_image_has_a_seed_of_its_own(split, seed, index, other_split, other_seed, other_index):
     same = (split, seed, index) == (other_split, other_seed, other_index)
     assert (shapes.image_seed(split, seed, index) == shapes.image_seed(other_split, other_seed, other_index)) is same
 
 
-def test_no_held_out_picture_is_a_training_picture():
+def test_no_held_out_image_is_a_training_image():
     train, held_out = (
-        {hashlib.sha256(picture.tobytes()).hexdigest() for _, picture in shapes.records(split, 200)}
+        {hashlib.sha256(image.tobytes()).hexdigest() for _, image in shapes.records(split, 200)}
         for split in shapes.SPLITS
     )
     assert len(train) == len(held_out) == 200
@@ -51,7 +51,7 @@ def test_a_seed_that_could_collide_is_refused(split, seed, index):
         shapes.image_seed(split, seed, index)
 
 
-def test_pictures_and_questions_are_functions_of_the_seed():
+def test_images_and_questions_are_functions_of_the_seed():
     first, again = (list(shapes.records("eval", 5, seed=3)) for _ in range(2))
     assert [r for r, _ in first] == [r for r, _ in again]
     assert [p.tobytes() for _, p in first] == [p.tobytes() for _, p in again]
@@ -118,14 +118,14 @@ def test_every_type_is_asked_once_and_comes_first_sometimes():
 def test_colours_survive_the_jpeg():
     for scene in SCENES[:150]:
         drawn = shapes.draw_scene(scene)
-        picture = Image.open(io.BytesIO(shapes.encode_jpeg(drawn)))
-        assert picture.size == (shapes.SIZE, shapes.SIZE)
-        chroma, wanted = (np.asarray(image.convert("YCbCr"), dtype=float)[..., 1:] for image in (picture, drawn))
+        decoded = Image.open(io.BytesIO(shapes.encode_jpeg(drawn)))
+        assert decoded.size == (shapes.SIZE, shapes.SIZE)
+        chroma, wanted = (np.asarray(image.convert("YCbCr"), dtype=float)[..., 1:] for image in (decoded, drawn))
         for shape in scene.shapes:
             left, top, side = int(shape.x - shape.radius), int(shape.y - shape.radius), int(2 * shape.radius)
             box = (slice(max(0, top), top + side), slice(max(0, left), left + side))
             assert np.abs(chroma[box] - wanted[box]).mean() < 4, "with 4:2:0 it is 6.6"
-            seen = picture.getpixel((int(shape.x), int(shape.y)))
+            seen = decoded.getpixel((int(shape.x), int(shape.y)))
             distance = {
                 name: sum((a - b) ** 2 for a, b in zip(seen, rgb, strict=True)) for name, rgb in shapes.COLOURS.items()
             }
@@ -133,9 +133,9 @@ def test_colours_survive_the_jpeg():
 
 
 def test_records_have_the_form_of_llava():
-    record, picture = next(iter(shapes.records("train", 1)))
+    record, image = next(iter(shapes.records("train", 1)))
     assert set(record) == {"id", "image", "conversations", "types"}
-    assert picture.mode == "RGB"
+    assert image.mode == "RGB"
     turns = record["conversations"]
     assert [turn["from"] for turn in turns] == ["human", "gpt"] * len(record["types"])
     assert turns[0]["value"].startswith("<image>\n")
@@ -149,9 +149,9 @@ def test_files_are_written_once(tmp_path, monkeypatch):
         entries = json.loads((out / f"{split}.json").read_text())
         assert entries == [record for record, _ in shapes.records(split, count, seed=1)]
         for entry in entries:
-            with Image.open(out / "images" / entry["image"]) as picture:
-                picture.load()
-                assert (picture.format, picture.size) == ("JPEG", (72, 72))
+            with Image.open(out / "images" / entry["image"]) as image:
+                image.load()
+                assert (image.format, image.size) == ("JPEG", (72, 72))
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     monkeypatch.setattr(shapes, "draw_scene", None)  # a second call does not even draw
     assert shapes.write(out, train=6, held_out=3, seed=1) is False
@@ -181,11 +181,11 @@ def test_a_write_that_dies_leaves_nothing_and_takes_nothing(tmp_path, monkeypatc
     shapes.write(out, train=2, held_out=1)
     real, calls = shapes.encode_jpeg, []
 
-    def dies(picture):
-        calls.append(picture)
+    def dies(image):
+        calls.append(image)
         if len(calls) == 3:
             raise OSError("disk full")
-        return real(picture)
+        return real(image)
 
     monkeypatch.setattr(shapes, "encode_jpeg", dies)
     with pytest.raises(OSError, match="disk full"):

@@ -14,14 +14,14 @@ from tests.data import kit
 from visionzip.prompts import template_names
 
 CASES = json.loads((kit.LABELS / "expected.json").read_text())["cases"]
-SOURCE = RecordSource("test", "auto", "/pictures")
-PICTURE = "<image>" * 3
+SOURCE = RecordSource("test", "auto", "/images")
+IMAGE = "<image>" * 3
 
 
-def sample(*turns: str, picture: bool = False):
+def sample(*turns: str, image: bool = False):
     """Turns of human and assistant in order."""
     row = {"conversations": [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(turns)]}
-    if picture:
+    if image:
         row["image"] = "a.jpg"
     return parse_record(row, SOURCE, 0)
 
@@ -53,9 +53,9 @@ def test_llava_v1_is_llavas_own(case):
 
 def test_llava_v1_prompt_is_the_beginning_of_the_training_text():
     template = get_template("llava_v1", kit.processor())
-    full = sample("<image>\nWhat colour is the bus?", "Red.", picture=True)
-    ids, labels = template.encode(full.messages, [PICTURE])
-    prompt = template.prompt(full.messages[:1], [PICTURE])
+    full = sample("<image>\nWhat colour is the bus?", "Red.", image=True)
+    ids, labels = template.encode(full.messages, [IMAGE])
+    prompt = template.prompt(full.messages[:1], [IMAGE])
     assert ids[: len(prompt)] == prompt
     assert labels[len(prompt)] != IGNORE
     assert set(labels[: len(prompt)]) == {IGNORE}
@@ -70,39 +70,39 @@ CONVERSATIONS = [
 
 
 @pytest.mark.parametrize("turns", CONVERSATIONS, ids=["one", "three", "unicode"])
-@pytest.mark.parametrize("picture", [False, True], ids=["text", "picture"])
+@pytest.mark.parametrize("image", [False, True], ids=["text", "image"])
 @pytest.mark.parametrize("style", ["llava_v1", "llava", "chatml", "trimming"])
-def test_supervised_is_exactly_the_answers_and_their_ends(style, picture, turns):
+def test_supervised_is_exactly_the_answers_and_their_ends(style, image, turns):
     template = get_template(
         "llava_v1" if style == "llava_v1" else "chat", kit.processor("llava" if style == "llava_v1" else style)
     )
-    turns = (f"<image>\n{turns[0]}", *turns[1:]) if picture else turns
-    parsed = sample(*turns, picture=picture)
-    ids, labels = template.encode(parsed.messages, [PICTURE])
+    turns = (f"<image>\n{turns[0]}", *turns[1:]) if image else turns
+    parsed = sample(*turns, image=image)
+    ids, labels = template.encode(parsed.messages, [IMAGE])
     assert all(label in (IGNORE, token) for token, label in zip(ids, labels, strict=True))
     assert [run.strip(" ") for run in supervised_runs(template, ids, labels)] == [
         f"{a}{END[style]}" for a in turns[1::2]
     ]
-    assert ids.count(template.tokenizer.convert_tokens_to_ids("<image>")) == (3 if picture else 0)
+    assert ids.count(template.tokenizer.convert_tokens_to_ids("<image>")) == (3 if image else 0)
 
 
 def test_plain_supervises_the_caption_alone():
     template = get_template("plain", kit.processor())
-    parsed = sample("<image>\nDescribe it.", "A cat sleeps.", picture=True)
-    ids, labels = template.encode(parsed.messages, [PICTURE])
+    parsed = sample("<image>\nDescribe it.", "A cat sleeps.", image=True)
+    ids, labels = template.encode(parsed.messages, [IMAGE])
     image = template.tokenizer.convert_tokens_to_ids("<image>")
-    # As LLaVA: BOS, the picture, the caption and a newline tokenized as a text of their own.
+    # As LLaVA: BOS, the image, the caption and a newline tokenized as a text of their own.
     caption = template.tokenizer("A cat sleeps.\n", add_special_tokens=False)["input_ids"]
     assert ids == [1, image, image, image, *caption]
     assert labels == [IGNORE] * 4 + caption
-    assert template.prompt(parsed.messages[:1], [PICTURE]) == ids[:4]
+    assert template.prompt(parsed.messages[:1], [IMAGE]) == ids[:4]
 
 
 @pytest.mark.parametrize("turns", [("What?", "A cat."), ("<image>", "A", "And?", "B")])
 def test_plain_refuses_what_is_no_caption(turns):
-    parsed = sample(*turns, picture="<image>" in turns[0])
+    parsed = sample(*turns, image="<image>" in turns[0])
     with pytest.raises(Reject, match="plain is for captions"):
-        get_template("plain", kit.processor()).encode(parsed.messages, [PICTURE])
+        get_template("plain", kit.processor()).encode(parsed.messages, [IMAGE])
 
 
 @pytest.mark.parametrize("answer", ["Red.", "7"])  # SentencePiece: one token with the space before it, and two
@@ -114,11 +114,11 @@ def test_chat_ids_are_those_of_the_processor(style, answer):
     conversation = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour is the bus?"}]},
     ]
-    parsed = sample("<image>\nWhat colour is the bus?", answer, picture=True)
+    parsed = sample("<image>\nWhat colour is the bus?", answer, image=True)
     prompt = using.apply_chat_template(conversation, add_generation_prompt=True)
-    expected = using.tokenizer(prompt.replace("<image>", PICTURE))["input_ids"]
-    assert template.prompt(parsed.messages[:1], [PICTURE]) == expected
-    ids, labels = template.encode(parsed.messages, [PICTURE])
+    expected = using.tokenizer(prompt.replace("<image>", IMAGE))["input_ids"]
+    assert template.prompt(parsed.messages[:1], [IMAGE]) == expected
+    ids, labels = template.encode(parsed.messages, [IMAGE])
     assert ids[: len(expected)] == expected
     assert set(labels[: len(expected)]) == {IGNORE}
     assert labels[len(expected)] == ids[len(expected)], "what follows the prompt is what the model has to say"
@@ -170,7 +170,7 @@ def test_control_tokens_in_a_record_stay_text(style, attack, side):
             Message("user", [Slot("image", 0), "\n" + texts["question"]]),
             Message("assistant", [texts["answer"]]),
         ]
-        return template.encode(messages, [PICTURE])[0]
+        return template.encode(messages, [IMAGE])[0]
 
     tokenizer = template.tokenizer
     control = tokenizer.all_special_ids
@@ -205,7 +205,7 @@ def test_text_around_a_neutral_control_token_is_unchanged(style):
     assert text in template.tokenizer.decode(ids)
 
 
-def test_several_pictures_in_a_turn_stay_where_they_are():
+def test_several_images_in_a_turn_stay_where_they_are():
     template = get_template("llava_v1", kit.processor())
     row = {
         "image": ["a.jpg", "b.jpg"],
@@ -304,10 +304,10 @@ def test_a_long_text_is_tokenized_up_to_the_limit_and_cut_there_as_if_it_were_to
     ):
         messages = [Message(("user", "assistant")[n % 2], parts) for n, parts in enumerate(texts)]
         chunks = template.spans(messages)
-        whole = template.encode_spans(chunks, [PICTURE])
+        whole = template.encode_spans(chunks, [IMAGE])
         for limit in (16, 100):
             seen.clear()
-            found = template.encode_spans(chunks, [PICTURE], limit)
+            found = template.encode_spans(chunks, [IMAGE], limit)
             assert found.input_ids[:limit] == whole.input_ids[:limit]
             assert found.labels[:limit] == whole.labels[:limit]
             assert len(found.input_ids) > limit

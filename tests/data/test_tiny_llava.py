@@ -35,8 +35,8 @@ def model() -> LlavaForConditionalGeneration:
 def messages(rounds: list[shapes.Round], system: str | None = None) -> list[dict]:
     made = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
     for number, asked in enumerate(rounds):
-        picture = [{"type": "image"}] if number == 0 else []
-        made.append({"role": "user", "content": [*picture, {"type": "text", "text": asked.question}]})
+        image = [{"type": "image"}] if number == 0 else []
+        made.append({"role": "user", "content": [*image, {"type": "text", "text": asked.question}]})
         made.append({"role": "assistant", "content": [{"type": "text", "text": asked.answer}]})
     return made
 
@@ -110,16 +110,16 @@ def test_the_chat_template_marks_answers_and_their_end(processor):
 def test_it_was_trained_on_what_processor_and_template_make(processor):
     """The script builds its batches faster than the processor can; they have to be the same ids, labels and pixels."""
     scene = shapes.make_scene(shapes.image_seed("train", 0, 3))
-    rounds, picture = shapes.conversation(scene), shapes.draw_scene(scene)
+    rounds, image = shapes.conversation(scene), shapes.draw_scene(scene)
     for system in (False, True):
         text = processor.apply_chat_template(messages(rounds, make.SYSTEM if system else None))
-        inputs = processor(text=text, images=picture, return_tensors="pt")
+        inputs = processor(text=text, images=image, return_tensors="pt")
         ids, labels = make.Conversations(processor.tokenizer, patches=81).encode(rounds, system)
         assert inputs["input_ids"][0].tolist() == ids
         supervised = [token for token in labels if token != -100]
         assert processor.tokenizer.decode(supervised) == "".join(f" {asked.answer}</s>" for asked in rounds)
         assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
-    pixels = make.normalise(torch.from_numpy(np.array(picture))[None])
+    pixels = make.normalise(torch.from_numpy(np.array(image))[None])
     torch.testing.assert_close(inputs["pixel_values"], pixels, atol=1e-5, rtol=0)
 
 
@@ -162,7 +162,7 @@ def test_the_folder_says_how_it_was_made():
 
 def test_the_script_makes_the_same_model_again(tmp_path):
     few = [
-        "--pictures",
+        "--images",
         "48",
         "--held-out",
         "4",

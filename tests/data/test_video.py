@@ -28,9 +28,9 @@ def clip(frames: int, kind: str = "mp4", codec: str = "mpeg4", gop: int = 12, op
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = 32, 32, "yuv420p", gop
         stream.time_base = Fraction(1, 10)
         for number in range(frames):
-            picture = av.VideoFrame.from_image(Image.new("RGB", (32, 32), (grey(number, frames),) * 3))
-            picture.pts = number
-            container.mux(stream.encode(picture))
+            image = av.VideoFrame.from_image(Image.new("RGB", (32, 32), (grey(number, frames),) * 3))
+            image.pts = number
+            container.mux(stream.encode(image))
         container.mux(stream.encode())
     return file.getvalue()
 
@@ -78,18 +78,18 @@ def test_containers_whose_times_are_missing_or_of_storage(kind, codec, options, 
     assert np.allclose(greys(images), [grey(number, 40) for number in video.spread_evenly(40, count)], atol=6)
 
 
-def test_a_picture_size_told_wrong_is_found_at_the_frame(monkeypatch):
+def test_an_image_size_told_wrong_is_found_at_the_frame(monkeypatch):
     monkeypatch.setattr(
-        video, "_check_size", lambda picture, _, check=video._check_size: check(picture, _frame_limit(picture))
+        video, "_check_size", lambda image, _, check=video._check_size: check(image, _frame_limit(image))
     )
     with pytest.raises(ImageError) as caught:
         video.decode_video(clip(4), 4, MAX)
     assert caught.value.reason == "image too large"
 
 
-def _frame_limit(picture) -> int:
+def _frame_limit(image) -> int:
     """Room for the stream as it says, none for a frame."""
-    return 0 if isinstance(picture, av.VideoFrame) else MAX
+    return 0 if isinstance(image, av.VideoFrame) else MAX
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_video_of_too_many_pixels_is_refused_unread():
     assert caught.value.reason == "image too large"
 
 
-def test_where_the_processor_takes_no_videos_a_frame_is_a_picture(tmp_path):
+def test_where_the_processor_takes_no_videos_a_frame_is_an_image(tmp_path):
     """Eight frames, one after the other where the video stands: as LLaVA-style models without a video tower are run."""
     (tmp_path / "a.mp4").write_bytes(clip(30))
     row = {**kit.record(0), "video": "a.mp4"}
@@ -155,9 +155,9 @@ def test_where_the_processor_takes_videos_it_gets_the_frames(tmp_path):
     using = kit.processor()
     using.video_token, using.video_processor = "<video>", VideoProcessor()
     using.replace_video_token = lambda inputs, index: "<video>" * inputs["pixel_values_videos"][index].shape[0]
-    pictures = PixelImages(kit.data_config(tmp_path, "a.json", frames=6), using)
+    images = PixelImages(kit.data_config(tmp_path, "a.json", frames=6), using)
     sample = Sample("a", [], [Media("video", str(tmp_path / "a.mp4"))])
-    found = pictures(sample)
+    found = images(sample)
     assert found.placeholders == ["<video>" * 6]
     assert set(found.inputs) == {"pixel_values_videos"}
     assert found.inputs["pixel_values_videos"].shape == (1, 6, 32, 32, 3)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import picture, tiny_llava, tiny_processor
+from tests.tiny import make_image, tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, load, save
 
 BUDGET = ZipConfig(dominant=5, contextual=3)
@@ -54,10 +54,10 @@ def add_lora(model, targets):
 
 
 def answers(model, processor):
-    """Logits for a prompt with two pictures, made by `processor`."""
+    """Logits for a prompt with two images, made by `processor`."""
     inputs = processor(
         text="USER: <image> what is <image> this",
-        images=[picture(1, (40, 40)), picture(2, (40, 40))],
+        images=[make_image(1, (40, 40)), make_image(2, (40, 40))],
         return_tensors="pt",
     )
     assert inputs["input_ids"].shape[1] == 5 + 2 * 8

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from tests.export.conftest import ROOT
-from tests.tiny import picture
+from tests.tiny import make_image
 from visionzip import ZipConfig, attached
 from visionzip.chat import Chat
 from visionzip.device import load, read_package
@@ -25,7 +25,7 @@ BLOCKED = "import sys\nsys.modules['torch'] = sys.modules['transformers'] = None
 
 
 def images():
-    return [picture(seed, size) for seed, size in enumerate(SIZES)]
+    return [make_image(seed, size) for seed, size in enumerate(SIZES)]
 
 
 @pytest.fixture

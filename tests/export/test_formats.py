@@ -210,16 +210,16 @@ trust = {"trust_remote_code": True} if sys.argv[2] == "trust" else {}
 model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], **trust)
 processor = AutoProcessor.from_pretrained(sys.argv[1], **trust)
 sys.path.insert(0, sys.argv[3])
-from tests.tiny import picture
-inputs = processor(text="USER: <image> what is <image> this", images=[picture(1, (40, 40)), picture(2, (40, 40))], return_tensors="pt")
+from tests.tiny import make_image
+inputs = processor(text="USER: <image> what is <image> this", images=[make_image(1, (40, 40)), make_image(2, (40, 40))], return_tensors="pt")
 with torch.no_grad():
     torch.save({"ids": inputs["input_ids"], "logits": model(**inputs).logits, "kind": type(model).__name__}, sys.argv[4])
 if trust:
     import visionzip
     visionzip.attach(model, processor, dominant=3, contextual=1)
-    assert processor(text="<image>", images=picture(), return_tensors="pt")["input_ids"].shape[1] == 5
+    assert processor(text="<image>", images=make_image(), return_tensors="pt")["input_ids"].shape[1] == 5
     visionzip.detach(model)
-    assert processor(text="<image>", images=picture(), return_tensors="pt")["input_ids"].shape[1] == 17
+    assert processor(text="<image>", images=make_image(), return_tensors="pt")["input_ids"].shape[1] == 17
     model.save_pretrained(sys.argv[4] + "-again")
 """
 

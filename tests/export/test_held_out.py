@@ -10,7 +10,7 @@ from data import shapes
 from visionzip import ZipConfig, attached, load, save
 
 MODEL = Path(__file__).parents[2] / "data" / "tiny-llava"
-PICTURES = 6
+IMAGES = 6
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +29,17 @@ def trained():
     return model, processor
 
 
-def prompts(processor, split, pictures):
+def prompts(processor, split, images):
     texts, shown = [], []
-    for record, picture in shapes.records(split, pictures):
+    for record, image in shapes.records(split, images):
         for turn in record["conversations"][::2]:
             texts.append(f"USER: <image>\n{turn['value'].replace('<image>', '').strip()} ASSISTANT:")
-            shown.append(picture)
+            shown.append(image)
     return processor(text=texts, images=shown, padding=True, padding_side="left", return_tensors="pt")
 
 
 def answers(model, processor):
-    inputs = prompts(processor, "eval", PICTURES)
+    inputs = prompts(processor, "eval", IMAGES)
     output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -57,7 +57,7 @@ def test_exported_and_loaded_models_answer_as_the_trained_one(trained, tmp_path,
     model, processor = trained
     out = save(model, tmp_path / f"llava-{name}", name, **({"vision_tower": str(MODEL)} if name == "llava" else {}))
     given = answers(*load(out, "cpu"))
-    assert len(given) == 5 * PICTURES
+    assert len(given) == 5 * IMAGES
     assert len(set(given)) > 5
     assert given == answers(rounded(model) if name == "llava" else model, processor)
     untrained = answers(*load(MODEL, "cpu", config=attached(model).config))

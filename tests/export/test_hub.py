@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.export.conftest import answers
 from tests.export.hub_stand_in import TOKEN, running
-from tests.tiny import picture, tiny_processor
+from tests.tiny import make_image, tiny_processor
 from visionzip import ZipConfig, attached, load, save
 from visionzip.export.card import describe_budgets
 from visionzip.hub import looks_like_id
@@ -241,7 +241,7 @@ def test_a_pushed_run_is_a_repository_that_works_alone(hub, outside, tmp_path):
     save_result(model, run, "safetensors", {**METADATA, "results": measured})
     (run / "config.yaml").write_text("{}\n")
     (run / "report").mkdir()
-    picture(1, (40, 40)).save(run / "report" / "kept_0.png")
+    make_image(1, (40, 40)).save(run / "report" / "kept_0.png")
 
     export = ("export", run, "--out", tmp_path / "copy")
     for code, _, error in outside(("push", run, "somebody/run"), export, then=FROM_THE_REPOSITORY):

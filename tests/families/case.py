@@ -46,7 +46,7 @@ QUESTION = "what is this"
 
 
 class Case:
-    """What the properties need to know of a family. Shapes: ``L`` visual tokens of a picture, ``hidden`` of the LLM."""
+    """What the properties need to know of a family. Shapes: ``L`` visual tokens of an image, ``hidden`` of the LLM."""
 
     #: the family's name, as in the table
     name: str
@@ -58,20 +58,20 @@ class Case:
     special: str = ""
     #: a budget for most properties
     budget = ZipConfig(dominant=27, contextual=5)
-    #: picture sizes, (width, height), for the properties that run the model; the first is the usual one, the others differ
+    #: image sizes, (width, height), for the properties that run the model; the first is the usual one, the others differ
     sizes: tuple[tuple[int, int], ...] = ((640, 480), (300, 700))
-    #: picture sizes, (width, height), for the number of placeholders alone
+    #: image sizes, (width, height), for the number of placeholders alone
     many_sizes: tuple[tuple[int, int], ...] = (
         (640, 480), (480, 640), (336, 336), (1000, 250), (250, 1000), (2000, 1500), (50, 40), (337, 671), (1280, 720),
     )  # fmt: skip
-    #: pictures in each turn of a conversation
+    #: images in each turn of a conversation
     turns: tuple[int, ...] = (1, 0, 1)
     #: frames of a video, where the family takes videos
     frames: int = 0
-    #: what stands for a picture and a video in a prompt
+    #: what stands for an image and a video in a prompt
     image_text: str = "<image>"
     video_text: str = "<video>"
-    #: the processor takes pictures row by row
+    #: the processor takes images row by row
     nested: bool = False
     #: transformers can't load the family's processor without torchvision, which is not installed here
     needs_torchvision: bool = False
@@ -106,7 +106,7 @@ class Case:
         raise NotImplementedError
 
     def count(self, config: ZipConfig, size: tuple[int, int]) -> int:
-        """`size` is (width, height). How many placeholders a single picture of `size` (width, height) needs, by arithmetic of its own."""
+        """`size` is (width, height). How many placeholders a single image of `size` (width, height) needs, by arithmetic of its own."""
         raise NotImplementedError
 
     def video_count(self, config: ZipConfig, frames: int) -> int:
@@ -134,7 +134,7 @@ class Case:
         return model
 
     def placeholder_ids(self, config: Any) -> list[int]:
-        """Ids a random model must not say, because they would be taken for a picture in the next turn."""
+        """Ids a random model must not say, because they would be taken for an image in the next turn."""
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         return sorted({getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)})
 
@@ -145,10 +145,10 @@ class Case:
         images: list[list[Image.Image]] | None = None,
         videos: list[list[Image.Image]] | None = None,
     ) -> dict[str, Any]:
-        """Texts and, row by row, their pictures → what the model's forward takes (a left-padded batch)."""
+        """Texts and, row by row, their images → what the model's forward takes (a left-padded batch)."""
         processor.tokenizer.padding_side = "left"
         given: dict[str, Any] = {"text": texts, "padding": True, "return_tensors": "pt"}
-        flat = [picture for row in images or [] for picture in row]
+        flat = [image for row in images or [] for image in row]
         if flat:
             given["images"] = images if self.nested else flat
         if videos:
@@ -161,7 +161,7 @@ class Case:
         return {name: value for name, value in inputs.items() if name not in text}
 
     def only(self, inputs: dict[str, Any], first: int) -> dict[str, Any]:
-        """`inputs` with the image inputs of pictures `first` … alone: what a later turn on a cache is given."""
+        """`inputs` with the image inputs of images `first` … alone: what a later turn on a cache is given."""
         media = self.image_inputs(inputs)
         return {name: (value[first:] if name in media else value) for name, value in inputs.items()}
 
@@ -170,10 +170,10 @@ class Case:
         ids = inputs["input_ids"]
         embeddings = model.get_input_embeddings()(ids)
         rows = [list(row) for row in embeddings]
-        for kind, pictures in features.items():
+        for kind, images in features.items():
             token = getattr(model.config, f"{kind}_token_id")
             places = (ids == token).nonzero().tolist()
-            tokens = torch.cat(pictures)
+            tokens = torch.cat(images)
             assert len(places) == len(tokens), f"{len(places)} placeholders of {kind} for {len(tokens)} tokens"
             for (row, place), visual in zip(places, tokens, strict=True):
                 rows[row][place] = visual
@@ -181,8 +181,8 @@ class Case:
         hidden = model.model.language_model(inputs_embeds=spliced, attention_mask=inputs["attention_mask"])[0]
         return model.lm_head(hidden)
 
-    def whole_pictures(self, counts: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """`token_counts` of one picture; some families count its tiles one by one."""
+    def whole_images(self, counts: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """`token_counts` of one image; some families count its tiles one by one."""
         return counts
 
     def prompt(self, images: int = 1, videos: int = 0, question: str = QUESTION) -> str:
@@ -282,7 +282,7 @@ def with_pil_videos(kind: Any, image_processor: Any, made: Any, videos: Any, **s
     return type(kind.__name__, (kind,), members)(image_processor, made)
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (640, 480)) -> Image.Image:
+def make_image(seed: int = 0, size: tuple[int, int] = (640, 480)) -> Image.Image:
     """Blotches of colour, so that patches differ; `size` is (width, height)."""
     generator = np.random.default_rng(seed)
     coarse = generator.integers(0, 256, (max(2, size[1] // 40), max(2, size[0] // 40), 3), dtype=np.uint8)
@@ -290,4 +290,4 @@ def picture(seed: int = 0, size: tuple[int, int] = (640, 480)) -> Image.Image:
 
 
 def video(seed: int, frames: int, size: tuple[int, int] = (320, 240)) -> list[Image.Image]:
-    return [picture(1000 * (seed + 1) + index, size) for index in range(frames)]
+    return [make_image(1000 * (seed + 1) + index, size) for index in range(frames)]

@@ -1,4 +1,4 @@
-"""Idefics3: tiles of 364 pixels and the whole picture, a pixel shuffle by 2, one linear layer."""
+"""Idefics3: tiles of 364 pixels and the whole image, a pixel shuffle by 2, one linear layer."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Idefics3Case(Case):
     def processor(self) -> Any:
         from transformers import Idefics3ImageProcessor, Idefics3Processor
 
-        pictures = Idefics3ImageProcessor(**self.settings())
-        return Idefics3Processor(pictures, tokenizer(*SPECIAL), image_seq_len=self.per_tile)
+        images = Idefics3ImageProcessor(**self.settings())
+        return Idefics3Processor(images, tokenizer(*SPECIAL), image_seq_len=self.per_tile)
 
     def settings(self) -> dict[str, Any]:
-        """The real ones, but for the largest picture, which is 2 tiles and not 4: fewer tiles, as many kinds of them."""
+        """The real ones, but for the largest image, which is 2 tiles and not 4: fewer tiles, as many kinds of them."""
         values = real_config(self.fixture)["_preprocessor"]
         return values | {"size": {"longest_edge": 2 * values["max_image_size"]["longest_edge"]}}
 
@@ -78,7 +78,7 @@ class Idefics3Case(Case):
             del inner.language_model
 
     def tiles(self, size: tuple[int, int]) -> int:
-        """The longest side becomes `longest`; both are rounded up to whole tiles; then the whole picture."""
+        """The longest side becomes `longest`; both are rounded up to whole tiles; then the whole image."""
         settings = self.settings()
         longest, tile = settings["size"]["longest_edge"], settings["max_image_size"]["longest_edge"]
         scale = longest / max(size)

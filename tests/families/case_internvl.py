@@ -35,9 +35,9 @@ def without_torchvision(kind: type) -> type:
 
 
 def tile_grid(size: tuple[int, int], most: int) -> int:
-    """Tiles a picture of (width, height) is cut into: the shape nearest to its own, at most `most` tiles.
+    """Tiles an image of (width, height) is cut into: the shape nearest to its own, at most `most` tiles.
 
-    Of equally near ones a later (larger) one is taken if the picture has more than half its pixels.
+    Of equally near ones a later (larger) one is taken if the image has more than half its pixels.
     """
     shapes = sorted(
         {(c, r) for n in range(1, most + 1) for c in range(1, n + 1) for r in range(1, n + 1) if 1 <= c * r <= most},
@@ -75,8 +75,8 @@ class InternVLCase(Case):
     def processor(self) -> Any:
         from transformers import GotOcr2ImageProcessor, InternVLProcessor
 
-        pictures = GotOcr2ImageProcessor(**real_config(self.fixture)["_preprocessor"])
-        return without_torchvision(InternVLProcessor)(pictures, tokenizer(*SPECIAL))
+        images = GotOcr2ImageProcessor(**real_config(self.fixture)["_preprocessor"])
+        return without_torchvision(InternVLProcessor)(images, tokenizer(*SPECIAL))
 
     def everything(self) -> ZipConfig:
         return ZipConfig(dominant=256, contextual=0)
@@ -91,11 +91,11 @@ class InternVLCase(Case):
     def uncompressed(self, model: Any, inputs: dict[str, Any]) -> dict[str, list[Any]]:
         return {"image": list(model.model.get_image_features(inputs["pixel_values"]).pooler_output)}
 
-    def whole_pictures(self, counts: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    def whole_images(self, counts: list[tuple[int, int]]) -> list[tuple[int, int]]:
         return [(sum(before for before, _ in counts), sum(now for _, now in counts))]
 
     def tiles(self, size: tuple[int, int]) -> int:
-        """With the whole picture as one more, where it was cut at all."""
+        """With the whole image as one more, where it was cut at all."""
         cut = tile_grid(size, real_config(self.fixture)["_preprocessor"]["max_patches"])
         return cut + 1 if cut > 1 else 1
 

@@ -1,4 +1,4 @@
-"""LLaVA-1.5: one picture, one grid of 24 × 24 patches."""
+"""LLaVA-1.5: one image, one grid of 24 × 24 patches."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class LlavaCase(Case):
     def processor(self) -> Any:
         from transformers import LlavaProcessor
 
-        return LlavaProcessor(self.pictures(), tokenizer(*self.media), **self.processor_settings())
+        return LlavaProcessor(self.image_processor(), tokenizer(*self.media), **self.processor_settings())
 
-    def pictures(self) -> Any:
+    def image_processor(self) -> Any:
         from transformers import CLIPImageProcessorPil
 
         side = real_config(self.fixture)["vision_config"]["image_size"]

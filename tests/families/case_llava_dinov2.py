@@ -36,7 +36,7 @@ class LlavaDinov2Case(LlavaCase):
         }
         return AutoConfig.for_model(**(values | {"image_token_index": len(WORDS)}))
 
-    def pictures(self) -> Any:
+    def image_processor(self) -> Any:
         from transformers import BitImageProcessorPil
 
         return BitImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})

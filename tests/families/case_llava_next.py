@@ -1,4 +1,4 @@
-"""LLaVA-NeXT: a base picture and up to four tiles of 24 × 24 patches."""
+"""LLaVA-NeXT: a base image and up to four tiles of 24 × 24 patches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TILE = 336
 
 
 def grid(size: tuple[int, int], pinpoints: list[list[int]], tile: int) -> tuple[int, int]:
-    """(rows, columns): of all pinpoints the one in which most of the picture's pixels survive, then the least waste."""
+    """(rows, columns): of all pinpoints the one in which most of the image's pixels survive, then the least waste."""
     width, height = size
 
     def merit(point: list[int]) -> tuple[int, int]:
@@ -44,9 +44,9 @@ class LlavaNextCase(LlavaCase):
     def processor(self) -> Any:
         from transformers import LlavaNextProcessor
 
-        return LlavaNextProcessor(self.pictures(), tokenizer(*self.media), **self.processor_settings())
+        return LlavaNextProcessor(self.image_processor(), tokenizer(*self.media), **self.processor_settings())
 
-    def pictures(self) -> Any:
+    def image_processor(self) -> Any:
         from transformers import LlavaNextImageProcessorPil
 
         return LlavaNextImageProcessorPil(

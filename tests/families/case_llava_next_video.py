@@ -1,4 +1,4 @@
-"""LLaVA-NeXT-Video: pictures as LLaVA-NeXT, frames pooled from 24 × 24 to 12 × 12 patches."""
+"""LLaVA-NeXT-Video: images as LLaVA-NeXT, frames pooled from 24 × 24 to 12 × 12 patches."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class LlavaNextVideoCase(LlavaNextCase):
         side = {"height": 336, "width": 336}
         videos = PilVideos(CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=side))
         return with_pil_videos(
-            LlavaNextVideoProcessor, self.pictures(), tokenizer(*self.media), videos, **self.processor_settings()
+            LlavaNextVideoProcessor, self.image_processor(), tokenizer(*self.media), videos, **self.processor_settings()
         )
 
     def reference(self, model: Any, config: ZipConfig, inputs: dict[str, Any]) -> dict[str, list[Any]]:
@@ -70,7 +70,7 @@ class LlavaNextVideoCase(LlavaNextCase):
         return found
 
     def everything(self) -> ZipConfig:
-        return ZipConfig(dominant=1.0, contextual=0)  # a picture's tile has 577, a frame 145
+        return ZipConfig(dominant=1.0, contextual=0)  # an image's tile has 577, a frame 145
 
     def video_count(self, config: ZipConfig, frames: int) -> int:
         return frames * sum(slow.budget(config, 145))

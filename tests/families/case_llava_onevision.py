@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: SigLIP tiles of 27 × 27 patches; several pictures untiled; frames pooled to 14 × 14 after the projector."""
+"""LLaVA-OneVision: SigLIP tiles of 27 × 27 patches; several images untiled; frames pooled to 14 × 14 after the projector."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class LlavaOnevisionCase(LlavaCase):
     media = ("<image>", "<video>")
     frames = 3
     sizes = ((640, 350), (300, 380))
-    turns = (2, 0, 1)  # a picture is tiled when it is the only one: a second would change the first one's tokens
+    turns = (2, 0, 1)  # an image is tiled when it is the only one: a second would change the first one's tokens
     needs_torchvision = True
     exempt = {}  # noqa: RUF012
 
-    def pictures(self) -> Any:
+    def image_processor(self) -> Any:
         from transformers import LlavaOnevisionImageProcessorPil
 
         return LlavaOnevisionImageProcessorPil(
@@ -54,7 +54,7 @@ class LlavaOnevisionCase(LlavaCase):
 
         return with_pil_videos(
             LlavaOnevisionProcessor,
-            self.pictures(),
+            self.image_processor(),
             tokenizer(*self.media),
             PilVideos(SiglipImageProcessorPil(size={"height": TILE, "width": TILE})),
             num_image_tokens=SIDE**2,
@@ -69,7 +69,7 @@ class LlavaOnevisionCase(LlavaCase):
         images: list[list[Image.Image]] | None = None,
         videos: list[list[Image.Image]] | None = None,
     ) -> dict[str, Any]:
-        """This processor wants to know which pictures share a prompt: it is given them row by row."""
+        """This processor wants to know which images share a prompt: it is given them row by row."""
         processor.tokenizer.padding_side = "left"
         given: dict[str, Any] = {"text": texts, "padding": True, "return_tensors": "pt"}
         if any(images or []):
@@ -82,10 +82,10 @@ class LlavaOnevisionCase(LlavaCase):
         return {**super().only(inputs, first), "batch_num_images": inputs["batch_num_images"]}
 
     def everything(self) -> ZipConfig:
-        return ZipConfig(dominant=1.0, contextual=0)  # a picture's tile has 729, a frame 196
+        return ZipConfig(dominant=1.0, contextual=0)  # an image's tile has 729, a frame 196
 
     def layout(self, inputs: dict[str, Any]) -> list[tuple[int, int]]:
-        """(rows, columns) of each picture's grid; (0, 0) where a prompt has several."""
+        """(rows, columns) of each image's grid; (0, 0) where a prompt has several."""
         alone = [int(number) == 1 for number in inputs["batch_num_images"] for _ in range(int(number))]
         pinpoints = real_config(self.fixture)["image_grid_pinpoints"]
         return [

@@ -37,18 +37,18 @@ class PaliGemmaCase(Gemma3Case):
     def processor(self) -> Any:
         from transformers import PaliGemmaProcessor, SiglipImageProcessor
 
-        pictures = SiglipImageProcessor(**real_config(self.fixture)["_preprocessor"])
-        pictures.image_seq_length = 256
+        images = SiglipImageProcessor(**real_config(self.fixture)["_preprocessor"])
+        images.image_seq_length = 256
         words = tokenizer("<image>")
         words.image_token, words.image_token_id = "<image>", words.convert_tokens_to_ids("<image>")
-        return PaliGemmaProcessor(pictures, words)
+        return PaliGemmaProcessor(images, words)
 
     def process(self, processor: Any, texts: list[str], images: Any = None, videos: Any = None) -> dict[str, Any]:
-        """Row by row, as the processor takes no text without a picture."""
+        """Row by row, as the processor takes no text without an image."""
         rows, pixels = [], []
-        for text, pictures in zip(texts, images or [[]] * len(texts), strict=True):
-            if pictures:
-                made = processor(text=[text], images=[pictures], return_tensors="pt")
+        for text, row in zip(texts, images or [[]] * len(texts), strict=True):
+            if row:
+                made = processor(text=[text], images=[row], return_tensors="pt")
                 pixels.append(made["pixel_values"])
                 rows.append(made["input_ids"][0])
             else:

@@ -1,4 +1,4 @@
-"""Qwen2-VL: pictures of any size, one token from 2 × 2 patches."""
+"""Qwen2-VL: images of any size, one token from 2 × 2 patches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FrameProcessor:
         return videos, None
 
     def __call__(self, videos: list[list[Any]], **kwargs: Any) -> dict[str, Any]:
-        """Lists of pictures → patches of all videos, their grids and their metadata: two frames a second."""
+        """Lists of images → patches of all videos, their grids and their metadata: two frames a second."""
         from transformers.video_utils import VideoMetadata
 
         patches, grids, metadata = [], [], []
@@ -102,8 +102,8 @@ class Qwen2VLCase(Case):
     def processor(self) -> Any:
         from transformers import Qwen2VLImageProcessor
 
-        pictures = Qwen2VLImageProcessor(**real_config(self.fixture)["_preprocessor"])
-        return without_torchvision(self.processor_class())(pictures, tokenizer(*SPECIAL))
+        images = Qwen2VLImageProcessor(**real_config(self.fixture)["_preprocessor"])
+        return without_torchvision(self.processor_class())(images, tokenizer(*SPECIAL))
 
     def everything(self) -> ZipConfig:
         return ZipConfig(dominant=1.0, contextual=0)
@@ -146,7 +146,7 @@ class Qwen2VLCase(Case):
     def logits(self, model: Any, inputs: dict[str, Any], features: dict[str, Any]) -> Any:
         ids = inputs["input_ids"]
         embeddings = model.get_input_embeddings()(ids)
-        numbers, pictures, kinds = {"image": 1, "video": 2}, {}, torch.zeros_like(ids)
+        numbers, images, kinds = {"image": 1, "video": 2}, {}, torch.zeros_like(ids)
         deep: dict[int, list[Any]] = {}
         rows = [list(row) for row in embeddings]
         for kind, _, grids in self._inputs(inputs):
@@ -155,16 +155,16 @@ class Qwen2VLCase(Case):
             places = (ids == token).nonzero().tolist()
             for (row, place), visual in zip(places, torch.cat(features[kind]), strict=True):
                 rows[row][place] = visual
-            pictures[numbers[kind]] = [
+            images[numbers[kind]] = [
                 {"rows": h // 2, "columns": w // 2, "places": where, "step": self.step(model, inputs, i) if kind == "video" else 1}
                 for i, ((_, h, w), where) in enumerate(zip(grids.tolist(), features["places"][kind], strict=True))
             ]  # fmt: skip
             for layers in features["deep"][kind]:
                 for number, tokens in enumerate(layers):
                     deep.setdefault(number, []).append(tokens)
-        assert not (deep and len(pictures) > 1), "DeepStack features of images and videos would have to be put in order"
+        assert not (deep and len(images) > 1), "DeepStack features of images and videos would have to be put in order"
         visible = inputs["attention_mask"].bool().tolist()
-        where = slow_qwen.positions(kinds.tolist(), visible, pictures, self.frames_apart)
+        where = slow_qwen.positions(kinds.tolist(), visible, images, self.frames_apart)
         more = {}
         if deep:
             joined = [torch.cat(deep[number]) for number in sorted(deep)]
@@ -180,7 +180,7 @@ class Qwen2VLCase(Case):
         return inputs | new
 
     def groups(self, size: tuple[int, int]) -> int:
-        """Groups a picture of `size` (width, height) has after resizing."""
+        """Groups an image of `size` (width, height) has after resizing."""
         settings = real_config(self.fixture)["_preprocessor"]
         unit = settings["patch_size"] * settings["merge_size"]
         width, height = (round(side / unit) * unit for side in size)

@@ -42,8 +42,8 @@ class SmolVLMCase(Idefics3Case):
     def processor(self) -> Any:
         from transformers import SmolVLMImageProcessor, SmolVLMProcessor
 
-        pictures = SmolVLMImageProcessor(**self.settings())
-        return without_video(SmolVLMProcessor)(pictures, tokenizer(*SPECIAL), image_seq_len=self.per_tile)
+        images = SmolVLMImageProcessor(**self.settings())
+        return without_video(SmolVLMProcessor)(images, tokenizer(*SPECIAL), image_seq_len=self.per_tile)
 
 
 CASE = SmolVLMCase()

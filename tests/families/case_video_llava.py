@@ -1,4 +1,4 @@
-"""Video-LLaVA: frames and pictures of 16 × 16 patches, each kind with an encoder of its own."""
+"""Video-LLaVA: frames and images of 16 × 16 patches, each kind with an encoder of its own."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class VideoLlavaCase(LlavaCase):
         side = {"height": 224, "width": 224}
         videos = PilVideos(CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size=side))
         return with_pil_videos(
-            VideoLlavaProcessor, self.pictures(), tokenizer(*self.media), videos, **self.processor_settings()
+            VideoLlavaProcessor, self.image_processor(), tokenizer(*self.media), videos, **self.processor_settings()
         )
 
-    def pictures(self) -> Any:
+    def image_processor(self) -> Any:
         from transformers import VideoLlavaImageProcessor
 
         return VideoLlavaImageProcessor(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
@@ -56,8 +56,8 @@ class VideoLlavaCase(LlavaCase):
     def uncompressed(self, model: Any, inputs: dict[str, Any]) -> dict[str, list[Any]]:
         found: dict[str, list[Any]] = {}
         if "pixel_values_images" in inputs:
-            pictures = inputs["pixel_values_images"]
-            stock = model.model.get_image_features(pictures, vision_feature_select_strategy="full")
+            images = inputs["pixel_values_images"]
+            stock = model.model.get_image_features(images, vision_feature_select_strategy="full")
             found["image"] = list(stock.pooler_output)
         for frames in inputs.get("pixel_values_videos", ()):
             found.setdefault("video", []).append(

@@ -1,4 +1,4 @@
-"""VISIONZIP's steps one picture and one token at a time, on eager attention maps. Shares no code with the library."""
+"""VISIONZIP's steps one image and one token at a time, on eager attention maps. Shares no code with the library."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def encode(tower: Any, pixel_values: Tensor, layer: int) -> tuple[Tensor, Tensor
 def choose(
     scores: Tensor, metric: Tensor, dominant: int, contextual: int, cls: bool
 ) -> tuple[list[int], dict[int, list[int]]]:
-    """Of one picture the kept places, and each target's members.
+    """Of one image the kept places, and each target's members.
 
     Args:
         scores: ``(N,)``, of CLS no matter.
@@ -86,7 +86,7 @@ def clip_tiles(
 
 
 def raster(kept: list[list[int]], columns: int, side: int, cls: bool) -> list[tuple[int, int]]:
-    """Over a grid of tiles, which (tile, place within its kept tokens) comes when: row by row of the stitched picture."""
+    """Over a grid of tiles, which (tile, place within its kept tokens) comes when: row by row of the stitched image."""
     first = 1 if cls else 0
     where = {}
     for tile, places in enumerate(kept):

@@ -45,7 +45,7 @@ def window_order(rows: int, columns: int, side: int | None) -> list[int]:
 
 
 def choose(model: Any, grid: list[int], maps: list[tuple[Tensor, Tensor]], config: Any) -> list[tuple[list[int], dict]]:
-    """For each frame of one picture: the dominant groups and, target by target, the members."""
+    """For each frame of one image: the dominant groups and, target by target, the members."""
     vision = model.config.vision_config
     merge = vision.spatial_merge_size
     rows, columns = grid[1] // merge, grid[2] // merge
@@ -67,7 +67,7 @@ def choose(model: Any, grid: list[int], maps: list[tuple[Tensor, Tensor]], confi
 def compressed(
     embeddings: Tensor, chosen: list[tuple[list[int], dict]], deep: bool = False
 ) -> tuple[Tensor, list[list[int]]]:
-    """``(frames · n, hidden)`` merged groups of one picture → its tokens, and for each frame the places they stand at.
+    """``(frames · n, hidden)`` merged groups of one image → its tokens, and for each frame the places they stand at.
 
     `deep`: targets stay as they are.
     """
@@ -86,21 +86,21 @@ def compressed(
 
 
 def positions(
-    kinds: list[list[int]], visible: list[list[bool]], pictures: dict[int, list[dict[str, Any]]], apart: bool
+    kinds: list[list[int]], visible: list[list[bool]], images: dict[int, list[dict[str, Any]]], apart: bool
 ) -> Tensor:
-    """``(3, B, L)`` positions of rows whose pictures keep some places only.
+    """``(3, B, L)`` positions of rows whose images keep some places only.
 
     Args:
         kinds: for each token 0 (text), 1 (of an image), 2 (of a video).
-        pictures: kind → one a picture: ``rows``, ``columns`` (groups), ``places`` (for each frame), ``step`` (of time).
+        images: kind → one an image: ``rows``, ``columns`` (groups), ``places`` (for each frame), ``step`` (of time).
         apart: each frame of a video is a run of its own, at time 0.
     """
     runs = {kind: [] for kind in (1, 2)}
-    for kind, found in pictures.items():
-        for picture in found:
-            frames = picture["places"]
+    for kind, found in images.items():
+        for image in found:
+            frames = image["places"]
             split = apart and kind == 2
-            runs[kind] += [(picture, [frame]) for frame in frames] if split else [(picture, frames)]
+            runs[kind] += [(image, [frame]) for frame in frames] if split else [(image, frames)]
     result = torch.zeros(3, len(kinds), len(kinds[0]), dtype=torch.long)
     for number, row in enumerate(kinds):
         following, place = 0, 0
@@ -111,11 +111,11 @@ def positions(
                 result[:, number, place] = following
                 following, place = following + 1, place + 1
             else:
-                picture, frames = runs[row[place]].pop(0)
+                image, frames = runs[row[place]].pop(0)
                 for time, kept in enumerate(frames):
                     for group in kept:
-                        where = (int(time * picture["step"]), *divmod(group, picture["columns"]))
+                        where = (int(time * image["step"]), *divmod(group, image["columns"]))
                         result[:, number, place] = following + torch.tensor(where)
                         place += 1
-                following += max(picture["rows"], picture["columns"])
+                following += max(image["rows"], image["columns"])
     return result

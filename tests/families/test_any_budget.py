@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.families.case import Case, cases, picture
+from tests.families.case import Case, cases, make_image
 from visionzip import ZipConfig, attach, attached, detach, set_budget
 from visionzip.inputs import batch_prompts, process_images, text_inputs
 
@@ -33,7 +33,7 @@ def row(case: Case, processor: Any, images: list[Any], budgets: list[Any] | None
 @torch.no_grad()
 def test_another_budget_is_a_fresh_attachment_bit_for_bit(case: Case) -> None:
     model, processor = case.model(), case.processor()
-    images = [[picture(0, case.sizes[0])]]
+    images = [[make_image(0, case.sizes[0])]]
     untouched = case.process(case.processor(), [case.prompt()], images)
     whole = model(**untouched).logits
     attach(model, processor, case.budget)
@@ -64,7 +64,7 @@ def test_another_budget_is_a_fresh_attachment_bit_for_bit(case: Case) -> None:
 def test_images_with_their_own_budgets_are_what_they_are_alone(case: Case) -> None:
     model, processor = case.model(), case.processor()
     attach(model, processor, case.budget)
-    images = [picture(index, case.sizes[index % len(case.sizes)]) for index in range(3)]
+    images = [make_image(index, case.sizes[index % len(case.sizes)]) for index in range(3)]
     rows = [
         row(case, processor, images[:1], [9]),
         row(case, processor, images[1:2], [(20, 3)]),
@@ -97,7 +97,7 @@ def test_two_images_of_one_prompt_with_two_budgets(case: Case) -> None:
     attach(model, processor, case.budget)
     if attached(model).family.by_tile:
         pytest.skip("an image is several entries; the batch of three prompts shows the same")
-    images = [picture(index, case.sizes[index % len(case.sizes)]) for index in range(2)]
+    images = [make_image(index, case.sizes[index % len(case.sizes)]) for index in range(2)]
     both = batch_prompts(processor, [row(case, processor, images, [9, (20, 3)])])
     found = attached(model).compress(
         both["image_budgets"], **case.image_inputs(attached(model).family.image_inputs(both))

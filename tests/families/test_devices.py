@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from tests.device import DEVICE, OTHER, THIRD, Elsewhere, There, moved, there
 from tests.families.case import Case, cases, video
-from tests.families.test_properties import new_tokens, pictures
+from tests.families.test_properties import make_images, new_tokens
 from visionzip import ZipConfig, attach, attached
 from visionzip.compress import compress
 from visionzip.config import Adaptive
@@ -23,11 +23,11 @@ CASES = pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 
 
 def ready(case: Case) -> tuple[Any, dict[str, dict[str, Any]]]:
-    """An attached model, and inputs of two pictures and of a video where the family takes videos."""
+    """An attached model, and inputs of two images and of a video where the family takes videos."""
     model, processor = case.model(), case.processor()
     attach(model, processor, case.budget)
     prompts = [case.prompt(), case.prompt(question="a red circle")]
-    given = {"image": case.process(processor, prompts, [pictures(case), pictures(case, 1, 1)])}
+    given = {"image": case.process(processor, prompts, [make_images(case), make_images(case, 1, 1)])}
     if case.frames:
         given["video"] = case.process(processor, [case.prompt(0, 1)], videos=[video(0, case.frames)])
     return model, given
@@ -50,10 +50,10 @@ def test_selection_never_waits_for_the_device(selector, merge):
 @CASES
 @torch.no_grad()
 def test_on_a_device_as_on_the_cpu(case):
-    """Same logits, same answer; and the host waits as often for two pictures as for one."""
+    """Same logits, same answer; and the host waits as often for two images as for one."""
     model, given = ready(case)
     expected = {kind: (model(**inputs).logits, new_tokens(model, inputs)) for kind, inputs in given.items()}
-    one = case.process(attached(model).processor, [case.prompt()], [pictures(case)])
+    one = case.process(attached(model).processor, [case.prompt()], [make_images(case)])
     with Elsewhere() as device:
         moved(model, DEVICE)
         for kind, inputs in given.items():
@@ -121,12 +121,12 @@ def test_pixels_of_another_precision_than_the_encoder(case):
 
 @pytest.mark.parametrize("measure", ["attention", "coverage"])
 @torch.no_grad()
-def test_budgets_of_each_pictures_own_on_a_device(measure):
+def test_budgets_of_each_images_own_on_a_device(measure):
     case = next(case for case in cases() if case.name == "LLaVA-NeXT")
     model, processor = case.model(), case.processor()
     adaptive = Adaptive(measure=measure, threshold=0.3, least=4)
     attach(model, processor, ZipConfig(dominant=40, contextual=5, adaptive=adaptive))
-    inputs = case.process(processor, [case.prompt(), case.prompt()], [pictures(case), pictures(case, 1, 1)])
+    inputs = case.process(processor, [case.prompt(), case.prompt()], [make_images(case), make_images(case, 1, 1)])
     expected = model(**inputs).logits
     with Elsewhere():
         moved(model, DEVICE)
@@ -138,7 +138,7 @@ def test_prompts_of_a_stock_processor_are_shortened_on_the_device():
     case = next(case for case in cases() if case.name == "LLaVA-1.5")
     model = attach(case.model(), None, case.budget)
     prompts = [case.prompt(), case.prompt(question="a red circle")]
-    inputs = case.process(case.processor(), prompts, [pictures(case), pictures(case, 1, 1)])
+    inputs = case.process(case.processor(), prompts, [make_images(case), make_images(case, 1, 1)])
     expected = new_tokens(model, inputs)
     with Elsewhere():
         moved(model, DEVICE)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import InternVLVisionConfig, InternVLVisionModel
 
 from scripts.grouping import measure
-from tests.families.case import Case, picture
+from tests.families.case import Case, make_image
 from tests.families.case_gemma3 import CASE as GEMMA
 from tests.families.case_idefics3 import CASE as IDEFICS
 from tests.families.case_internvl import CASE as INTERNVL
@@ -36,7 +36,7 @@ def ready(case: Case, config: ZipConfig | None = None) -> tuple[Any, Any]:
 
 
 def one(case: Case, processor: Any, seed: int = 0) -> dict[str, Any]:
-    return case.process(processor, [case.prompt()], [[picture(seed, case.sizes[0])]])
+    return case.process(processor, [case.prompt()], [[make_image(seed, case.sizes[0])]])
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -146,16 +146,16 @@ def test_frames_of_a_video_have_a_tiles_budget(case: Case, monkeypatch: pytest.M
     assert now.replace(token, "") == stock.replace(token, "")
 
 
-def test_pan_and_scan_crops_are_pictures_of_their_own() -> None:
+def test_pan_and_scan_crops_are_images_of_their_own() -> None:
     model, processor = ready(GEMMA)
-    shown = [[picture(0, (900, 300))]]
+    shown = [[make_image(0, (900, 300))]]
     made = processor(
         text=[GEMMA.prompt()], images=shown, return_tensors="pt", do_pan_and_scan=True,
         pan_and_scan_min_crop_size=100, pan_and_scan_max_num_crops=4, pan_and_scan_min_ratio_to_activate=1.2,
     )  # fmt: skip
-    pictures = len(made["pixel_values"])
-    assert pictures > 1
-    assert int((made["input_ids"] == model.config.image_token_id).sum()) == pictures * sum((27, 5))
+    images = len(made["pixel_values"])
+    assert images > 1
+    assert int((made["input_ids"] == model.config.image_token_id).sum()) == images * sum((27, 5))
     assert torch.isfinite(model(**made).logits).all()
 
 
@@ -167,8 +167,8 @@ def test_authors_call_without_a_processor(case: Case) -> None:
     model = visionzip(case.model(), dominant=27, contextual=5)
     stock = case.processor()
     for texts, shown in (
-        ([case.prompt()], [[picture(0, case.sizes[0])]]),
-        ([case.prompt(1), case.prompt(0, question="how many red")], [[picture(1, case.sizes[1])], []]),
+        ([case.prompt()], [[make_image(0, case.sizes[0])]]),
+        ([case.prompt(1), case.prompt(0, question="how many red")], [[make_image(1, case.sizes[1])], []]),
     ):
         long, short = (case.process(p, texts, shown) for p in (stock, processor))
         assert long["input_ids"].shape[1] > short["input_ids"].shape[1]
@@ -238,11 +238,11 @@ class TestRefusals:
 
 
 @torch.no_grad()
-def test_gemma_lets_pictures_attend_both_ways_without_being_told() -> None:
+def test_gemma_lets_images_attend_both_ways_without_being_told() -> None:
     """A batch whose ids come from a template of ours has no token types."""
     model, processor = ready(GEMMA)
     inputs = GEMMA.process(
-        processor, [GEMMA.prompt(2), GEMMA.prompt(0)], [[picture(i, (320, 240)) for i in range(2)], []]
+        processor, [GEMMA.prompt(2), GEMMA.prompt(0)], [[make_image(i, (320, 240)) for i in range(2)], []]
     )
     without = {name: value for name, value in inputs.items() if name != "token_type_ids"}
     there = inputs["attention_mask"].bool()

@@ -89,7 +89,7 @@ class MGM(LlamaForCausalLM):
         return self.model.mm_projector(tokens)
 
     def spliced(self, input_ids: Tensor, images: Tensor, images_aux: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Embeddings with each picture in place of its marker, and the mask; rows without one use up no picture here."""
+        """Embeddings with each image in place of its marker, and the mask; rows without one use up no image here."""
         features, rows = iter(self.encode_images(images, images_aux)), []
         for row in input_ids:
             pieces = [
@@ -122,12 +122,12 @@ def made(**changes: Any) -> Any:
     return MGM(config).eval()
 
 
-def given(pictures: int = 2) -> dict[str, Tensor]:
-    """Two rows with a picture each and one without; 0 pads."""
+def given(count: int = 2) -> dict[str, Tensor]:
+    """Two rows with an image each and one without; 0 pads."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.tensor([[3, MARKER, 4, 5, 6], [0, 7, 8, MARKER, 9], [0, 0, 7, 11, 12]])
-    images = torch.randn(pictures, 3, 8 * SIDE, 8 * SIDE, generator=generator)
-    detailed = torch.randn(pictures, 3, 4 * SQUARE * SIDE, 4 * SQUARE * SIDE, generator=generator)
+    images = torch.randn(count, 3, 8 * SIDE, 8 * SIDE, generator=generator)
+    detailed = torch.randn(count, 3, 4 * SQUARE * SIDE, 4 * SQUARE * SIDE, generator=generator)
     return {"input_ids": ids, "images": images, "images_aux": detailed}
 
 
@@ -156,8 +156,8 @@ def test_selection(detailed: bool) -> None:
     model = attach(made(), config=BUDGET)
     found = model.encode_images(*[inputs[name] for name in ("images", "images_aux") if name in inputs])
     torch.testing.assert_close(found, torch.stack(expected(made(), inputs)), rtol=1e-4, atol=1e-5)
-    pictures = {name: value for name, value in inputs.items() if name != "input_ids"}
-    assert attached(model).token_counts(**pictures) == [(SIDE**2, 10)] * 2
+    images = {name: value for name, value in inputs.items() if name != "input_ids"}
+    assert attached(model).token_counts(**images) == [(SIDE**2, 10)] * 2
 
 
 @torch.no_grad()

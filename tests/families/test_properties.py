@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from tests.families.case import Case, cases, picture, video
+from tests.families.case import Case, cases, make_image, video
 from visionzip import attach, attached, detach, load
 from visionzip.export import load_into, save_projector
 from visionzip.projector import projector_state
@@ -26,8 +26,8 @@ def every_family(property_name: str) -> Any:
     return pytest.mark.parametrize("case", applies, ids=lambda case: case.name)
 
 
-def pictures(case: Case, count: int = 1, first: int = 0) -> list[Any]:
-    return [picture(first + index, case.sizes[(first + index) % len(case.sizes)]) for index in range(count)]
+def make_images(case: Case, count: int = 1, first: int = 0) -> list[Any]:
+    return [make_image(first + index, case.sizes[(first + index) % len(case.sizes)]) for index in range(count)]
 
 
 def ready(case: Case, attention: str = "sdpa", **budget: Any) -> tuple[Any, Any]:
@@ -56,7 +56,7 @@ def same_logits(found: Tensor, expected: Tensor, inputs: dict[str, Any]) -> None
 def test_selection(case: Case) -> None:
     """Logits are those of the slow reference's tokens in the untouched language model."""
     model, processor = ready(case)
-    inputs = case.process(processor, [case.prompt(), case.prompt(0)], [pictures(case), []])
+    inputs = case.process(processor, [case.prompt(), case.prompt(0)], [make_images(case), []])
     untouched = case.model("eager")
     features = case.reference(untouched, case.budget, inputs)
     found = attached(model).project(attached(model).compress(**case.image_inputs(inputs)))
@@ -71,7 +71,7 @@ def test_everything(case: Case) -> None:
     """A budget that keeps every token gives the uncompressed model's logits on the same tokens."""
     model, processor = case.model(), case.processor()
     attach(model, processor, case.everything())
-    inputs = case.process(processor, [case.prompt()], [pictures(case)])
+    inputs = case.process(processor, [case.prompt()], [make_images(case)])
     untouched = case.model()
     features = case.uncompressed(untouched, inputs)
     same_logits(model(**inputs).logits, case.logits(untouched, inputs, features), inputs)
@@ -82,7 +82,7 @@ def test_everything(case: Case) -> None:
 def test_sdpa_eager(case: Case) -> None:
     """Scores come from q and k of one layer, so the attention implementation does not matter."""
     (sdpa, processor), (eager, _) = ready(case), ready(case, "eager")
-    inputs = case.process(processor, [case.prompt(2)], [pictures(case, 2)])
+    inputs = case.process(processor, [case.prompt(2)], [make_images(case, 2)])
     for a, b in zip(*(attached(m).compress(**case.image_inputs(inputs)) for m in (sdpa, eager)), strict=True):
         if isinstance(a, Tensor):
             a, b = {"tokens": a}, {"tokens": b}
@@ -96,12 +96,12 @@ def test_placeholders(case: Case) -> None:
     stock = case.processor()
     model, processor = ready(case)
     for size in case.many_sizes:
-        inputs = case.process(processor, [case.prompt()], [[picture(0, size)]])
+        inputs = case.process(processor, [case.prompt()], [[make_image(0, size)]])
         now = int((inputs["input_ids"] == model.config.image_token_id).sum())
         assert now == case.count(case.budget, size), size
         before = stock_count(case, stock, model, size)
         counts = attached(model).token_counts(**case.image_inputs(inputs))
-        assert case.whole_pictures(counts) == [(before, now)], size
+        assert case.whole_images(counts) == [(before, now)], size
         if not hasattr(type(stock), "_get_num_multimodal_tokens"):
             continue  # SmolVLM's can't be asked
         told, told_before = (p._get_num_multimodal_tokens(image_sizes=[(size[1], size[0])]) for p in (processor, stock))
@@ -110,7 +110,7 @@ def test_placeholders(case: Case) -> None:
 
 
 def stock_count(case: Case, stock: Any, model: Any, size: tuple[int, int]) -> int:
-    inputs = case.process(stock, [case.prompt()], [[picture(0, size)]])
+    inputs = case.process(stock, [case.prompt()], [[make_image(0, size)]])
     return int((inputs["input_ids"] == model.config.image_token_id).sum())
 
 
@@ -118,7 +118,7 @@ def stock_count(case: Case, stock: Any, model: Any, size: tuple[int, int]) -> in
 def test_generate(case: Case) -> None:
     """With a KV cache and without, and beams; the encoder runs once."""
     model, processor = ready(case)
-    inputs = case.process(processor, [case.prompt()], [pictures(case)])
+    inputs = case.process(processor, [case.prompt()], [make_images(case)])
     runs = []
     tower = model.get_submodule(attached(model).family.tower)
     block = next(m for m in tower.modules() if isinstance(m, torch.nn.ModuleList))[0]
@@ -141,7 +141,7 @@ def test_mixed_batch(case: Case) -> None:
         case.prompt(2, question="how many"),
         case.prompt(1, question="is this red"),
     ]
-    rows = [pictures(case), [], pictures(case, 2, 1), pictures(case, 1, 3)]
+    rows = [make_images(case), [], make_images(case, 2, 1), make_images(case, 1, 3)]
     batch = case.process(processor, texts, rows)
     together, logits = new_tokens(model, batch), model(**batch).logits[:, -1]
     for index, (text, row) in enumerate(zip(texts, rows, strict=True)):
@@ -165,7 +165,7 @@ def test_multi_turn(case: Case) -> None:
     model, processor = ready(case)
     text, shown, cache = "", [], None
     for turn, count in enumerate(case.turns):
-        fresh = pictures(case, count, len(shown))
+        fresh = make_images(case, count, len(shown))
         text += (" </s> " if turn else "") + case.prompt(len(fresh), question="how many" if turn else "what is this")
         shown = shown + fresh
         whole = case.process(processor, [text], [shown])
@@ -193,14 +193,14 @@ def test_attach_detach(case: Case) -> None:
     hooks = [hook_count(module) for module in model.modules()]
     config = model.config.to_dict()
     attach(model, processor, case.budget)
-    new_tokens(model, case.process(processor, [case.prompt()], [pictures(case)]), 2)
+    new_tokens(model, case.process(processor, [case.prompt()], [make_images(case)]), 2)
     detach(model)
     assert attached(model) is None
     assert [list(owner.__dict__) for owner in owners] == before
     assert [hook_count(module) for module in model.modules()] == hooks
     assert model.config.to_dict() == config
     untouched = case.model()
-    inputs, expected = (case.process(p, [case.prompt()], [pictures(case)]) for p in (processor, case.processor()))
+    inputs, expected = (case.process(p, [case.prompt()], [make_images(case)]) for p in (processor, case.processor()))
     assert torch.equal(inputs["input_ids"], expected["input_ids"])
     assert torch.equal(model(**inputs).logits, untouched(**expected).logits)
 
@@ -224,7 +224,7 @@ def test_save_load(case: Case, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -
         for parameter in model.get_submodule(name).parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     save_projector(model, tmp_path / "out")
-    inputs = case.process(processor, [case.prompt()], [pictures(case)])
+    inputs = case.process(processor, [case.prompt()], [make_images(case)])
     expected = model(**inputs).logits
 
     fresh, _ = ready(case)
@@ -234,7 +234,7 @@ def test_save_load(case: Case, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(fresh(**inputs).logits, expected)
 
     loaded, its_processor = load(tmp_path / "out", device="cpu")
-    again = case.process(its_processor, [case.prompt()], [pictures(case)])
+    again = case.process(its_processor, [case.prompt()], [make_images(case)])
     assert torch.equal(again["input_ids"], inputs["input_ids"])
     close(loaded(**again).logits, expected)
 
@@ -243,7 +243,7 @@ def test_save_load(case: Case, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -
 def test_gradient(case: Case) -> None:
     """Every projector parameter gets the slow path's gradient (relative error below 1e-5), and nothing else gets one."""
     model, processor = ready(case)
-    inputs = case.process(processor, [case.prompt(), case.prompt(0)], [pictures(case), []])
+    inputs = case.process(processor, [case.prompt(), case.prompt(0)], [make_images(case), []])
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] >= 19, -100)  # placeholders
     names = attached(model).projector_names
     found = only_projector(model, names)
@@ -273,7 +273,7 @@ def only_projector(model: Any, names: list[str]) -> dict[str, torch.nn.Parameter
 def test_frozen(case: Case) -> None:
     """The encoder keeps nothing for backward, even where its parameters ask for a gradient."""
     model, processor = ready(case)
-    inputs = case.process(processor, [case.prompt()], [pictures(case)])
+    inputs = case.process(processor, [case.prompt()], [make_images(case)])
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     attachment = attached(model)
     tower = model.get_submodule(attachment.family.tower)
@@ -286,10 +286,10 @@ def test_frozen(case: Case) -> None:
 def test_token_cache(case: Case, tmp_path: Any) -> None:
     """Tokens stored per image and used later, in another batch, give the logits of the pixels."""
     model, processor = ready(case)
-    inputs = case.process(processor, [case.prompt(), case.prompt()], [pictures(case), pictures(case, 1, 1)])
+    inputs = case.process(processor, [case.prompt(), case.prompt()], [make_images(case), make_images(case, 1, 1)])
     attachment = attached(model)
     for index in range(2):
-        alone = case.process(processor, [case.prompt()], [pictures(case, 1, index)])
+        alone = case.process(processor, [case.prompt()], [make_images(case, 1, index)])
         torch.save(attachment.compress(**case.image_inputs(alone)), tmp_path / str(index))
     stored = [entry for index in range(2) for entry in torch.load(tmp_path / str(index), weights_only=True)]
     text = {name: value for name, value in inputs.items() if name not in case.image_inputs(inputs)}
@@ -321,10 +321,10 @@ def test_video(case: Case) -> None:
     close(model(**text, mm_encoder_outputs=stored).logits, model(**inputs).logits)
 
     texts = [case.prompt(0, 1), case.prompt(1), case.prompt(0)]
-    both = case.process(processor, texts, [[], pictures(case), []], clips)
+    both = case.process(processor, texts, [[], make_images(case), []], clips)
     together = new_tokens(model, both)
     assert torch.equal(together[0], new_tokens(model, inputs)[0])
-    assert torch.equal(together[1], new_tokens(model, case.process(processor, [texts[1]], [pictures(case)]))[0])
+    assert torch.equal(together[1], new_tokens(model, case.process(processor, [texts[1]], [make_images(case)]))[0])
 
     attach(model, processor, case.everything())
     inputs = case.process(processor, [case.prompt(0, 1)], None, clips)

@@ -1,4 +1,4 @@
-"""What only Qwen's models have: packed pictures, windows, DeepStack, positions, frames; and what they refuse."""
+"""What only Qwen's models have: packed images, windows, DeepStack, positions, frames; and what they refuse."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.families import slow_qwen
-from tests.families.case import Case, picture, video
+from tests.families.case import Case, make_image, video
 from tests.families.case_qwen2_5_vl import CASE as QWEN25
 from tests.families.case_qwen2_vl import CASE as QWEN2
 from tests.families.case_qwen3_vl import CASE as QWEN3
@@ -46,7 +46,7 @@ def last_logits(model: Any, inputs: dict[str, Any], **more: Any) -> tuple[Tensor
 def test_encoder_gives_what_the_merger_would_be_given(case: Case) -> None:
     """Bit for bit the untouched model's tokens, once they go through its mergers; whatever sizes are packed together."""
     model, processor = case.model(), case.processor()
-    inputs = case.process(processor, [case.prompt(3)], [[picture(i, size) for i, size in enumerate(SIZES)]])
+    inputs = case.process(processor, [case.prompt(3)], [[make_image(i, size) for i, size in enumerate(SIZES)]])
     stock = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
     visual = model.model.visual
     found = QwenEncoder().encode(visual, inputs["pixel_values"], inputs["image_grid_thw"])
@@ -64,7 +64,7 @@ def test_encoder_gives_what_the_merger_would_be_given(case: Case) -> None:
 @torch.no_grad()
 def test_no_scores_where_the_selector_needs_none(case: Case) -> None:
     model, processor = ready(case, ZipConfig(dominant=0.5, contextual=0.1, selector="uniform"))
-    inputs = case.process(processor, [case.prompt()], [[picture(0, SIZES[0])]])
+    inputs = case.process(processor, [case.prompt()], [[make_image(0, SIZES[0])]])
     frames = QwenEncoder().encode(model.model.visual, inputs["pixel_values"], inputs["image_grid_thw"], scores=False)
     assert frames[0].features.scores is None
     assert torch.isfinite(model(**inputs).logits).all()
@@ -81,7 +81,7 @@ def test_everything_kept_is_the_untouched_model(case: Case) -> None:
         case.prompt(0),
         f"USER: {case.video_text} {case.image_text} how many",
     ]
-    images = [[picture(0, SIZES[0]), picture(1, SIZES[1])], [], [picture(2, SIZES[2])]]
+    images = [[make_image(0, SIZES[0]), make_image(1, SIZES[1])], [], [make_image(2, SIZES[2])]]
     clips = [video(0, case.frames), video(1, case.frames + 2)]
     ours, theirs = (case.process(p, texts, images, clips) for p in (processor, plain))
     assert torch.equal(ours["input_ids"], theirs["input_ids"])
@@ -94,20 +94,20 @@ def test_everything_kept_is_the_untouched_model(case: Case) -> None:
 
 
 @every
-@pytest.mark.parametrize("again", [False, True], ids=["new pictures", "all pictures"])
+@pytest.mark.parametrize("again", [False, True], ids=["new images", "all images"])
 @torch.no_grad()
-def test_a_new_picture_on_the_cache_of_an_earlier_turn(case: Case, again: bool) -> None:
-    """A batch of two conversations; the second turn shows pictures. Logits are those of computing all of it at once.
+def test_a_new_image_on_the_cache_of_an_earlier_turn(case: Case, again: bool) -> None:
+    """A batch of two conversations; the second turn shows images. Logits are those of computing all of it at once.
 
-    The old pictures may be passed once more, as the processor gives them, or not.
+    The old images may be passed once more, as the processor gives them, or not.
     """
     model, processor = ready(case)
     texts = [case.prompt(2), case.prompt(0, question="how many red")]
-    shown = [[picture(0, SIZES[0]), picture(1, SIZES[1])], []]
+    shown = [[make_image(0, SIZES[0]), make_image(1, SIZES[1])], []]
     first = case.process(processor, texts, shown)
     _, done = last_logits(model, first)
     ids = done.sequences[:, :-1]  # what the cache holds: the last token said has not been read yet
-    fresh = [[picture(2, SIZES[2])], [picture(3, SIZES[0])]]
+    fresh = [[make_image(2, SIZES[2])], [make_image(3, SIZES[0])]]
     more = case.process(processor, [case.prompt(1, question="is this")] * 2, fresh)
 
     def joined(name: str, filler: int) -> Tensor:
@@ -139,11 +139,11 @@ def test_a_new_picture_on_the_cache_of_an_earlier_turn(case: Case, again: bool) 
 @every
 @torch.no_grad()
 def test_forward_on_a_cache_by_hand(case: Case) -> None:
-    """Two calls of forward, each with a picture, and one with text behind them give what one call gives."""
+    """Two calls of forward, each with an image, and one with text behind them give what one call gives."""
     model, processor = ready(case)
     text = f"USER: {case.image_text} what is this {case.image_text} how many"
-    pictures = [picture(0, SIZES[0]), picture(1, SIZES[1])]
-    whole = case.process(processor, [text], [pictures])
+    images = [make_image(0, SIZES[0]), make_image(1, SIZES[1])]
+    whole = case.process(processor, [text], [images])
     kinds = whole["mm_token_type_ids"][0]
     middle = int((kinds == 0).nonzero()[(kinds == 0).nonzero() > (kinds == 1).nonzero()[0]][0]) + 3
     patches = whole["pixel_values"].split(whole["image_grid_thw"].prod(-1).tolist())
@@ -160,11 +160,11 @@ def test_forward_on_a_cache_by_hand(case: Case) -> None:
 
 
 @every
-def test_a_masked_picture_changes_nothing_but_runs_the_projector(case: Case) -> None:
+def test_a_masked_image_changes_nothing_but_runs_the_projector(case: Case) -> None:
     """A batch of text gets a masked row of placeholders, so that every rank's projector runs; first or last, no matter."""
     model, processor = ready(case)
     text = case.process(processor, [case.prompt(0)])
-    blank = case.process(processor, [case.image_text], [[picture(0, SIZES[2])]])
+    blank = case.process(processor, [case.image_text], [[make_image(0, SIZES[2])]])
     width = max(text["input_ids"].shape[1], blank["input_ids"].shape[1])
 
     def padded(name: str, filler: int) -> list[Tensor]:
@@ -191,7 +191,7 @@ def test_a_masked_picture_changes_nothing_but_runs_the_projector(case: Case) -> 
 @torch.no_grad()
 def test_other_ways_to_merge(merge: Any) -> None:
     model, processor = ready(QWEN25, ZipConfig(dominant=0.5, contextual=0.1, merge=merge))
-    inputs = QWEN25.process(processor, [QWEN25.prompt()], [[picture(0, SIZES[0])]])
+    inputs = QWEN25.process(processor, [QWEN25.prompt()], [[make_image(0, SIZES[0])]])
     found = attached(model).project(attached(model).compress(**QWEN25.image_inputs(inputs)))[0]
     untouched = QWEN25.model("eager")
     grid = inputs["image_grid_thw"]
@@ -209,7 +209,7 @@ def test_other_ways_to_merge(merge: Any) -> None:
 def test_images_are_counted_not_their_patches(case: Case) -> None:
     """Pixels are flat patches here; a run's log said thousands of images a second."""
     model, processor = ready(case)
-    inputs = case.process(processor, [case.prompt()] * 2, [[picture(0, SIZES[0])], [picture(1, SIZES[0])]])
+    inputs = case.process(processor, [case.prompt()] * 2, [[make_image(0, SIZES[0])], [make_image(1, SIZES[0])]])
     assert len(inputs["pixel_values"]) > 100
     assert images_in(attached(model).family, dict(inputs)) == 2
     tokens = attached(model).compress(**case.image_inputs(inputs))
@@ -217,10 +217,10 @@ def test_images_are_counted_not_their_patches(case: Case) -> None:
 
 
 @every
-def test_what_a_cached_picture_holds(case: Case) -> None:
+def test_what_a_cached_image_holds(case: Case) -> None:
     """All groups while tokens are merged, the chosen ones alone when the rest is dropped; whole numbers stay whole."""
     model, processor = ready(case)
-    inputs = case.process(processor, [case.prompt()], [[picture(0, SIZES[0])]])
+    inputs = case.process(processor, [case.prompt()], [[make_image(0, SIZES[0])]])
     groups = int(inputs["image_grid_thw"].prod()) // 4
     merged = attached(model).compress(**case.image_inputs(inputs))[0]
     assert merged["groups"].shape[1] == groups
@@ -245,17 +245,17 @@ def test_placeholders_are_asked_for_by_place_or_by_name(case: Case) -> None:
     counts = [text.count("<|video_pad|>") for text in by_place]
     grids = clips["video_grid_thw"].tolist()
     assert counts == [t * sum(case.budget.resolve(h * w // 4)) for t, h, w in grids]
-    found = processor.image_processor(images=[picture(0, SIZES[0]), picture(1, SIZES[1])], return_tensors="pt")
+    found = processor.image_processor(images=[make_image(0, SIZES[0]), make_image(1, SIZES[1])], return_tensors="pt")
     assert processor.replace_image_token(found, 1) == processor.replace_image_token(found, image_idx=1)
     assert processor.replace_image_token(found, 0) != processor.replace_image_token(found, 1)
 
 
 @every
 @torch.no_grad()
-def test_a_picture_smaller_than_the_budget_keeps_all_it_has(case: Case) -> None:
+def test_an_image_smaller_than_the_budget_keeps_all_it_has(case: Case) -> None:
     model, processor = ready(case, ZipConfig(dominant=54, contextual=10))
     sizes = ((60, 60), (280, 280))
-    inputs = case.process(processor, [case.prompt(2)], [[picture(i, size) for i, size in enumerate(sizes)]])
+    inputs = case.process(processor, [case.prompt(2)], [[make_image(i, size) for i, size in enumerate(sizes)]])
     counts = attached(model).token_counts(**case.image_inputs(inputs))
     assert counts == [(case.groups(size), min(64, case.groups(size))) for size in sizes]
     assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == sum(now for _, now in counts)
@@ -267,7 +267,9 @@ def test_a_picture_smaller_than_the_budget_keeps_all_it_has(case: Case) -> None:
 def test_token_types_are_made_where_none_are_given(case: Case) -> None:
     """A batch whose ids come from a template of ours has none."""
     model, processor = ready(case)
-    inputs = case.process(processor, [case.prompt(2), case.prompt(0)], [[picture(i, SIZES[i]) for i in range(2)], []])
+    inputs = case.process(
+        processor, [case.prompt(2), case.prompt(0)], [[make_image(i, SIZES[i]) for i in range(2)], []]
+    )
     without = {name: value for name, value in inputs.items() if name != "mm_token_type_ids"}
     there = inputs["attention_mask"].bool()
     assert torch.equal(model(**without).logits[there], model(**inputs).logits[there])
@@ -279,7 +281,7 @@ def test_token_types_are_made_where_none_are_given(case: Case) -> None:
 @torch.no_grad()
 def test_copies_are_attached_to_themselves(case: Case, clone: Any) -> None:
     model, processor = ready(case)
-    inputs = case.process(processor, [case.prompt()], [[picture(0, SIZES[0])]])
+    inputs = case.process(processor, [case.prompt()], [[make_image(0, SIZES[0])]])
     expected = model(**inputs).logits
     twin = clone(model)
     detach(model)
@@ -294,14 +296,14 @@ def test_copies_are_attached_to_themselves(case: Case, clone: Any) -> None:
 
 @every
 @torch.no_grad()
-def test_static_cache_and_text_after_pictures(case: Case) -> None:
+def test_static_cache_and_text_after_images(case: Case) -> None:
     model, processor = ready(case)
-    inputs = case.process(processor, [case.prompt()], [[picture(0, SIZES[0])]])
+    inputs = case.process(processor, [case.prompt()], [[make_image(0, SIZES[0])]])
     expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     static = model.generate(**inputs, max_new_tokens=4, do_sample=False, cache_implementation="static")
     assert torch.equal(static, expected)
     text = case.process(processor, [case.prompt(0)])
-    close(model(**text).logits, case.model()(**text).logits)  # nothing is left of the picture's positions
+    close(model(**text).logits, case.model()(**text).logits)  # nothing is left of the image's positions
 
 
 class TestRefusals:
@@ -328,7 +330,7 @@ class TestRefusals:
     @every
     def test_prompt_of_a_stock_processor(self, case: Case) -> None:
         model, _ = ready(case)
-        inputs = case.process(case.processor(), [case.prompt()], [[picture(0, SIZES[0])]])
+        inputs = case.process(case.processor(), [case.prompt()], [[make_image(0, SIZES[0])]])
         with pytest.raises(ValueError, match="processor that is attached"):
             model(**inputs)
         with pytest.raises(ValueError, match="processor that is attached"):
@@ -336,7 +338,7 @@ class TestRefusals:
 
     def test_pixels_that_do_not_fit_their_grids(self) -> None:
         model, processor = ready(QWEN2)
-        inputs = QWEN2.process(processor, [QWEN2.prompt()], [[picture(0, SIZES[0])]])
+        inputs = QWEN2.process(processor, [QWEN2.prompt()], [[make_image(0, SIZES[0])]])
         with pytest.raises(ValueError, match="patches were given, but the grids"):
             attached(model).compress(pixel_values=inputs["pixel_values"][4:], image_grid_thw=inputs["image_grid_thw"])
         with pytest.raises(ValueError, match="pixel_values was given without image_grid_thw"):
@@ -346,7 +348,7 @@ class TestRefusals:
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         model, processor = ready(QWEN2)
-        inputs = QWEN2.process(processor, [QWEN2.prompt()], [[picture(0, SIZES[0])]])
+        inputs = QWEN2.process(processor, [QWEN2.prompt()], [[make_image(0, SIZES[0])]])
         tokens = attached(model).project(attached(model).compress(**QWEN2.image_inputs(inputs)))
         with pytest.raises(ValueError, match="does not say which tokens were kept"):
             model(
@@ -354,7 +356,7 @@ class TestRefusals:
                 mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=tokens)},
             )
 
-    def test_budget_of_no_picture_in_particular(self) -> None:
+    def test_budget_of_no_image_in_particular(self) -> None:
         model, _ = ready(QWEN2)
         with pytest.raises(ValueError, match="token_counts"):
             attached(model).family.budget(QWEN2.budget)

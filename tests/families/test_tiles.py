@@ -13,7 +13,7 @@ from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, SiglipVi
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 from tests.families import slow
-from tests.families.case import Case, picture
+from tests.families.case import Case, make_image
 from tests.families.case_llava_next import CASE as NEXT
 from tests.families.case_llava_onevision import CASE as ONEVISION
 from tests.families.case_llava_onevision import tile_budget
@@ -47,7 +47,7 @@ def test_both_golden_orders_are_there() -> None:
 @pytest.mark.parametrize("cls", [True, False])
 @pytest.mark.parametrize(("rows", "columns", "side"), [(1, 2, 3), (3, 2, 4), (2, 3, 5)])
 def test_order_of_any_grid(rows: int, columns: int, side: int, cls: bool) -> None:
-    """Against a walk over the stitched picture, spot by spot."""
+    """Against a walk over the stitched image, spot by spot."""
     generator = torch.Generator().manual_seed(rows * 10 + columns)
     count, patches, contextual = rows * columns, 4, 2
     kept = torch.stack([torch.randperm(side**2, generator=generator)[:patches].sort().values for _ in range(count)])
@@ -129,7 +129,7 @@ def test_other_language_models(family: Case, text: str) -> None:
     model, processor = case.model(), case.processor()
     assert type(model.model.language_model).__name__.lower().startswith(text)
     attach(model, processor, case.budget)
-    inputs = case.process(processor, [case.prompt()], [[picture(0, case.sizes[0])]])
+    inputs = case.process(processor, [case.prompt()], [[make_image(0, case.sizes[0])]])
     untouched = case.model("eager")
     expected = case.logits(untouched, inputs, case.reference(untouched, case.budget, inputs))
     torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
@@ -191,7 +191,7 @@ class TestRefused:
         processor = NEXT.processor()
         processor.patch_size = None
         model = attach(NEXT.model(), processor, NEXT.budget)
-        inputs = NEXT.process(processor, [NEXT.prompt()], [[picture()]])
+        inputs = NEXT.process(processor, [NEXT.prompt()], [[make_image()]])
         assert (inputs["input_ids"] == model.config.image_token_id).sum() == 5 * 32
 
     def test_another_video_token(self) -> None:
@@ -201,7 +201,7 @@ class TestRefused:
             attach(VIDEO.model(), processor, VIDEO.budget)
 
     def test_more_than_a_frame_has(self) -> None:
-        """A frame of LLaVA-OneVision has 196 positions, a picture's tile 729; a budget in tokens has to fit both."""
+        """A frame of LLaVA-OneVision has 196 positions, an image's tile 729; a budget in tokens has to fit both."""
         with pytest.raises(
             ValueError, match=r"for the frames of a video, a budget of dominant=300 .* makes 196 tokens"
         ):
@@ -224,6 +224,6 @@ class TestRefused:
     def test_tiles_that_are_not_those_of_the_sizes(self) -> None:
         model, processor = NEXT.model(), NEXT.processor()
         attach(model, processor, NEXT.budget)
-        inputs = NEXT.process(processor, [NEXT.prompt()], [[picture()]])
+        inputs = NEXT.process(processor, [NEXT.prompt()], [[make_image()]])
         with pytest.raises(ValueError, match="do not hold the 5 tiles"):
             attached(model).compress(pixel_values=inputs["pixel_values"][0, :3], image_sizes=inputs["image_sizes"])

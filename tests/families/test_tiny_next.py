@@ -24,11 +24,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @torch.no_grad()
 def test_features_and_newlines_are_those_of_the_model(base: Path) -> None:
     model, processor = make_next.make_model(base), make_next.make_processor(base)
-    pictures = [shapes.draw_scene(shapes.make_scene(number)) for number in range(3)]
-    inputs = processor(text=["<image> a"] * 3, images=pictures, return_tensors="pt", padding=True)
+    images = [shapes.draw_scene(shapes.make_scene(number)) for number in range(3)]
+    inputs = processor(text=["<image> a"] * 3, images=images, return_tensors="pt", padding=True)
     assert inputs["pixel_values"].shape == (3, 3, 3, shapes.SIZE, shapes.SIZE)
     stock = model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
-    pixels = torch.stack([torch.frombuffer(bytearray(one.tobytes()), dtype=torch.uint8) for one in pictures])
+    pixels = torch.stack([torch.frombuffer(bytearray(one.tobytes()), dtype=torch.uint8) for one in images])
     features = make_next.features_of(model, processor, pixels.unflatten(1, (shapes.SIZE, shapes.SIZE, 3)))
     packing = make_next.WithNewlines(model.model.multi_modal_projector, model.model.image_newline, make_next.layout())
     torch.testing.assert_close(packing(features.float()), torch.stack(stock), rtol=1e-2, atol=1e-3)  # float16 features

@@ -3,7 +3,7 @@
     python -m tests.families.zero3 OUT plain CASE …           one process, both ranks' rows in turn
     torchrun --nproc_per_node 2 -m tests.families.zero3 OUT zero3 CASE …
 
-Rank 0's row has one picture; rank 1's has two, of other sizes, and a second row without any.
+Rank 0's row has one image; rank 1's has two, of other sizes, and a second row without any.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tests.families.case import Case, cases, picture
+from tests.families.case import Case, cases, make_image
 from visionzip import attach, attached
 from visionzip.fingerprint import gathered
 
@@ -27,10 +27,10 @@ RATE = 1e-2
 
 def batch(case: Case, processor: Any, rank: int) -> dict[str, Any]:
     if rank == 0:
-        texts, rows = [case.prompt()], [[picture(0, case.sizes[0])]]
+        texts, rows = [case.prompt()], [[make_image(0, case.sizes[0])]]
     else:
         texts = [case.prompt(2, question="how many"), case.prompt(0)]
-        rows = [[picture(1, case.sizes[1]), picture(2, case.sizes[0])], []]
+        rows = [[make_image(1, case.sizes[1]), make_image(2, case.sizes[0])], []]
     inputs = case.process(processor, texts, rows)
     inputs["labels"] = inputs["input_ids"].masked_fill(
         inputs["input_ids"] >= 19, -100

@@ -179,16 +179,16 @@ def test_no_map_of_all_tokens_without_cls():
     assert seen.values < 2 * 3 * 729 * 729 / 2
 
 
-def test_text_alone_reads_one_blank_picture_for_a_whole_batch():
+def test_text_alone_reads_one_blank_image_for_a_whole_batch():
     """Every rank runs the projector in every step, at the price of one small row."""
     from data.config import DataConfig
     from data.images import PixelImages
 
     processor = tiny_processor()
     attach(tiny_llava(), processor, dominant=5, contextual=2)
-    pictures = PixelImages(DataConfig(sources=[{"path": "x.json"}]), processor)
+    images = PixelImages(DataConfig(sources=[{"path": "x.json"}]), processor)
     text = {"input_ids": torch.arange(5, 15), "labels": torch.arange(5, 15)}
-    both = Collator(processor, pictures)([text, text])
+    both = Collator(processor, images)([text, text])
     assert both["input_ids"].shape == (3, 10)
     assert both["pixel_values"].shape[0] == 1
     assert int(both["attention_mask"].sum()) == 20 + 7

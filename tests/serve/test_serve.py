@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import torch
 
-from tests.tiny import picture, tiny_llava, tiny_processor
+from tests.tiny import make_image, tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, attached, cli, save
 from visionzip.serving import launch, vllm_plugin
 from visionzip.serving.bare import Budgets, family_of, family_of_config, stored_config
@@ -231,7 +231,7 @@ def test_the_server_is_announced_when_it_answers_and_its_exit_code_is_ours(capfd
 
 
 def test_an_inner_model_gives_the_same_visual_tokens_as_the_whole_one(model, processor):
-    inputs = tiny_processor()(text=["<image>"], images=[picture()], return_tensors="pt")
+    inputs = tiny_processor()(text=["<image>"], images=[make_image()], return_tensors="pt")
     bare = family_of(model.model)
     found = bare.project(bare.compress(BUDGET, pixel_values=inputs["pixel_values"]))
     attach(model, processor, BUDGET)
@@ -243,7 +243,7 @@ def test_each_budget_has_a_processor_and_none_changes_the_others(model):
     stock = tiny_processor()
     budgets = Budgets(stock, family_of_config(model.config), BUDGET)
     written = [
-        made(text=["<image>"], images=[picture()], return_tensors="pt")["input_ids"].eq(4).sum().item()
+        made(text=["<image>"], images=[make_image()], return_tensors="pt")["input_ids"].eq(4).sum().item()
         for made in (stock, budgets.processor(), budgets.processor("3+1"), budgets.processor(8), budgets.processor())
     ]
     assert written == [16, 8, 4, 8, 8]
@@ -326,7 +326,7 @@ def data_url(image=None, content=None, kind="png"):
 
 
 def test_a_good_request_is_handed_on_with_upright_rgb_images():
-    body = check_request(message(data_url(picture(size=(1, 1)).convert("RGBA"))), "zip", 1)
+    body = check_request(message(data_url(make_image(size=(1, 1)).convert("RGBA"))), "zip", 1)
     from PIL import Image
 
     url = body["messages"][0]["content"][0]["image_url"]["url"]
@@ -350,8 +350,8 @@ def test_a_good_request_is_handed_on_with_upright_rgb_images():
         (message("data:image/png,abc"), 400, "not base64"),
         (message(data_url(content=b"just text")), 400, "unreadable image"),
         (message(data_url(content=b"")), 400, "empty file"),
-        (message(data_url(picture(size=(101, 100)))), 400, "image too large"),
-        (message(*[data_url(picture())] * 3), 400, "more than 2 images"),
+        (message(data_url(make_image(size=(101, 100)))), 400, "image too large"),
+        (message(*[data_url(make_image())] * 3), 400, "more than 2 images"),
         ({"model": "zip", "messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, 400, "type 'video_url'"),
     ],
 )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 
 from tests.families.case import cases
 from tests.serve.engine import STEP, Served, request
-from tests.tiny import picture
+from tests.tiny import make_image
 
 #: of the cases of tests/families, those that the engine takes; docs/serving.md says why others are refused
 FAMILIES = ("LLaVA-1.5", "LLaVA with DINOv2", "LLaVA-NeXT")
@@ -29,9 +29,9 @@ def served(request: Any, tmp_path_factory: Any) -> Any:
 def questions(case: Any) -> list[tuple[str, list[Any]]]:
     """Prompts with one image each, some with text alone, one with two images."""
     sizes = [*case.sizes, (50, 40)]
-    found = [(case.prompt(1), [picture(seed, sizes[seed % len(sizes)])]) for seed in range(8)]
+    found = [(case.prompt(1), [make_image(seed, sizes[seed % len(sizes)])]) for seed in range(8)]
     found[2:2] = [("USER: what is this ASSISTANT:", []), ("USER: how many ASSISTANT:", [])]
-    return [*found, (case.prompt(2), [picture(20, sizes[0]), picture(21, sizes[1])])]
+    return [*found, (case.prompt(2), [make_image(20, sizes[0]), make_image(21, sizes[1])])]
 
 
 def test_one_request_and_many_at_once_are_answered_as_by_generate(served):
@@ -49,7 +49,7 @@ def test_one_request_and_many_at_once_are_answered_as_by_generate(served):
 
 def test_the_llm_reads_the_same_visual_embeddings(served):
     one, case = served
-    pictures = [picture(40, case.sizes[0]), picture(41, case.sizes[1])]
+    pictures = [make_image(40, case.sizes[0]), make_image(41, case.sizes[1])]
     found = one.embeddings([request(case.prompt(1), [each]) for each in pictures])
     expected = [one.expected([each], case.prompt(1))[0] for each in pictures]
     assert len(found) == 2
@@ -62,7 +62,7 @@ def test_images_of_one_step_are_encoded_in_one_batch(served):
     one, case = served
     family = one.served.family
     for number in (1, 8, 32):
-        asked = [request(case.prompt(1), [picture(100 * number + seed, case.sizes[0])]) for seed in range(number)]
+        asked = [request(case.prompt(1), [make_image(100 * number + seed, case.sizes[0])]) for seed in range(number)]
         with counted(family) as calls:
             found = one.ask(asked, 1)
         steps = -(-sum(len(each.prompt_token_ids) for each in found) // STEP)
@@ -88,7 +88,7 @@ def counted(family: Any) -> Iterator[list[int]]:
 
 def test_a_second_turn_continues_from_the_cached_first(served):
     one, case = served
-    first, image = case.prompt(1), picture(60, case.sizes[0])
+    first, image = case.prompt(1), make_image(60, case.sizes[0])
     one.ask([request(first, [image])])
     second = f"{first} a red circle USER: how many two yes no square blue red circle ASSISTANT:"
     [found] = one.ask([request(second, [image])])
@@ -99,7 +99,7 @@ def test_a_second_turn_continues_from_the_cached_first(served):
 
 def test_another_budget_of_the_same_image_is_another_entry_of_every_cache(served):
     one, case = served
-    prompt, image = case.prompt(1), picture(80, case.sizes[0])
+    prompt, image = case.prompt(1), make_image(80, case.sizes[0])
     small = {"mm_processor_kwargs": {"budget": "7+1"}}
     one.llm.reset_prefix_cache()
     fresh = [one.ask([request(prompt, [image])])[0], one.ask([request(prompt, [image], **small)])[0]]
@@ -120,14 +120,14 @@ def test_another_budget_of_the_same_image_is_another_entry_of_every_cache(served
 def test_a_budget_that_cannot_be_met_is_refused_and_the_next_request_is_answered(served, options):
     one, case = served
     with pytest.raises(ValueError, match="budget"):
-        one.ask([request(case.prompt(1), [picture(90, case.sizes[0])], mm_processor_kwargs=options)])
-    assert one.ask([request(case.prompt(1), [picture(90, case.sizes[0])])], 1)
+        one.ask([request(case.prompt(1), [make_image(90, case.sizes[0])], mm_processor_kwargs=options)])
+    assert one.ask([request(case.prompt(1), [make_image(90, case.sizes[0])])], 1)
 
 
 def test_the_comparison_of_embeddings_would_see_the_first_patches_in_place_of_the_kept_ones(served):
     """What vLLM's own backend takes for a compressed processor's placeholders."""
     one, case = served
-    image = picture(41, case.sizes[0])
+    image = make_image(41, case.sizes[0])
     inputs = one.processor(text=[case.prompt(1)], images=[image], return_tensors="pt")
     stock = type(one.model.model).get_image_features
     images = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}

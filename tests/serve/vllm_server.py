@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from tests.families.case import cases
-from tests.tiny import picture
+from tests.tiny import make_image
 from visionzip import attach, save
 
 TEMPLATE = (
@@ -103,7 +103,7 @@ def text(reply: Any) -> str:
     return reply.json()["choices"][0]["message"]["content"]
 
 
-GOOD = url(picture(1, (640, 480)))
+GOOD = url(make_image(1, (640, 480)))
 TWENTY_THOUSAND = url(Image.new("1", (20_000, 20_000)))
 BAD = {
     "broken base64": lambda client: ask(client, "data:image/png;base64,%%%%"),
@@ -144,7 +144,7 @@ def test_bad_requests_are_refused_and_the_server_goes_on(server):
 
 def test_an_image_of_one_pixel_is_answered(server):
     client, _ = server
-    assert ask(client, url(picture(3, (1, 1)))).status_code == 200
+    assert ask(client, url(make_image(3, (1, 1)))).status_code == 200
 
 
 def test_a_client_that_hangs_up_is_forgotten(server):

@@ -49,7 +49,7 @@ ADAPTIVE = {"dominant": 9, "contextual": 2, "adaptive": {"measure": "coverage", 
 
 
 @pytest.mark.launch
-def test_budgets_of_each_pictures_own(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
+def test_budgets_of_each_images_own(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
     """From pixels, whose prompts are cut on the way, and from a cache, whose prompts have the right length from the start; in one
     row without padding and padded; on one rank and on two."""
     runs = {}
@@ -72,4 +72,4 @@ def test_budgets_of_each_pictures_own(workspace: Path, ranks: Ranks, tmp_path: P
         found = read(Sample("", [], [Media("image", str(workspace / "images" / f"{number}.png"))]))
         kept.append(len(found.inputs[VISUAL][0]))
         assert found.placeholders == ["<image>" * kept[-1]]
-    assert len(set(kept)) > 1, "pictures differ in what they keep"
+    assert len(set(kept)) > 1, "images differ in what they keep"

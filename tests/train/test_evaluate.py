@@ -90,8 +90,8 @@ def test_what_is_given_to_generate_lies_where_the_model_is(monkeypatch: pytest.M
     class Model:
         device, dtype = torch.device("meta"), torch.bfloat16
 
-        def encoder_outputs(self, pictures: list[Any], kind: str) -> dict[str, Any]:
-            return {kind: pictures}
+        def encoder_outputs(self, images: list[Any], kind: str) -> dict[str, Any]:
+            return {kind: images}
 
         def generate(self, **given: Any) -> torch.Tensor:
             self.given = given
@@ -105,8 +105,8 @@ def test_what_is_given_to_generate_lies_where_the_model_is(monkeypatch: pytest.M
 
     model = Model()
     monkeypatch.setattr(held_out_module, "attached", lambda found: found)
-    pictures = [torch.ones(2, 3), {"tokens": torch.ones(2, 3), "places": torch.ones(2, 2, dtype=torch.long)}]
-    inputs = {"input_ids": torch.ones(1, 2, dtype=torch.long), "visual_tokens": pictures}
+    images = [torch.ones(2, 3), {"tokens": torch.ones(2, 3), "places": torch.ones(2, 2, dtype=torch.long)}]
+    inputs = {"input_ids": torch.ones(1, 2, dtype=torch.long), "visual_tokens": images}
     sources = EvalSection.model_validate({"sources": [{"path": "held out"}]})
     assert generate_answers(model, Tokenizer(), inputs, sources) == ["yes"]
     plain, several = model.given["mm_encoder_outputs"]["image"]
@@ -115,7 +115,7 @@ def test_what_is_given_to_generate_lies_where_the_model_is(monkeypatch: pytest.M
     assert [tensor.dtype for tensor in found] == [torch.int64, torch.bfloat16, torch.bfloat16, torch.int64]
 
 
-def test_tokens_of_a_picture_are_counted_on_the_gpu(
+def test_tokens_of_an_image_are_counted_on_the_gpu(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before a trainer has placed the model; the encoder alone goes there."""
@@ -135,8 +135,8 @@ def test_tokens_of_a_picture_are_counted_on_the_gpu(
 
 
 @pytest.mark.launch
-def test_budgets_of_each_picture_under_zero3(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
-    """The encoder looks at the held-out pictures before there is an engine, while its weights are sharded."""
+def test_budgets_of_each_image_under_zero3(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """The encoder looks at the held-out images before there is an engine, while its weights are sharded."""
     stages = {
         stage: config_of(workspace, tmp_path / stage, zip=ADAPTIVE, eval=held_out(workspace), trainer__deepspeed=stage,
                          trainer__max_steps=1, report__enabled=True, report__images=0)

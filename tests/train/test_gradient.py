@@ -80,7 +80,7 @@ def test_one_step(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_batch_without_labels_is_no_nan(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, trainer = program(workspace, tmp_path, monkeypatch)
     collate = trainer.data_collator
-    batch = collate([])  # nothing but a blank picture
+    batch = collate([])  # nothing but a blank image
     supervised = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
     assert supervised.item() == 1
     loss = trainer.training_step(trainer.plain, batch, supervised)

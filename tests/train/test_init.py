@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from tests.tiny import picture, tiny_llava, tiny_processor
+from tests.tiny import make_image, tiny_llava, tiny_processor
 from train.commands.init import plan_steps
 from train.config import load_config
 from visionzip.cli import main
@@ -17,7 +17,7 @@ def place(tmp_path_factory):
     tiny_llava().save_pretrained(place / "model")
     tiny_processor().save_pretrained(place / "model")
     (place / "images").mkdir()
-    picture(0).save(place / "images" / "a.png")
+    make_image(0).save(place / "images" / "a.png")
     turns = [{"from": "human", "value": "<image>\nwhat is this"}, {"from": "gpt", "value": "red"}]
     for name, count in (("train.json", 500), ("held-out.json", 5)):
         records = [{"id": str(number), "image": "a.png", "conversations": turns} for number in range(count)]

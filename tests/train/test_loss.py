@@ -27,16 +27,16 @@ def model():
     return model
 
 
-def batch(rows: int = 3, *, system: int = 12, seed: int = 0, picture: bool = True, ragged: bool = True):
-    """A system prompt, a picture, text of several lengths, right-padded; answers at different places."""
+def batch(rows: int = 3, *, system: int = 12, seed: int = 0, image: bool = True, ragged: bool = True):
+    """A system prompt, an image, text of several lengths, right-padded; answers at different places."""
     draw = torch.Generator().manual_seed(seed)
     start = torch.randint(5, 20, (system,), generator=torch.Generator().manual_seed(7))
     ids, labels = [], []
     for row in range(rows):
         text = torch.randint(5, 20, (9 + (5 * row if ragged else 0),), generator=draw)
-        ids.append(torch.cat([start, torch.full((KEPT * picture,), IMAGE), text]))
+        ids.append(torch.cat([start, torch.full((KEPT * image,), IMAGE), text]))
         mask = torch.arange(len(ids[-1])) >= len(ids[-1]) - 5 - row
-        mask |= torch.arange(len(ids[-1])) == system + KEPT * picture + 3
+        mask |= torch.arange(len(ids[-1])) == system + KEPT * image + 3
         labels.append(torch.where(mask, ids[-1], -100))
     longest = max(len(row) for row in ids)
     pad = lambda row, value: functional.pad(row, (0, longest - len(row)), value=value)  # noqa: E731
@@ -44,7 +44,7 @@ def batch(rows: int = 3, *, system: int = 12, seed: int = 0, picture: bool = Tru
         "input_ids": torch.stack([pad(row, PAD) for row in ids]),
         "attention_mask": torch.stack([pad(torch.ones_like(row), 0) for row in ids]),
     }
-    if picture:
+    if image:
         inputs["pixel_values"] = torch.randn(rows, 3, 32, 32, generator=draw)
     return inputs, torch.stack([pad(row, -100) for row in labels])
 
@@ -125,7 +125,7 @@ def beginning(model) -> Prefix:
     return Prefix(model, "model.language_model", common_beginning(zip(inputs["input_ids"], labels, strict=True), IMAGE))
 
 
-def test_what_is_shared_ends_before_the_picture_before_the_labels_and_where_rows_part():
+def test_what_is_shared_ends_before_the_image_before_the_labels_and_where_rows_part():
     inputs, labels = batch()
     rows = list(zip(inputs["input_ids"], labels, strict=True))
     assert len(common_beginning(rows, IMAGE)) == 12

@@ -21,10 +21,10 @@ from train.packing import Packed, can_pack, flash, one_by_one, pack, packed_atte
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("picture", [True, False])
-def test_equal_to_padded_rows(model, shared, picture):  # noqa: F811
-    inputs, labels = batch(picture=picture)
-    if not picture:  # a projector that is not used has no gradient: one row with a picture
+@pytest.mark.parametrize("image", [True, False])
+def test_equal_to_padded_rows(model, shared, image):  # noqa: F811
+    inputs, labels = batch(image=image)
+    if not image:  # a projector that is not used has no gradient: one row with an image
         first, first_labels = batch(rows=1, seed=3)
         wide = max(inputs["input_ids"].shape[1], first["input_ids"].shape[1])
         pad = lambda t, value: torch.nn.functional.pad(t, (0, wide - t.shape[1]), value=value)  # noqa: E731
@@ -63,20 +63,20 @@ def several_budgets(system: int, samples: int = 2):
     """Rows of each sample at each of `BUDGETS`, behind a system prompt of each sample's own, but for its first tokens."""
     draw = torch.Generator().manual_seed(4)
     start = torch.randint(5, 20, (12,), generator=torch.Generator().manual_seed(7))
-    ids, labels, pictures = [], [], []
+    ids, labels, images = [], [], []
     for sample in range(samples):
         before = torch.cat([start, torch.randint(5, 20, (system - 12,), generator=draw)])
         text = torch.randint(5, 20, (9 + 4 * sample,), generator=draw)
         for budget in BUDGETS:
             ids.append(torch.cat([before, torch.full((budget,), IMAGE), text]))
             labels.append(torch.where(torch.arange(len(ids[-1])) >= len(ids[-1]) - 5, ids[-1], -100))
-            pictures.append(torch.randn(budget, 32, generator=draw))
+            images.append(torch.randn(budget, 32, generator=draw))
     longest = max(map(len, ids))
     pad = lambda row, value: torch.nn.functional.pad(row, (0, longest - len(row)), value=value)  # noqa: E731
     inputs = {
         "input_ids": torch.stack([pad(row, PAD) for row in ids]),
         "attention_mask": torch.stack([pad(torch.ones_like(row), 0) for row in ids]),
-        VISUAL: pictures,
+        VISUAL: images,
     }
     return inputs, torch.stack([pad(row, -100) for row in labels])
 
@@ -166,7 +166,7 @@ def test_where_packing_is_not_possible():
     llm.activation_checkpointing_enable()
     assert not can_pack(whole, llm)
     other = tiny_llava()
-    other.config.model_type = "paligemma"  # its pictures' tokens see each other both ways
+    other.config.model_type = "paligemma"  # its images' tokens see each other both ways
     assert not can_pack(other, other.model.language_model)
 
 

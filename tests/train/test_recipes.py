@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.families.case import Case, cases, picture
+from tests.families.case import Case, cases, make_image
 from tests.train.workspace import ROOT, losses
 from train import build
 from train.config import load_config
@@ -60,7 +60,7 @@ def case_of(folder: Path, to: Path) -> Case:
 def records(case: Case, to: Path, videos: bool) -> Path:
     """LLaVA's layout: an image, none, two images, and a video where the recipe is for videos."""
     for number, size in enumerate([*case.sizes, case.sizes[0]][:3]):
-        picture(number, size).save(to / f"{number}.png")
+        make_image(number, size).save(to / f"{number}.png")
     turns = lambda mark: [{"from": "human", "value": f"{mark}what is this"}, {"from": "gpt", "value": "a red circle"}]  # noqa: E731
     rows: list[dict[str, Any]] = [
         {"id": "one", "image": "0.png", "conversations": turns("<image>\n")},

@@ -5,7 +5,7 @@ import math
 import pytest
 from PIL import Image
 
-from tests.tiny import picture, tiny_llava, tiny_processor
+from tests.tiny import make_image, tiny_llava, tiny_processor
 from train.config import parse_config
 from train.report_plots import describe_run, draw_accuracy, draw_kept, draw_loss, standard_error
 from train.scores import Scores
@@ -86,7 +86,9 @@ def test_kept_patches_come_with_question_and_answers(tmp_path, monkeypatch):
     model, processor = tiny_llava(), tiny_processor()
     attach(model, processor, ZipConfig(dominant=5, contextual=3))
     question = Question("7/0", "eval", "colour", "What colour is it?", "red", {})
-    path = draw_kept(tmp_path / "k.png", trace(model, picture(0)).tiles[0], question, {"full": "red", "fine_tuned": ""})
+    path = draw_kept(
+        tmp_path / "k.png", trace(model, make_image(0)).tiles[0], question, {"full": "red", "fine_tuned": ""}
+    )
     assert said[0] == "What colour is it?"
     assert said[1].splitlines()[0] == "expected: red · full tokens: red · fine-tuned: (nothing)"
     with Image.open(path) as sheet:

@@ -95,8 +95,8 @@ def test_nothing_but_the_projector_changes(workspace: Path, ranks: Ranks, tmp_pa
 
 
 @pytest.mark.launch
-def test_a_rank_whose_batches_have_no_pictures(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
-    """Four records: one with a picture, so that in each step at least one rank has none."""
+def test_a_rank_whose_batches_have_no_images(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """Four records: one with an image, so that in each step at least one rank has none."""
     import json
 
     rows = json.loads((workspace / "train.json").read_text())

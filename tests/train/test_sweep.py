@@ -150,14 +150,14 @@ def group(free: float, right: list[list[float]], selector: str = "x") -> Group:
                  right=np.mean(right, axis=0), images=np.array([0, 0, 1, 1]))  # fmt: skip
 
 
-def test_the_error_of_a_difference_is_over_pictures_and_seeds() -> None:
+def test_the_error_of_a_difference_is_over_images_and_seeds() -> None:
     best, other = group(0.5, [[1, 1, 1, 1], [1, 1, 1, 0]], "a"), group(0.6, [[1, 0, 0, 0], [1, 0, 0, 0]], "b")
     gap, error = compare_groups(best, other)
-    # by picture: (0 + 1) and (1 + 0.5) of four questions; seeds of `best`: 1 and 0.75
-    pictures = 2 * ((1 - 1.25) ** 2 + (1.5 - 1.25) ** 2) / 16
+    # by image: (0 + 1) and (1 + 0.5) of four questions; seeds of `best`: 1 and 0.75
+    images = 2 * ((1 - 1.25) ** 2 + (1.5 - 1.25) ** 2) / 16
     seeds = ((1 - 0.875) ** 2 + (0.75 - 0.875) ** 2) / 2
     assert gap == pytest.approx(2.5 / 4)
-    assert error == pytest.approx((pictures + seeds) ** 0.5)
+    assert error == pytest.approx((images + seeds) ** 0.5)
     best.behind, (other.behind, other.behind_error) = None, (gap, error)
     text = render_markdown([best, other], 0.9, 81, 4)
     assert "| 8 | a | 50.0 | **87.5 ± 17.7** | 2 | +37.5 |  |" in text

@@ -23,7 +23,7 @@ def run(tmp_path_factory):
     return file, read_history(file), config
 
 
-def test_looks_at_fixed_pictures_every_so_often(run):
+def test_looks_at_fixed_images_every_so_often(run):
     file, rows, _ = run
     looks = [row for row in rows if "samples/1.path" in row]
     assert [row["train/global_step"] for row in looks] == [3, 6]

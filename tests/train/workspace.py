@@ -1,4 +1,4 @@
-"""A model directory, pictures and conversations small enough to train in a moment, and runs of `train.py` on them."""
+"""A model directory, images and conversations small enough to train in a moment, and runs of `train.py` on them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
 
 
 def make_workspace(folder: Path, records: int = 24, **model: Any) -> Path:
-    """`model/`, `images/`, `train.json`, `heldout.json`. Every fourth record has no picture; answers differ in length."""
+    """`model/`, `images/`, `train.json`, `heldout.json`. Every fourth record has no image; answers differ in length."""
     from tests.tiny import tiny_llava, tiny_processor
 
     tiny_llava(**model).save_pretrained(folder / "model")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.families.case_llava_next import CASE as NEXT
 from tests.families.case_qwen2_vl import CASE as QWEN
-from tests.tiny import picture, tiny_llava, tiny_processor
+from tests.tiny import make_image, tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, attached, detach, load, save
 from visionzip.adaptive import calibrate, held, needed
 from visionzip.analysis.calibrate import calibrated
@@ -154,7 +154,7 @@ def counts_of(model, pixels) -> list[int]:
 def test_each_picture_is_what_it_is_alone_with_a_fixed_budget(model, processor, selector, measure, threshold):
     adaptive = Adaptive(threshold=threshold, measure=measure)
     config = MOST.model_copy(update={"selector": selector, "adaptive": adaptive})
-    pixels = processor.image_processor(images=[picture(n) for n in range(12)], return_tensors="pt")["pixel_values"]
+    pixels = processor.image_processor(images=[make_image(n) for n in range(12)], return_tensors="pt")["pixel_values"]
     plain = copy.deepcopy(model)
     found = attached(attach(model, None, config)).compress(pixel_values=pixels)
     counts = [len(each) - config.contextual for each in found]
@@ -185,12 +185,12 @@ def test_answers_are_those_of_each_pictures_fixed_budget(model, processor, with_
     plain = copy.deepcopy(model)
     attach(model, processor if with_processor else None, MOST)
     for number in range(4):
-        inputs = prompt(processor, QUESTION, [picture(number, (32, 32))])
+        inputs = prompt(processor, QUESTION, [make_image(number, (32, 32))])
         assert (inputs["input_ids"] == IMAGE).sum() == (12 if with_processor else 16)
         (count,) = counts_of(model, inputs["pixel_values"])
         own = tiny_processor()
         other = fixed(plain, count, processor=own)
-        expected = answer(other, prompt(own, QUESTION, [picture(number, (32, 32))]), **options)
+        expected = answer(other, prompt(own, QUESTION, [make_image(number, (32, 32))]), **options)
         assert torch.equal(answer(model, inputs, **options), expected)
 
 
@@ -198,7 +198,7 @@ def test_the_encoder_runs_once(model, processor):
     attach(model, processor, MOST)
     calls = []
     model.model.vision_tower.encoder.layers[0].register_forward_hook(lambda *_: calls.append(1))
-    answer(model, prompt(processor, QUESTION, [picture(0)]))
+    answer(model, prompt(processor, QUESTION, [make_image(0)]))
     assert len(calls) == 1
 
 
@@ -207,7 +207,7 @@ def test_a_mixed_batch_answers_as_its_rows_do_alone(model, processor):
     attach(model, processor, MOST)
     processor.tokenizer.padding_side = "left"
     texts = ["USER: <image> what is this <image> ASSISTANT:", "USER: what is red ASSISTANT:", QUESTION]
-    pictures = [picture(3), picture(1), picture(7)]
+    pictures = [make_image(3), make_image(1), make_image(7)]
     together = answer(model, prompt(processor, texts, pictures, padding=True))
     alone = [answer(model, prompt(processor, text, own)) for text, own in zip(texts, (pictures[:2], [], pictures[2:]), strict=True)]  # fmt: skip
     assert torch.equal(together, torch.cat(alone))
@@ -215,10 +215,10 @@ def test_a_mixed_batch_answers_as_its_rows_do_alone(model, processor):
 
 def test_a_second_turn_reads_on(model, processor):
     attach(model, processor, MOST)
-    first = prompt(processor, QUESTION, [picture(0)])
+    first = prompt(processor, QUESTION, [make_image(0)])
     said = processor.tokenizer.decode(answer(model, first)[0])
     both = f"{QUESTION} {said} USER: <image> how many ASSISTANT:"
-    second = prompt(processor, both, [picture(0), picture(5)])
+    second = prompt(processor, both, [make_image(0), make_image(5)])
     counts = counts_of(model, second["pixel_values"])
     inputs, pictures = attached(model).fit(dict(second))
     assert [len(each) - 3 for each in pictures] == counts
@@ -235,7 +235,7 @@ def test_loss_and_gradient_are_those_of_short_prompts(model, processor):
     attach(model, processor, MOST)
     processor.tokenizer.padding_side = "right"
     texts = [f"{QUESTION} a red circle", f"{QUESTION} yes"]
-    inputs = prompt(processor, texts, [picture(0), picture(5)], padding=True)
+    inputs = prompt(processor, texts, [make_image(0), make_image(5)], padding=True)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100).masked_fill(inputs["input_ids"] == IMAGE, -100)  # fmt: skip
     counts = counts_of(model, inputs["pixel_values"])
     assert counts[0] != counts[1]
@@ -246,7 +246,7 @@ def test_loss_and_gradient_are_those_of_short_prompts(model, processor):
     for number, count in enumerate(counts):
         own = tiny_processor()
         other = fixed(plain, count, processor=own)
-        row = prompt(own, texts[number], [picture((0, 5)[number])])
+        row = prompt(own, texts[number], [make_image((0, 5)[number])])
         loss = other(**row, labels=row["input_ids"].masked_fill(row["input_ids"] == IMAGE, -100)).loss
         (loss * supervised[number] / sum(supervised)).backward()
         losses.append(loss.item() * supervised[number] / sum(supervised))
@@ -258,19 +258,19 @@ def test_loss_and_gradient_are_those_of_short_prompts(model, processor):
 
 def test_a_prompt_that_is_not_for_these_pictures_is_refused(model, processor):
     attach(model, processor, MOST)
-    inputs = prompt(processor, QUESTION, [picture(0)])
+    inputs = prompt(processor, QUESTION, [make_image(0)])
     inputs["input_ids"] = inputs["input_ids"][:, :-6]
-    stock = prompt(tiny_processor(), QUESTION, [picture(0)])
+    stock = prompt(tiny_processor(), QUESTION, [make_image(0)])
     with pytest.raises(ValueError, match=r"contains 16 image placeholders, but needs 12 for its images"):
         model(**stock)
     with pytest.raises(ValueError, match="position_ids"):
-        model(**prompt(processor, QUESTION, [picture(0)]), position_ids=torch.arange(99)[None])
+        model(**prompt(processor, QUESTION, [make_image(0)]), position_ids=torch.arange(99)[None])
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_copies_are_attached_to_themselves(model, processor, clone):
     attach(model, processor, MOST)
-    inputs = prompt(processor, QUESTION, [picture(0)])
+    inputs = prompt(processor, QUESTION, [make_image(0)])
     expected = answer(model, inputs)
     other = clone(model)
     assert torch.equal(answer(other, inputs), expected)
@@ -286,8 +286,8 @@ def test_detach_leaves_nothing(model, processor):
     before = set(model.__dict__)
     detach(attach(model, processor, MOST))
     assert set(model.__dict__) == before
-    inputs = prompt(processor, QUESTION, [picture(0)])
-    assert torch.equal(inputs["input_ids"], prompt(stock_processor, QUESTION, [picture(0)])["input_ids"])
+    inputs = prompt(processor, QUESTION, [make_image(0)])
+    assert torch.equal(inputs["input_ids"], prompt(stock_processor, QUESTION, [make_image(0)])["input_ids"])
     assert torch.equal(answer(model, inputs), answer(stock, inputs))
     assert not model._forward_pre_hooks
 
@@ -298,7 +298,7 @@ def test_tiles_stop_on_their_own(tmp_path):
     model, processor = NEXT.model(), NEXT.processor()
     attach(model, processor, many)
     inputs = processor(
-        text="USER: <image> what is this ASSISTANT:", images=[picture(0, (300, 700))], return_tensors="pt"
+        text="USER: <image> what is this ASSISTANT:", images=[make_image(0, (300, 700))], return_tensors="pt"
     )
     ((_, now),) = attached(model).token_counts(pixel_values=inputs["pixel_values"], image_sizes=inputs["image_sizes"])
     written = int((inputs["input_ids"] == model.config.image_token_id).sum())
@@ -341,7 +341,7 @@ def test_other_families_say_so():
 @pytest.mark.parametrize("measure", ["attention", "coverage"])
 def test_calibration_over_pictures_gives_the_mean_it_says(model, processor, measure):
     attachment = attached(attach(model, processor, dominant=9, contextual=3))
-    pictures = [picture(number, (32, 32)) for number in range(20)]
+    pictures = [make_image(number, (32, 32)) for number in range(20)]
     found = calibrated(attachment, processor, pictures, 9.5, Adaptive(threshold=0.5, measure=measure, least=2))
     assert found.config.dominant == 9
     attach(model, processor, found.config)
@@ -355,7 +355,7 @@ def test_calibration_over_pictures_gives_the_mean_it_says(model, processor, meas
 def test_calibration_of_a_family_without_such_budgets_is_refused():
     attachment = attached(attach(QWEN.model(), QWEN.processor(), QWEN.budget))
     with pytest.raises(ValueError, match="does not support per-image budgets"):
-        calibrated(attachment, QWEN.processor(), [picture(0)], 9, Adaptive(threshold=0.5))
+        calibrated(attachment, QWEN.processor(), [make_image(0)], 9, Adaptive(threshold=0.5))
 
 
 def test_a_chat_keeps_its_cache_and_encodes_each_picture_once(model, processor):
@@ -364,7 +364,7 @@ def test_a_chat_keeps_its_cache_and_encodes_each_picture_once(model, processor):
     model.model.vision_tower.embeddings.register_forward_pre_hook(lambda module, args: encoded.append(len(args[0])))
     for question, pictures in (("what is this", [0]), ("is this red", []), ("how many", [5, 7])):
         for number in pictures:
-            chat.show(picture(number, (32, 32)))
+            chat.show(make_image(number, (32, 32)))
         encoded.clear()
         turn = chat.ask(question)
         assert encoded == [1] * len(pictures)
@@ -392,8 +392,8 @@ def test_an_export_brings_its_budgets_along(model, processor, form, tmp_path):
     save(trained, tmp_path / "out", form)
     again, other = load(tmp_path / "out", "cpu")
     assert attached(again).config == MOST
-    inputs = prompt(own, QUESTION, [picture(0)])
-    assert torch.equal(inputs["input_ids"], prompt(other, QUESTION, [picture(0)])["input_ids"])
+    inputs = prompt(own, QUESTION, [make_image(0)])
+    assert torch.equal(inputs["input_ids"], prompt(other, QUESTION, [make_image(0)])["input_ids"])
     with torch.no_grad():
         torch.testing.assert_close(again(**inputs).logits, trained(**inputs).logits)
     if form == "safetensors":
@@ -404,7 +404,7 @@ def test_an_export_brings_its_budgets_along(model, processor, form, tmp_path):
 def test_what_is_drawn_is_what_each_picture_keeps(model, processor):
     attach(model, processor, MOST)
     for number in range(4):
-        shown = trace(model, picture(number, (32, 32)))
+        shown = trace(model, make_image(number, (32, 32)))
         (tile,) = shown.tiles
         assert len(tile.kept) + len(tile.targets) == shown.tokens
         assert shown.held >= 0.6 or len(tile.kept) == 9

@@ -1,4 +1,4 @@
-"""attach/detach on LLaVA: prompts, generate, caches, several pictures; and nothing left behind."""
+"""attach/detach on LLaVA: prompts, generate, caches, several images; and nothing left behind."""
 
 import copy
 import gc
@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from tests.tiny import picture, tiny_llava, tiny_processor
+from tests.tiny import make_image, tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, attached, detach, visionzip
 
 IMAGE = 4
@@ -18,7 +18,7 @@ BUDGET = ZipConfig(dominant=5, contextual=3)
 
 def square(seed):
     """What a stock processor and one that pads images give the same pixels of."""
-    return picture(seed, (40, 40))
+    return make_image(seed, (40, 40))
 
 
 def prompt(processor, text="USER: <image> what is this ASSISTANT:", images=1):
@@ -68,20 +68,20 @@ def test_generate_with_and_without_cache_agree_and_encode_once(model, processor)
     assert len(set(cached[0].tolist())) > 1  # says something
 
 
-def test_batch_of_different_lengths_and_numbers_of_pictures(model, processor):
+def test_batch_of_different_lengths_and_numbers_of_images(model, processor):
     attach(model, processor, BUDGET)
     texts = [
         "USER: <image> what is this ASSISTANT:",
         "USER: <image> <image> how many red circle ASSISTANT:",
         "USER: what is red ASSISTANT:",
     ]
-    pictures = [picture(i) for i in range(3)]
+    images = [make_image(i) for i in range(3)]
     processor.tokenizer.padding_side = "left"
-    batch = processor(text=texts, images=pictures, return_tensors="pt", padding=True)
+    batch = processor(text=texts, images=images, return_tensors="pt", padding=True)
     together = new_tokens(model, batch)
     alone = [
         new_tokens(model, processor(text=text, images=some or None, return_tensors="pt"))
-        for text, some in zip(texts, (pictures[:1], pictures[1:], []), strict=True)
+        for text, some in zip(texts, (images[:1], images[1:], []), strict=True)
     ]
     assert torch.equal(together, torch.cat(alone))
 
@@ -95,12 +95,12 @@ def test_beams_and_static_cache(model, processor, kwargs):
 
 
 def test_three_turns_on_one_cache(model, processor):
-    """Second turn: text only. Third turn: a new picture. Each equals recomputing the whole conversation."""
+    """Second turn: text only. Third turn: a new image. Each equals recomputing the whole conversation."""
     attach(model, processor, BUDGET)
     model.generation_config.suppress_tokens = [IMAGE]  # random weights would say <image>
     text = "USER: <image> what is this ASSISTANT:"
-    shown, cache = [picture(0)], None
-    for turn, new in enumerate([[picture(0)], [], [picture(7)]]):
+    shown, cache = [make_image(0)], None
+    for turn, new in enumerate([[make_image(0)], [], [make_image(7)]]):
         if turn:
             text += " </s> USER: " + "<image> " * len(new) + "how many ASSISTANT:"
             shown = shown + new
@@ -262,15 +262,15 @@ class TestAuthorsCall:
             assert torch.equal(output[:, : long["input_ids"].shape[1]], long["input_ids"])
             assert torch.equal(output[:, long["input_ids"].shape[1] :], new_tokens(twin, short, 5))
 
-    def test_adjacent_pictures_and_left_padded_batch(self, model, processor):
+    def test_adjacent_images_and_left_padded_batch(self, model, processor):
         stock = tiny_processor()
         twin = attach(tiny_llava(), processor, BUDGET)
         visionzip(model, 5, 3)
         texts = ["USER: <image><image> what is this", "USER: <image> how many two red blue"]
-        pictures = [square(i) for i in range(3)]
+        images = [square(i) for i in range(3)]
         for maker in (stock, processor):
             maker.tokenizer.padding_side = "left"
-        long, short = (p(text=texts, images=pictures, return_tensors="pt", padding=True) for p in (stock, processor))
+        long, short = (p(text=texts, images=images, return_tensors="pt", padding=True) for p in (stock, processor))
         assert torch.equal(new_tokens(model, long, 5), new_tokens(twin, short, 5))
         beams = {"num_beams": 2, "num_return_sequences": 2}
         assert torch.equal(new_tokens(model, long, 5, **beams), new_tokens(twin, short, 5, **beams))

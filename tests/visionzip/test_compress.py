@@ -21,7 +21,7 @@ GOLDEN = sorted(path.name for path in REFERENCE.glob("clip_*"))
 
 
 def slow(features: Features, dominant: int, contextual: int, merge: str):
-    """VISIONZIP.md section 1, step by step, one picture and one token at a time."""
+    """VISIONZIP.md section 1, step by step, one image and one token at a time."""
     outputs, kept_all, targets_all, slots_all = [], [], [], []
     first = 1 if features.has_cls else 0
     for hidden, metric, scores in zip(features.hidden_states, features.metric, features.scores, strict=True):
@@ -121,7 +121,7 @@ def test_targets_are_evenly_spread(rest, contextual, expected):
     assert contextual_targets(rest, contextual, device=torch.device("cpu")).tolist() == expected
 
 
-def test_a_picture_does_not_depend_on_its_batch():
+def test_an_image_does_not_depend_on_its_batch():
     generator = torch.Generator().manual_seed(0)
     features = Features(*(torch.randn(s, generator=generator) for s in [(5, 30, 8), (5, 30, 4), (5, 30)]), has_cls=True)
     together = compress(features, 6, 3)

@@ -71,7 +71,7 @@ def test_resolve(fields, tokens, reserved, expected):
         ({"dominant": 0.65, "contextual": 0.05}, 1, (1, 0)),
     ],
 )
-def test_a_picture_smaller_than_the_budget_keeps_what_it_has(fields, tokens, expected):
+def test_an_image_smaller_than_the_budget_keeps_what_it_has(fields, tokens, expected):
     assert ZipConfig(**fields).resolve(tokens, cap=True) == expected
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.families.case import cases
-from tests.tiny import picture, tiny_llava, tiny_processor
+from tests.tiny import make_image, tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, attached
 from visionzip.compress import DROPPED, compress
 from visionzip.selectors import Features
@@ -56,7 +56,7 @@ def test_pooled_is_the_mean_of_each_cell():
 def test_scaled_is_the_untouched_model_on_a_smaller_image():
     model, processor = tiny_llava(image=64), tiny_processor(image=64)
     attach(model, processor, dominant=7, contextual=2, selector="scaled")
-    inputs = processor(text="USER: <image> what is this", images=picture(size=(64, 64)), return_tensors="pt")
+    inputs = processor(text="USER: <image> what is this", images=make_image(size=(64, 64)), return_tensors="pt")
     assert int((inputs["input_ids"] == 4).sum()) == 9
     small = torch.nn.functional.interpolate(inputs["pixel_values"], size=(24, 24), mode="bicubic", antialias=True)
     stock = tiny_llava(image=64)

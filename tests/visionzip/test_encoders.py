@@ -111,13 +111,13 @@ def test_attention_received_in_chunks_equals_the_whole_map():
 
 
 @pytest.mark.parametrize("scores", [True, False])
-def test_on_a_cpu_pictures_go_through_in_slices_that_change_nothing(monkeypatch, scores):
+def test_on_a_cpu_images_go_through_in_slices_that_change_nothing(monkeypatch, scores):
     model = tower()
     pixels = torch.randn(5, 3, 32, 32)
     whole = encoder_for(model).encode(model, pixels, [1, -1], scores=scores)
     seen: list[int] = []
     model.encoder.layers[0].mlp.fc1.register_forward_hook(lambda m, i, out: seen.append(out.numel() * 4))
-    monkeypatch.setattr(base, "SLICE_BYTES", 2 * 17 * 64 * 4 + 1)  # the widest activation of two pictures
+    monkeypatch.setattr(base, "SLICE_BYTES", 2 * 17 * 64 * 4 + 1)  # the widest activation of two images
     sliced = encoder_for(model).encode(model, pixels, [1, -1], scores=scores)
     assert seen == [2 * 17 * 64 * 4, 2 * 17 * 64 * 4, 17 * 64 * 4]
     assert sliced.has_cls
@@ -129,7 +129,7 @@ def test_on_a_cpu_pictures_go_through_in_slices_that_change_nothing(monkeypatch,
         assert sliced.scores is None
 
 
-def test_a_picture_wider_than_a_slice_goes_alone_and_an_accelerator_takes_all_at_once(monkeypatch):
+def test_an_image_wider_than_a_slice_goes_alone_and_an_accelerator_takes_all_at_once(monkeypatch):
     monkeypatch.setattr(base, "SLICE_BYTES", 1)
     model = tower()
     adapter = encoder_for(model)

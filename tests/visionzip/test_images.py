@@ -8,7 +8,7 @@ from PIL import Image
 from data.config import DataConfig
 from data.images import PixelImages
 from data.sample import Media, Sample
-from tests.tiny import picture, tiny_llava, tiny_processor
+from tests.tiny import make_image, tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, detach
 from visionzip.images import pad_to_square, padding_colour, prepare_image
 
@@ -29,7 +29,7 @@ def llava_pads(image, mean):
 
 @pytest.mark.parametrize("size", [(30, 10), (10, 30), (31, 10), (20, 20)])
 def test_the_processor_of_an_attached_model_pads_as_llava_does(size, tmp_path):
-    image = picture(0, size)
+    image = make_image(0, size)
     stock, processor = tiny_processor(), tiny_processor()
     expected = stock.image_processor(llava_pads(image, stock.image_processor.image_mean), return_tensors="pt")
     attach(tiny_llava(), processor, BUDGET)
@@ -45,7 +45,7 @@ def test_the_processor_of_an_attached_model_pads_as_llava_does(size, tmp_path):
 
 @pytest.mark.parametrize("form", ["array", "tensor", "batch", "list", "transparent"])
 def test_whatever_form_an_image_comes_in(form):
-    image = picture(0, (30, 10))
+    image = make_image(0, (30, 10))
     pixels = np.array(image)
     given = {
         "array": pixels,
@@ -62,7 +62,7 @@ def test_whatever_form_an_image_comes_in(form):
 
 
 def test_detached_and_switched_off():
-    image, text = picture(0, (30, 10)), "<image>"
+    image, text = make_image(0, (30, 10)), "<image>"
     stock = tiny_processor()(images=image, text=text, return_tensors="pt")["pixel_values"]
     model, processor = tiny_llava(), tiny_processor()
     attach(model, processor, ZipConfig(dominant=5, contextual=3, pad_images=False))
@@ -77,7 +77,7 @@ def test_detached_and_switched_off():
 def test_a_processor_that_does_not_crop(pad_images, size):
     processor = tiny_processor()
     processor.image_processor.do_center_crop = False
-    assert prepare_image(picture(0, (30, 10)), processor, pad_images).size == size
+    assert prepare_image(make_image(0, (30, 10)), processor, pad_images).size == size
 
 
 def test_the_colour_is_the_processors_mean():

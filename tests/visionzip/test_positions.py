@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from data.cache.reader import VISUAL, pack, unpack
 from tests.families.case import cases
-from tests.tiny import picture, tiny_llava, tiny_processor
+from tests.tiny import make_image, tiny_llava, tiny_processor
 from train.cached import read_from_cache, short_prompts
 from train.layout import PackedRow, PaddedRows
 from train.loss import summed_loss
@@ -29,7 +29,7 @@ def ready():
 
 
 def inputs_of(processor, text, *seeds):
-    return processor(text=text, images=[picture(seed, (32, 32)) for seed in seeds] or None, return_tensors="pt")
+    return processor(text=text, images=[make_image(seed, (32, 32)) for seed in seeds] or None, return_tensors="pt")
 
 
 def places_by_hand(model, pixels):
@@ -99,7 +99,7 @@ def test_generate_with_and_without_cache_in_batches_beams_and_later_turns(ready)
     assert torch.equal(beams, model.generate(**first, **options, num_beams=2, use_cache=False))
     processor.tokenizer.padding_side = "left"
     texts = [FIRST, "USER: " + FIRST, "USER: what is this ASSISTANT:"]
-    both = processor(text=texts, images=[picture(0, (32, 32))] * 2, return_tensors="pt", padding=True)
+    both = processor(text=texts, images=[make_image(0, (32, 32))] * 2, return_tensors="pt", padding=True)
     rows = model.generate(**both, **options)
     assert torch.equal(rows[0, -3:], expected[0, -3:])
     assert torch.equal(rows[1, -3:], model.generate(**inputs_of(processor, "USER: " + FIRST, 0), **options)[0, -3:])
@@ -135,9 +135,9 @@ def test_forward_on_a_cache_that_was_cropped(ready):
 def test_a_chat_answers_as_the_whole_conversation_would(ready):
     model, processor = ready
     chat = Chat(model, processor, max_new_tokens=2)
-    chat.show(picture(0, (32, 32)))
+    chat.show(make_image(0, (32, 32)))
     chat.ask("what is this")
-    chat.show(picture(1, (32, 32)))
+    chat.show(make_image(1, (32, 32)))
     turn = chat.ask("how many")
     assert turn.encoded == 1
     assert turn.prefilled < turn.prompt

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import visionzip
-from tests.tiny import picture, tiny_llava, tiny_processor
+from tests.tiny import make_image, tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, load
 from visionzip.export import load_into, read_export, save_projector
 from visionzip.export.header import digest_of
@@ -50,7 +50,7 @@ def test_load_in_one_line(trained, processor, tmp_path):
     save_projector(trained, tmp_path / "out")
     model, new_processor = load(tmp_path / "out", device="cpu")
     for maker in (processor, new_processor):
-        inputs = maker(text="USER: <image> what is this", images=picture(), return_tensors="pt")
+        inputs = maker(text="USER: <image> what is this", images=make_image(), return_tensors="pt")
         assert inputs["input_ids"].shape[1] == 13
         with torch.no_grad():
             torch.testing.assert_close(model(**inputs).logits, trained(**inputs).logits)
@@ -181,5 +181,5 @@ def test_a_device_map_that_leaves_the_llm_on_the_disk(trained, processor, tmp_pa
             continue
         found, _ = load(tmp_path / "out", **given)
         assert {p.device.type for p in found.model.language_model.parameters()} == {"meta"}
-        inputs = processor(text="USER: <image> what is this ASSISTANT:", images=[picture()], return_tensors="pt")
+        inputs = processor(text="USER: <image> what is this ASSISTANT:", images=[make_image()], return_tensors="pt")
         torch.testing.assert_close(found(**inputs).logits, trained(**inputs).logits)

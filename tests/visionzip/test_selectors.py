@@ -146,7 +146,7 @@ def test_every_selector_that_is_no_baseline_has_a_slow_version():
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(problem=problems())
 def test_promises(name, problem):
-    """Ascending, distinct, in range; the same again; the same for a picture alone as in a batch; int64."""
+    """Ascending, distinct, in range; the same again; the same for an image alone as in a batch; int64."""
     features, keep = problem
     chosen = SELECTORS[name].choose(features, keep)
     patches = features.hidden_states.shape[1] - features.cls
@@ -177,7 +177,7 @@ def test_no_attention_where_none_is_needed(name):
     assert torch.equal(SELECTORS[name].choose(features, 5), SELECTORS[name].choose(without, 5))
 
 
-def test_random_draws_every_patch_about_equally_often_and_differs_by_picture():
+def test_random_draws_every_patch_about_equally_often_and_differs_by_image():
     features = features_of(3, 4000, 17, True)
     chosen = SELECTORS["random"].choose(features, 4)
     counts = torch.bincount(chosen.flatten(), minlength=16) / len(chosen)

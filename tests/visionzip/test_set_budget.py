@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.tiny import picture, tiny_llava, tiny_processor
+from tests.tiny import make_image, tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, attached, detach, load, save, set_budget, switch
 from visionzip.chat import Chat
 from visionzip.export import load_into, read_export
@@ -41,7 +41,7 @@ def trained(base):
 
 def logits(model, processor):
     with torch.no_grad():
-        return model(**processor(text=QUESTION, images=[picture(0)], return_tensors="pt")).logits
+        return model(**processor(text=QUESTION, images=[make_image(0)], return_tensors="pt")).logits
 
 
 @pytest.mark.parametrize("form", ["safetensors", "peft", "merged", "llava"])
@@ -116,7 +116,7 @@ def test_without_contextual_tokens_no_budget_has_any():
     for budget in (2, 5, 8, 12):
         set_budget(model, budget)
         assert (attached(model).config.dominant, attached(model).config.contextual) == (budget, 0)
-        pixels = processor.image_processor(images=[picture(0)], return_tensors="pt")["pixel_values"]
+        pixels = processor.image_processor(images=[make_image(0)], return_tensors="pt")["pixel_values"]
         kept[budget] = {tuple(row) for row in attached(model).compress(pixel_values=pixels)[0].tolist()}
     assert kept[2] < kept[5] < kept[8] < kept[12]
 
@@ -178,7 +178,7 @@ def test_without_a_processor_stock_prompts_are_cut_to_the_new_budget():
 def test_images_with_budgets_are_refused_where_they_can_not_be():
     processor = tiny_processor()
     template = usual_template(processor)
-    asked = {"messages": [question("what is this", 1)], "images": [picture(0)]}
+    asked = {"messages": [question("what is this", 1)], "images": [make_image(0)]}
     with pytest.raises(ValueError, match="need a processor that is attached"):
         prompt_inputs(template, **asked, budgets=[4])
     model = attach(tiny_llava(), processor, ELASTIC)
@@ -200,8 +200,8 @@ def test_images_with_budgets_are_refused_where_they_can_not_be():
 def test_a_chat_in_which_one_image_has_a_budget_of_its_own():
     model = attach(tiny_llava(), processor := tiny_processor(), ELASTIC)
     chat = Chat(model, processor, max_new_tokens=4)
-    chat.show(picture(0))
-    chat.show(picture(1), "9+3")
+    chat.show(make_image(0))
+    chat.show(make_image(1), "9+3")
     turn = chat.ask("what is this")
     assert [now for now, _ in turn.images] == [8, 12]
     assert chat.ask("what").encoded == 0
@@ -214,5 +214,5 @@ def test_a_chat_in_which_one_image_has_a_budget_of_its_own():
     chat.ask("how many")
     assert [chat._count(one)[0] for one in chat.images] == [4, 12]
     with pytest.raises(ValueError, match="can't be met"):
-        chat.show(picture(2), 99)
+        chat.show(make_image(2), 99)
     assert chat.waiting == []

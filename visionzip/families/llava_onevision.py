@@ -3,7 +3,7 @@
 No authors' code exists for this family; what is decided here, and why:
 
 - **One image in a prompt** is cut into tiles as in LLaVA-NeXT and treated likewise: every tile is compressed on its own
-  *before* the untouched model's unpadding, its newlines and its bilinear shrinking, in the order of `tiles.pack_picture`
+  *before* the untouched model's unpadding, its newlines and its bilinear shrinking, in the order of `tiles.pack_image`
   without the CLS part. After them there would be no tiles: a shrunken grid mixes patches across tile borders, which attention
   never crossed and whose scores can't be compared.
 - **At most nine tiles' worth** (``anyres_max_9``). The untouched model shrinks larger grids to about nine tiles' patches. A

@@ -70,7 +70,7 @@ def pack_image(tiles: Compressed, grid: tuple[int, int], side: int, has_cls: boo
 
 
 def pack_each(tiles: Sequence[Compressed], grid: tuple[int, int], side: int, has_cls: bool) -> Tensor:
-    """`pack_picture` for tiles that kept unequally many tokens: batches of one, base first → ``(Σ K_t, D)``."""
+    """`pack_image` for tiles that kept unequally many tokens: batches of one, base first → ``(Σ K_t, D)``."""
     cls, columns = int(has_cls), grid[1]
     base, others = tiles[0], tiles[1:]
     if len(others) != grid[0] * grid[1]:
