@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Sequence
 
 
-def cut(lengths: Sequence[int], groups: int) -> list[list[int]]:
+def split_by_length(lengths: Sequence[int], groups: int) -> list[list[int]]:
     """Places in `lengths` in exactly `groups` groups, such that the costliest one is as cheap as can be.
 
     A group costs its rows times its longest row. Groups are runs of the sorted order, ascending; with fewer samples than groups
@@ -50,7 +50,7 @@ def padded(lengths: Sequence[int], groups: Sequence[Sequence[int]]) -> int:
     return sum(len(group) * max(lengths[place] for place in group) for group in groups if group)
 
 
-def level(lengths: Sequence[int], groups: int) -> list[list[int]]:
+def balance_tokens(lengths: Sequence[int], groups: int) -> list[list[int]]:
     """Places in exactly `groups` groups of about as many tokens, for rows without padding: the longest first, each to the group
     that has least (Graham 1969). Within a group in the order given."""
     filled: list[list[int]] = [[] for _ in range(groups)]
@@ -70,10 +70,10 @@ def share(lengths: Sequence[int], world_size: int, accumulation: int, packed: bo
     """
     if packed:
         groups = sorted(
-            level(lengths, world_size * accumulation), key=lambda group: sum(lengths[place] for place in group)
+            balance_tokens(lengths, world_size * accumulation), key=lambda group: sum(lengths[place] for place in group)
         )
     else:
-        groups = sorted(cut(lengths, world_size * accumulation), key=lambda group: padded(lengths, [group]))
+        groups = sorted(split_by_length(lengths, world_size * accumulation), key=lambda group: padded(lengths, [group]))
     shares: list[list[list[int]]] = [[] for _ in range(world_size)]
     for step in range(accumulation):
         together = groups[step * world_size : (step + 1) * world_size]

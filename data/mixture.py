@@ -18,7 +18,7 @@ from data.sample import NO_SAMPLE_INDEX
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def hashes(count: int, seed: int) -> np.ndarray:
+def hash_positions(count: int, seed: int) -> np.ndarray:
     """One uint64 a position (count,), by SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators")."""
     with np.errstate(over="ignore"):
         value = (np.arange(count, dtype=np.uint64) + np.uint64(seed % 2**32 * 2**31 + 1)) * _GOLDEN
@@ -27,13 +27,13 @@ def hashes(count: int, seed: int) -> np.ndarray:
         return value ^ (value >> np.uint64(31))
 
 
-def subset(count: int, fraction: float, maximum: int | None, seed: int) -> np.ndarray:
+def select_subset(count: int, fraction: float, maximum: int | None, seed: int) -> np.ndarray:
     """The positions (k,) kept of `count`, ascending: those with the smallest hashes. A smaller subset lies inside a larger one."""
     keep = max(1, round(count * fraction)) if count else 0
     keep = keep if maximum is None else min(keep, maximum)
     if keep >= count:
         return np.arange(count)
-    return np.sort(np.argpartition(hashes(count, seed), keep)[:keep])
+    return np.sort(np.argpartition(hash_positions(count, seed), keep)[:keep])
 
 
 def subset_table(folder: Path, count: int, fraction: float, maximum: int | None, seed: int) -> DiskTable | None:
@@ -41,7 +41,7 @@ def subset_table(folder: Path, count: int, fraction: float, maximum: int | None,
     if fraction >= 1 and (maximum is None or maximum >= count):
         return None
     name = f"subset-{count}-{fraction}-{maximum}-{seed}"
-    return cached_table(folder, name, lambda: iter([subset(count, fraction, maximum, seed)[:, None]]), 1)
+    return cached_table(folder, name, lambda: iter([select_subset(count, fraction, maximum, seed)[:, None]]), 1)
 
 
 class EpochSampler(Sampler[int]):

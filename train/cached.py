@@ -12,7 +12,7 @@ from data.cache.reader import VISUAL, VISUAL_VIDEO
 from data.partial import load_without
 from train.config import RunConfig
 from visionzip import Attachment, attached
-from visionzip.fingerprint import remember
+from visionzip.fingerprint import remember_fingerprint
 from visionzip.intercept import Interceptions
 
 
@@ -93,4 +93,4 @@ def check_cache(config: RunConfig, model: Any, processor: Any, folder: str) -> N
     wanted = identity(whole, processor, config.zip, config.data, section.dtype)
     stored = check_identity(folder, wanted)
     if whole is not model:
-        remember(tower, stored["encoder"]["encoder"])
+        remember_fingerprint(tower, stored["encoder"]["encoder"])

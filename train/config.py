@@ -138,15 +138,15 @@ class RunConfig(PipelineConfig):
             raise ValueError(
                 "train.budgets_per_sample: there is only one budget; list several in zip.budgets, or leave it out"
             )
-        in_force = (self.zip.dominant, self.zip.contextual)
+        current = (self.zip.dominant, self.zip.contextual)
         if (
             self.zip.budgets is not None
             and self.eval is not None
             and self.eval.cache
-            and in_force not in ladder(self.zip)
+            and current not in ladder(self.zip)
         ):
             raise ValueError(
-                f"eval.cache has the tokens of zip.budgets, but not of zip.dominant + zip.contextual = {in_force[0]} + {in_force[1]}, at "
+                f"eval.cache has the tokens of zip.budgets, but not of zip.dominant + zip.contextual = {current[0]} + {current[1]}, at "
                 "which held-out questions are asked; set these to one of the budgets, or leave eval.cache out"
             )
         if self.model.quantization and "llm" in self.train.parts:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from train.config import ConfigError
 from visionzip.families import Family
-from visionzip.fingerprint import fingerprint, remember
+from visionzip.fingerprint import fingerprint, remember_fingerprint
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # of both sides of a matrix, for the kernel
@@ -115,7 +115,7 @@ def freeze_in_float8(model: nn.Module, family: Family) -> int:
     """
     check_float8()
     llm = model.get_submodule(family.llm)
-    remember(llm, fingerprint(model, {"llm": family.llm})["llm"])
+    remember_fingerprint(llm, fingerprint(model, {"llm": family.llm})["llm"])
     chosen = [
         name
         for name, module in llm.named_modules()

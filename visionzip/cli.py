@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = inner.parse_intermixed_args(argv[1:])
     light = getattr(command, "without_torch", lambda arguments: False)(arguments)
     if name not in PROGRAM and not light:  # the program says for itself what is printed by which rank
-        quiet()
+        silence_libraries()
     return guarded(name, command.run, arguments)
 
 
@@ -183,8 +183,8 @@ def message_of(error: Exception) -> str:
     return "; ".join(f"{place}: {text}" if place else text for place, text in lines)
 
 
-def quiet() -> None:
-    """A command speaks for itself: libraries only when something is wrong."""
+def silence_libraries() -> None:
+    """Let libraries log warnings only, so that the output is the command's own."""
     import logging
 
     import torch

@@ -112,7 +112,7 @@ def _compress(features: Features, dominant: int, contextual: int, selector: str,
         raise ValueError(f"dominant={dominant} + contextual={contextual} of {total} tokens can't be kept")
     if SELECTORS[selector].pools:
         return _pool(features, dominant, contextual, selector)
-    patches = SELECTORS[selector].choose(features, dominant - features.cls)
+    patches = SELECTORS[selector].select(features, dominant - features.cls)
     kept = F.pad(patches + features.cls, (features.cls, 0))  # CLS is token 0
     rest = complement(kept, total)  # (B, R)
 
@@ -139,7 +139,7 @@ def _pool(features: Features, dominant: int, contextual: int, selector: str) -> 
     if count > patches.shape[1]:
         raise ValueError(f"{selector} makes at most one token per patch: {count} requested, {patches.shape[1]} patches")
     tokens, cell = pool(patches, count)
-    middles = SELECTORS[selector].choose(features, count) + cls
+    middles = SELECTORS[selector].select(features, count) + cls
     slots = F.pad(cell.expand(len(tokens), -1), (cls, 0), value=DROPPED)
     return Compressed(tokens, middles[:, :dominant], middles[:, dominant:], slots)
 

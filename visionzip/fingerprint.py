@@ -29,7 +29,7 @@ _REMEMBERED = "_visionzip_fingerprint"
 def fingerprint(model: nn.Module, parts: dict[str, str]) -> Fingerprint:
     """``{part: {parameter: {"shape": [...], "values": [...]}}}`` for the submodules named in `parts` (part → dotted name).
 
-    Adapters are passed over: this says which base they sit on. A module whose weights were not loaded (`remember`) is what it was
+    Adapters are passed over: this says which base they sit on. A module whose weights were not loaded (`remember_fingerprint`) is what it was
     said to be.
     """
     found = {}
@@ -40,7 +40,7 @@ def fingerprint(model: nn.Module, parts: dict[str, str]) -> Fingerprint:
     return found
 
 
-def remember(module: nn.Module, known: dict[str, dict[str, list]]) -> None:
+def remember_fingerprint(module: nn.Module, known: dict[str, dict[str, list]]) -> None:
     """Let `module`, which has no weights here, have this fingerprint: that of the weights its outputs were computed with."""
     module.__dict__[_REMEMBERED] = known
 
@@ -53,7 +53,7 @@ def fingerprint_of_state(state: Mapping[str, Tensor], parts: dict[str, str]) -> 
     }
 
 
-def check(stored: Fingerprint) -> Fingerprint:
+def check_fingerprint(stored: Fingerprint) -> Fingerprint:
     """`stored` if `differences` can read it.
 
     Raises:
@@ -89,7 +89,7 @@ def differences(here: Fingerprint, stored: Fingerprint) -> list[str]:
     return found
 
 
-def short(stored: dict[str, Any]) -> str:
+def short_digest(stored: dict[str, Any]) -> str:
     """Eight hex digits to tell fingerprints apart by eye; equality is `differences`' business."""
     shapes = {part: {name: entry["shape"] for name, entry in names.items()} for part, names in stored.items()}
     rounded = {

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from visionzip.export.base import FORMATS, recognise, run_result
-from visionzip.export.card import HERE, KEPT, card, find_kept
+from visionzip.export.card import HERE, KEPT, find_kept, render_card
 from visionzip.export.files import NOTE
 from visionzip.pretrained import looks_like_id
 
@@ -47,8 +47,8 @@ def push(
     header = form.read(place).header  # a damaged one is not for others
     kept = find_kept(place)
     text = (place / CARD).read_text(encoding="utf-8") if CARD in names else None
-    if text is None or text == card(header, form, HERE):  # written before the run had a report
-        text = card(header, form, repo_id, kept=kept is not None)
+    if text is None or text == render_card(header, form, HERE):  # written before the run had a report
+        text = render_card(header, form, repo_id, kept=kept is not None)
     operations = [CommitOperationAdd(CARD, text.replace(HERE, repo_id).encode())]
     if kept is not None and KEPT not in names:
         operations.append(CommitOperationAdd(KEPT, kept))

@@ -21,10 +21,10 @@ from visionzip.description import (
     print_description,
 )
 from visionzip.export.base import FORMATS, Format, Trained, check_complete, recognise
-from visionzip.export.card import budget_words, settings, words
+from visionzip.export.card import budget_words, format_settings, format_value
 from visionzip.export.files import unpickle
 from visionzip.families import FAMILIES
-from visionzip.fingerprint import short
+from visionzip.fingerprint import short_digest
 from visionzip.inspect_runs import describe_cache, describe_checkpoint, describe_run
 from visionzip.pretrained import read_config
 
@@ -79,23 +79,23 @@ def export_facts(trained: Trained, path: Path) -> dict[str, Any]:
         "Budget": budget_words(header.zip) if header.zip else "not recorded",
     }
     if header.zip:
-        facts["Settings"] = settings(header.zip)
+        facts["Settings"] = format_settings(header.zip)
     if header.fingerprint:
-        parts = ", ".join(f"{part} {short({part: values})}" for part, values in header.fingerprint.items())
+        parts = ", ".join(f"{part} {short_digest({part: values})}" for part, values in header.fingerprint.items())
         facts["Trained against"] = f"{parts} (checked when it is loaded)"
     else:
         facts["Trained against"] = "not recorded: only names and shapes can be checked when it is loaded"
     facts["Checksum"] = f"{header.digest[:8]}, correct" if header.digest else "none: damage would not be noticed"
     for label, key in (("What was trained", "trained"), ("Data", "data"), ("Steps", "steps")):
         if key in metadata:
-            facts[label] = words(metadata[key])
+            facts[label] = format_value(metadata[key])
     results = metadata.get("results")
     if isinstance(results, dict) and (shown := format_results(results)):
         asked = results.get("questions")
         facts["Measured"] = shown + (f" (of {asked:,} questions)" if isinstance(asked, int) else "")
     rest = {key: value for key, value in metadata.items() if key not in ("trained", "data", "steps", "results")}
     if rest:
-        facts["Also recorded"] = words(rest)
+        facts["Also recorded"] = format_value(rest)
     facts |= tensor_facts({**trained.projector, **trained.adapters})
     facts["Size"] = format_size(bytes_of(path))
     if header.toolkit_version:

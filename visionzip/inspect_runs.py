@@ -10,9 +10,9 @@ from typing import Any
 from visionzip.config import ZipConfig
 from visionzip.description import Description, bytes_of, format_count, format_results, format_size
 from visionzip.export.base import RESULTS, RUN_CONFIG, is_run, run_result
-from visionzip.export.card import budget_words, settings
+from visionzip.export.card import budget_words, format_settings
 from visionzip.export.files import read_json
-from visionzip.fingerprint import short
+from visionzip.fingerprint import short_digest
 from visionzip.manifest import digest_of, find_damage
 
 CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
@@ -66,8 +66,8 @@ def describe_cache(path: Path) -> Description | None:
         config = ZipConfig.model_validate(manifest["zip"])
         found = Description("a cache of compressed visual tokens, to train from without the vision tower")
         found.facts["Budget"] = budget_words(config)
-        found.facts["Settings"] = settings(config)
-        found.facts["Made with encoder"] = short(manifest["encoder"])
+        found.facts["Settings"] = format_settings(config)
+        found.facts["Made with encoder"] = short_digest(manifest["encoder"])
         found.facts["Stored as"] = str(manifest["dtype"])
         found.facts["Shards"] = f"{len(shards):,} ({format_size(sum(shard.stat().st_size for shard in shards))})"
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -13,7 +13,7 @@ from visionzip.attach import attach, attached, unwrap
 from visionzip.config import ZipConfig
 from visionzip.export.base import FORMATS, RESULTS, Format, Trained, read_export, recognise
 from visionzip.export.card import KEPT, find_kept, write_card
-from visionzip.export.files import free, staged
+from visionzip.export.files import check_target, staged
 from visionzip.export.header import check_belongs
 from visionzip.export.insert import insert, note_trained, warn_unchecked
 from visionzip.hub import local_copy
@@ -165,7 +165,7 @@ def save(
     """
     form = FORMATS[format]
     if write:
-        free(out, overwrite=overwrite, ours=recognise(out) is not None)  # fails before a model is loaded
+        check_target(out, overwrite=overwrite, is_export=recognise(out) is not None)  # fails before a model is loaded
     if isinstance(source, str | os.PathLike):
         place = local_copy(source)
         trained = read_export(place)

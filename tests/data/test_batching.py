@@ -8,13 +8,13 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.batching import cut, level, padded, share
+from data.batching import balance_tokens, padded, share, split_by_length
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(1, 5))
 def test_cut_is_as_cheap_as_an_exhaustive_search(lengths, groups):
-    found = cut(lengths, groups)
+    found = split_by_length(lengths, groups)
     assert len(found) == groups
     assert sorted(place for group in found for place in group) == list(range(len(lengths)))
     if len(lengths) < groups:
@@ -30,7 +30,7 @@ def test_cut_is_as_cheap_as_an_exhaustive_search(lengths, groups):
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 8))
 def test_level_groups_have_about_as_many_tokens(lengths, groups):
-    found = level(lengths, groups)
+    found = balance_tokens(lengths, groups)
     assert len(found) == groups
     assert sorted(place for group in found for place in group) == list(range(len(lengths)))
     totals = [sum(lengths[place] for place in group) for group in found]

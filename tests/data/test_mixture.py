@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
 
 from data.index import DiskTable
-from data.mixture import EpochSampler, hashes, subset
+from data.mixture import EpochSampler, hash_positions, select_subset
 from data.sample import NO_SAMPLE, NO_SAMPLE_INDEX
 from tests.data import kit
 from train.batches import ShareOfBatches
@@ -21,8 +21,8 @@ from train.batches import ShareOfBatches
 def test_the_subset_is_the_same_on_every_machine():
     """Written down: another numpy, word size or byte order must not give another tenth."""
     splitmix64 = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # the published outputs for seed 0
-    assert hashes(3, 0).tolist() == splitmix64
-    assert subset(1000, 0.01, None, 0).tolist() == [203, 254, 366, 410, 503, 543, 566, 821, 930, 986]
+    assert hash_positions(3, 0).tolist() == splitmix64
+    assert select_subset(1000, 0.01, None, 0).tolist() == [203, 254, 366, 410, 503, 543, 566, 821, 930, 986]
 
 
 @settings(max_examples=60, deadline=None)
@@ -33,17 +33,17 @@ def test_the_subset_is_the_same_on_every_machine():
     seed=st.integers(0, 9),
 )
 def test_subsets_have_the_size_asked_for_and_lie_in_each_other(count, fraction, maximum, seed):
-    kept = subset(count, fraction, maximum, seed)
+    kept = select_subset(count, fraction, maximum, seed)
     assert len(kept) == min(max(1, round(count * fraction)), maximum or count, count)
     assert (np.diff(kept) > 0).all()
     assert 0 <= kept[0] <= kept[-1] < count
-    assert set(kept) <= set(subset(count, min(1, fraction * 1.5), maximum, seed))
+    assert set(kept) <= set(select_subset(count, min(1, fraction * 1.5), maximum, seed))
 
 
 def test_subsets_are_spread_and_differ_by_seed():
-    kept = subset(100_000, 0.1, None, 0)
+    kept = select_subset(100_000, 0.1, None, 0)
     assert np.allclose(np.histogram(kept, 10, (0, 100_000))[0], 1000, atol=120)
-    assert len(set(kept) & set(subset(100_000, 0.1, None, 1))) == pytest.approx(1000, abs=120)
+    assert len(set(kept) & set(select_subset(100_000, 0.1, None, 1))) == pytest.approx(1000, abs=120)
 
 
 def test_a_subset_is_taken_from_the_file(tmp_path):
@@ -51,7 +51,7 @@ def test_a_subset_is_taken_from_the_file(tmp_path):
     data = kit.dataset(tmp_path, {"path": path, "fraction": 0.2})
     assert len(data) == 10
     assert isinstance(data.sources[0].subset, DiskTable)
-    expected = subset(50, 0.2, None, 0)
+    expected = select_subset(50, 0.2, None, 0)
     assert [data.sample(n).id for n in range(10)] == [f"r{position}" for position in expected]
     assert len(kit.dataset(tmp_path, {"path": path, "fraction": 0.2, "max_samples": 3})) == 3
     assert len(kit.dataset(tmp_path, {"path": path, "max_samples": 500})) == 50

@@ -35,7 +35,7 @@ def inputs_of(processor, text, *seeds):
 def places_by_hand(model, pixels):
     """For each token, in the order CLS, patches, contextual: where the untouched model has it. CLS stands with the first patch."""
     features = attached(model).family.encode(BUDGET, pixels)
-    kept = [0, *(int(p) + 1 for p in SELECTORS["visionzip"].choose(features, 4)[0])]
+    kept = [0, *(int(p) + 1 for p in SELECTORS["visionzip"].select(features, 4)[0])]
     rest = [token for token in range(17) if token not in kept]
     return [max(token - 1, 0) for token in [*kept, rest[0], rest[6]]]
 

@@ -132,7 +132,7 @@ def problems(draw):
 @given(problem=problems())
 def test_equals_slow_version(name, problem):
     features, keep = problem
-    fast = SELECTORS[name].choose(features, keep)
+    fast = SELECTORS[name].select(features, keep)
     for row, hidden, scores in zip(fast, features.hidden_states, features.scores, strict=True):
         expected = SLOW[name](hidden[features.cls :].double(), scores[features.cls :].double().tolist(), keep)
         assert row.tolist() == sorted(expected)
@@ -148,17 +148,17 @@ def test_every_selector_that_is_no_baseline_has_a_slow_version():
 def test_promises(name, problem):
     """Ascending, distinct, in range; the same again; the same for an image alone as in a batch; int64."""
     features, keep = problem
-    chosen = SELECTORS[name].choose(features, keep)
+    chosen = SELECTORS[name].select(features, keep)
     patches = features.hidden_states.shape[1] - features.cls
     assert chosen.shape == (len(features.hidden_states), keep)
     assert chosen.dtype == torch.int64
     assert bool((chosen.diff(dim=1) > 0).all())
     assert chosen.numel() == 0 or (chosen.min() >= 0 and chosen.max() < patches)
-    assert torch.equal(chosen, SELECTORS[name].choose(features, keep))
+    assert torch.equal(chosen, SELECTORS[name].select(features, keep))
     for i in range(len(chosen)):
         part = slice(i, i + 1)
         alone = Features(features.hidden_states[part], features.metric[part], features.scores[part], features.has_cls)
-        assert torch.equal(SELECTORS[name].choose(alone, keep)[0], chosen[i])
+        assert torch.equal(SELECTORS[name].select(alone, keep)[0], chosen[i])
 
 
 @pytest.mark.parametrize("name", [name for name, entry in SELECTORS if entry.nested])
@@ -174,12 +174,12 @@ def test_a_smaller_budget_of_a_nested_selector_is_the_beginning_of_a_larger_one(
 def test_no_attention_where_none_is_needed(name):
     features = features_of(0, 2, 17, True)
     without = Features(features.hidden_states, features.metric, None, True)
-    assert torch.equal(SELECTORS[name].choose(features, 5), SELECTORS[name].choose(without, 5))
+    assert torch.equal(SELECTORS[name].select(features, 5), SELECTORS[name].select(without, 5))
 
 
 def test_random_draws_every_patch_about_equally_often_and_differs_by_image():
     features = features_of(3, 4000, 17, True)
-    chosen = SELECTORS["random"].choose(features, 4)
+    chosen = SELECTORS["random"].select(features, 4)
     counts = torch.bincount(chosen.flatten(), minlength=16) / len(chosen)
     assert bool(((counts - 0.25).abs() < 0.03).all())  # four standard deviations of 4000 draws
     assert len({tuple(row.tolist()) for row in chosen}) > 1500  # of C(16, 4) = 1820
@@ -187,8 +187,8 @@ def test_random_draws_every_patch_about_equally_often_and_differs_by_image():
 
 def test_uniform_is_even():
     features = features_of(0, 1, 17, True)
-    assert SELECTORS["uniform"].choose(features, 4).tolist() == [[2, 6, 10, 14]]
-    assert SELECTORS["uniform"].choose(features, 16).tolist() == [list(range(16))]
+    assert SELECTORS["uniform"].select(features, 4).tolist() == [[2, 6, 10, 14]]
+    assert SELECTORS["uniform"].select(features, 16).tolist() == [list(range(16))]
 
 
 def test_duplicates_are_what_diverse_selectors_leave_out():
@@ -197,6 +197,6 @@ def test_duplicates_are_what_diverse_selectors_leave_out():
     tokens = torch.cat((tokens[:1].repeat(10, 1), tokens[1:]))[None]  # places 0–9 alike, 10–16 all different
     scores = torch.cat((torch.full((10,), 1.0), torch.full((7,), 0.5)))[None]
     features = Features(tokens, tokens, scores, False)
-    copies = {name: int((entry.choose(features, 8) < 10).sum()) for name, entry in SELECTORS}
+    copies = {name: int((entry.select(features, 8) < 10).sum()) for name, entry in SELECTORS}
     assert copies["visionzip"] == 8
     assert copies["divprune"] == copies["coverage"] == copies["focus"] == copies["dpp"] == 1

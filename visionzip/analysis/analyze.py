@@ -21,7 +21,7 @@ from visionzip.analysis import image_files, redundancy
 from visionzip.analysis.attention import attention_by_layer
 from visionzip.analysis.trace import Trace, image_inputs, trace
 from visionzip.attach import Attachment, attached
-from visionzip.fingerprint import short
+from visionzip.fingerprint import short_digest
 from visionzip.images import decode_image
 from visionzip.projector import fingerprint
 
@@ -59,7 +59,7 @@ def analyze(
     found = image_files.find_images(path, limit, out)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    head = {"model": type(attachment.model).__name__, "encoder": short({"encoder": fingerprint(attachment.model)["encoder"]}),
+    head = {"model": type(attachment.model).__name__, "encoder": short_digest({"encoder": fingerprint(attachment.model)["encoder"]}),
             "zip": attachment.config.model_dump(), "levels": list(redundancy.LEVELS), "edges": len(EDGES)}  # fmt: skip
     lines = _read(folder / LINES, head)
     contents = {name: content_of(found.root / name) for name in found.names}

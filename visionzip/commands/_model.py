@@ -105,9 +105,9 @@ def load(arguments: argparse.Namespace, **options: Any) -> tuple[Any, Any]:
     changed = with_arguments(attachment.config, arguments)
     if changed != attachment.config:
         visionzip.attach(model, processor, changed)
-    in_force = visionzip.attached(model)
-    assert in_force is not None
-    warn_untrained(in_force)
+    current = visionzip.attached(model)
+    assert current is not None
+    warn_untrained(current)
     return model, processor
 
 

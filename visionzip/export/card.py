@@ -39,7 +39,7 @@ COMMANDS = """On the command line, from a hub repository or a local directory al
 def write_card(directory: Path, header: Header, form: Format, here: str | None = None) -> Path:
     """``README.md`` for an export of format `form`; `here` is how readers will refer to it (a path or a hub id)."""
     path = directory / "README.md"
-    path.write_text(card(header, form, here or HERE, kept=(directory / KEPT).is_file()), encoding="utf-8")
+    path.write_text(render_card(header, form, here or HERE, kept=(directory / KEPT).is_file()), encoding="utf-8")
     return path
 
 
@@ -53,7 +53,7 @@ def find_kept(place: Path) -> Path | None:
     return next((path for path in found if path.is_file()), None)
 
 
-def card(header: Header, form: Format, here: str, kept: bool = False) -> str:
+def render_card(header: Header, form: Format, here: str, kept: bool = False) -> str:
     """Markdown with the front matter that hubs read; `kept`: there is a `KEPT` beside it."""
     base, metadata = header.base_model, header.metadata
     local = Path(base).is_absolute()  # says nothing to others, and more than they need to know
@@ -67,10 +67,10 @@ def card(header: Header, form: Format, here: str, kept: bool = False) -> str:
         ("Base model", named),
         ("Visual tokens kept per image", budget_words(header.zip)),
         *([("Trained for", describe_budgets(header.zip))] if header.zip and header.zip.budgets else []),
-        ("Settings", f"`{settings(header.zip)}`" if header.zip else "not recorded"),
-        ("What was trained", words(metadata.get("trained", "the projector"))),
-        ("Data", words(metadata.get("data", "not recorded"))),
-        ("Steps", words(metadata.get("steps", "not recorded"))),
+        ("Settings", f"`{format_settings(header.zip)}`" if header.zip else "not recorded"),
+        ("What was trained", format_value(metadata.get("trained", "the projector"))),
+        ("Data", format_value(metadata.get("data", "not recorded"))),
+        ("Steps", format_value(metadata.get("steps", "not recorded"))),
         ("Made with", f"visionzip-ft {header.toolkit_version}" if header.toolkit_version else "another toolkit"),
     ]
     parts = [
@@ -117,16 +117,16 @@ def budget_arguments(config: ZipConfig | None) -> str:
     return f"dominant={config.dominant}, contextual={config.contextual}"
 
 
-def settings(config: ZipConfig) -> str:
+def format_settings(config: ZipConfig) -> str:
     return ", ".join(f"{name}={value}" for name, value in config.model_dump().items() if value is not None)
 
 
-def words(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Whatever was recorded, on one line."""
     if isinstance(value, dict):
-        return ", ".join(f"{name}: {words(item)}" for name, item in value.items())
+        return ", ".join(f"{name}: {format_value(item)}" for name, item in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(words(item) for item in value)
+        return ", ".join(format_value(item) for item in value)
     text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")
 
@@ -144,7 +144,9 @@ def results_table(results: Any) -> str:
     budgets = results.get("budgets")
     for budget, accuracy in budgets.items() if isinstance(budgets, dict) else ():
         if isinstance(accuracy, int | float):
-            lines.append(f"| compressed to {words(budget)}, fine-tuned | {100 * accuracy:.1f} % | {words(budget)} |")
+            lines.append(
+                f"| compressed to {format_value(budget)}, fine-tuned | {100 * accuracy:.1f} % | {format_value(budget)} |"
+            )
     if isinstance(results.get("questions"), int):
         lines.append(
             f"\nOn {results['questions']:,} held-out questions"

@@ -22,11 +22,11 @@ from torch import Tensor
 NOTE = "visionzip.json"
 
 
-def free(out: str | os.PathLike[str], *, overwrite: bool = False, ours: bool = True) -> Path:
+def check_target(out: str | os.PathLike[str], *, overwrite: bool = False, is_export: bool = True) -> Path:
     """`out`, where a directory can be written: nothing is there, or it is empty, or it is an export and may be replaced.
 
     Args:
-        overwrite: replace what is there, if it is `ours`.
+        overwrite: replace what is there, if it `is_export`.
 
     Raises:
         FileExistsError: when something else is there.
@@ -35,7 +35,7 @@ def free(out: str | os.PathLike[str], *, overwrite: bool = False, ours: bool = T
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         if not overwrite:
             raise FileExistsError(f"{out} already exists and is not empty; choose another path, or remove it first")
-        if not target.is_dir() or not ours:
+        if not target.is_dir() or not is_export:
             raise FileExistsError(
                 f"{out} is not an export and will not be replaced; choose another path, or remove it first"
             )
@@ -49,11 +49,11 @@ def staged(out: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[
     What a writer left that was killed is removed, or put back where `out` was about to be replaced.
 
     Raises:
-        FileExistsError: as `free`.
+        FileExistsError: as `check_target`.
         OSError: when the disk is full or can't be written, whatever the writing library made of it.
     """
     recover(Path(out))
-    target = free(out, overwrite=overwrite)
+    target = check_target(out, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside, old = (target.with_name(f".{target.name}.{kind}.{os.getpid()}") for kind in ("new", "old"))
     try:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from visionzip.attach import Attachment
 from visionzip.budgets import is_trained
 from visionzip.config import ZipConfig
-from visionzip.fingerprint import Fingerprint, check, differences
+from visionzip.fingerprint import Fingerprint, check_fingerprint, differences
 from visionzip.projector import check_finite, fingerprint, required
 from visionzip.version import __version__
 
@@ -40,7 +40,7 @@ class Header(BaseModel):
     model_type: str = ""
     toolkit_version: str = ""
     zip: ZipConfig | None = None
-    fingerprint: Annotated[Fingerprint, AfterValidator(check)] = {}
+    fingerprint: Annotated[Fingerprint, AfterValidator(check_fingerprint)] = {}
     modules: list[str] = []
     metadata: dict[str, Any] = {}
     digest: str = ""
@@ -126,9 +126,9 @@ def mismatches(attachment: Attachment, header: Header) -> list[str]:
     if stored is not None and stored != here:
         fields = [name for name in ZipConfig.model_fields if getattr(stored, name) != getattr(here, name)]
         if stored.budgets is not None and here.budgets in (None, stored.budgets):
-            in_force = (here.dominant, here.contextual)
-            free = {"budgets", *(("dominant", "contextual") if is_trained(stored, in_force) else ())}
-            fields = [name for name in fields if name not in free]
+            current = (here.dominant, here.contextual)
+            may_differ = {"budgets", *(("dominant", "contextual") if is_trained(stored, current) else ())}
+            fields = [name for name in fields if name not in may_differ]
         wrong += [f"ZipConfig.{name}: {getattr(stored, name)} there, {getattr(here, name)} here" for name in fields]
     return wrong + (differences(fingerprint(attachment.model), header.fingerprint) if header.fingerprint else [])
 

@@ -171,7 +171,7 @@ def llava_config(config: Any, state: dict[str, Tensor], vision_tower: str | None
     }  # fmt: skip
     return {
         **text.to_diff_dict(),
-        **rope(text),
+        **rope_settings(text),
         "model_type": kind,
         "architectures": [architecture],
         "vocab_size": vocabulary,
@@ -195,7 +195,7 @@ def llava_config(config: Any, state: dict[str, Tensor], vision_tower: str | None
     }
 
 
-def rope(text: Any) -> dict[str, Any]:
+def rope_settings(text: Any) -> dict[str, Any]:
     """Rotary positions by the two keys of transformers before 5, which LLaVA runs on: ``rope_theta``, ``rope_scaling``.
 
     Raises:

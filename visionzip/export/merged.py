@@ -164,9 +164,9 @@ def find_tensors(directory: Path, names: list[str]) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
-        stored, _ = read_safetensors(file, [part for name in names for part in endings(name)])
+        stored, _ = read_safetensors(file, [part for name in names for part in possible_names(name)])
         for name in names:
-            written = [part for part in endings(name) if part in stored]
+            written = [part for part in possible_names(name) if part in stored]
             if written:
                 found.setdefault(name, stored[written[0]])
     missing = [name for name in names if name not in found]
@@ -175,7 +175,7 @@ def find_tensors(directory: Path, names: list[str]) -> dict[str, Tensor]:
     return found
 
 
-def endings(name: str) -> list[str]:
+def possible_names(name: str) -> list[str]:
     """``a.b.c.weight`` → itself, ``b.c.weight``: transformers writes ``model.`` away, and no more than that."""
     return [name, name.removeprefix("model.")] if name.startswith("model.") else [name]
 
@@ -211,7 +211,7 @@ class CompressedModel:
             model = AutoModelForImageTextToText.from_pretrained(
                 path, *args, config=config, trust_remote_code=False, **kwargs
             )
-        strip(model.config)
+        remove_export_fields(model.config)
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False, **hub)
         attach(model, processor, ZipConfig(**stored))
         required(model).fixed = (
@@ -238,7 +238,7 @@ class CompressedProcessor:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False, **kwargs)
         stored = ZipConfig(**config.visionzip)
-        strip(config)
+        remove_export_fields(config)
         # How many placeholders an image needs follows from the model's sizes; a model without memory has those.
         with torch.device("meta"):
             shell = AutoModelForImageTextToText.from_config(config)
@@ -247,7 +247,7 @@ class CompressedProcessor:
         return processor
 
 
-def strip(config: Any) -> None:
+def remove_export_fields(config: Any) -> None:
     """Take off what only the file needs."""
     for name in ("auto_map", "visionzip"):
         config.__dict__.pop(name, None)

@@ -58,14 +58,14 @@ class Vision(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         if self.zip is None:
-            return self.everything(pixel_values)
+            return self.keep_all(pixel_values)
         found = self.family.compress_batch(self.zip, pixel_values)
         return {"embeddings": self.project(found.tokens), "kept": found.kept}
 
     def project(self, tokens: Tensor) -> Tensor:
         return self.model.get_submodule(self.family.projectors[0])(tokens)
 
-    def everything(self, pixel_values: Tensor) -> dict[str, Tensor]:
+    def keep_all(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """As the untouched model: every token but CLS."""
         family = cast(Any, self.family)
         config = ZipConfig.model_validate({"dominant": 1.0, "contextual": 0, "selector": "uniform"})
@@ -115,7 +115,7 @@ def vision_graph(attachment: Attachment, config: ZipConfig | None, side: int, op
     with torch.no_grad():
         embeddings = module(pixels)["embeddings"]
     try:
-        program = export(
+        program = export_program(
             module, {"pixel_values": pixels}, {"pixel_values": {0: torch.export.Dim("batch", min=1, max=1024)}}, opset
         )
     except Exception as error:  # torch.export has many, none of one base class
@@ -173,7 +173,7 @@ def language_graph(attachment: Attachment, opset: int) -> LanguageGraph:
         "past_key_values": [{2: past}] * (2 * config.num_hidden_layers),
     }
     try:
-        program = export(module, inputs, shapes, opset)
+        program = export_program(module, inputs, shapes, opset)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise ValueError(
@@ -199,7 +199,7 @@ def tensor_name(name: str) -> str:
     return f"{'past' if parts[0] == 'input' else 'present'}.{parts[-2]}.{parts[-1].removesuffix('s')}"
 
 
-def export(module: nn.Module, inputs: dict[str, Any], shapes: dict[str, Any], opset: int) -> Any:
+def export_program(module: nn.Module, inputs: dict[str, Any], shapes: dict[str, Any], opset: int) -> Any:
     """An `onnx_ir.Model` with ONNX Runtime's fused operators.
 
     Raises:

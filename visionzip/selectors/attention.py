@@ -8,7 +8,7 @@ from visionzip.selectors.base import Features, selector
 
 
 @selector("visionzip", needs_scores=True, nested=True)
-def choose(features: Features, keep: int) -> Tensor:
+def rank(features: Features, keep: int) -> Tensor:
     """The `keep` highest scores. O(N log N); equal scores are taken in raster order, so that every device agrees.
 
     Shapes: scores ``(B, N)`` → patch indices ``(B, keep)``, the highest first.

@@ -70,7 +70,7 @@ class Selector:
     pools: bool = False
     scales: bool = False
 
-    def choose(self, features: Features, keep: int) -> Tensor:
+    def select(self, features: Features, keep: int) -> Tensor:
         """`rank`'s patches in raster order: ascending."""
         return self.rank(features, keep).sort(dim=1).values
 

@@ -10,7 +10,7 @@ from visionzip.selectors.base import Features, selector
 
 
 @selector("divprune", needs_scores=False, nested=True)
-def choose(features: Features, keep: int) -> Tensor:
+def rank(features: Features, keep: int) -> Tensor:
     """Greedy max–min distance of the tokens themselves (cosine); needs no attention at all.
 
     First the patch whose nearest neighbour is farthest, then again and again the one farthest from all that were taken.

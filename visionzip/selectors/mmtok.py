@@ -11,7 +11,7 @@ TEMPERATURE = 0.2  # of similarities between visual tokens; the authors' default
 
 
 @selector("mmtok", needs_scores=False, nested=True)
-def choose(features: Features, keep: int) -> Tensor:
+def rank(features: Features, keep: int) -> Tensor:
     """Greedy maximum coverage of all patches; how well a patch is covered by each is a softmax of the cosines.
 
     A patch with many likes is covered a little by each of them, and one that stands alone by itself, which is the difference to

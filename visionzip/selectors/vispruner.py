@@ -13,7 +13,7 @@ STEP = 8  # duplicates removed at once, at most
 
 
 @selector("vispruner", needs_scores=True)
-def choose(features: Features, keep: int) -> Tensor:
+def rank(features: Features, keep: int) -> Tensor:
     """The highest scores first; of the rest, duplicates go until the budget is met.
 
     A step parts what is left into every other token (a) and those between (b), and removes from a the tokens that are most
