@@ -43,7 +43,7 @@ class VisionZip(lmms):
         pretrained: a model, or what was fine-tuned, in any format: directory or hub id.
         budget: visual tokens per image (64, 54+10, 0.1), or all; default: what a projector was trained with. A projector that was
             trained for several (`ZipConfig.budgets`) answers at any of them.
-        dominant, contextual, selector, merge, layer: what to keep, in single values.
+        dominant, contextual, selector, merge, layer, positions: what to keep, in single values (`ZipConfig`).
         full: true runs the same model and projector with all tokens, the reference the paper's shares are taken of.
         base: the model a projector belongs to, where that is not the one it names.
         template: ``chat``, the processor's own; ``llava_v1``, what LLaVA-1.5 (and the paper) was evaluated with, token by token.
@@ -62,6 +62,7 @@ class VisionZip(lmms):
         selector: str | None = None,
         merge: str | None = None,
         layer: int | None = None,
+        positions: str | None = None,
         full: bool = False,
         base: str | None = None,
         template: str = "chat",
@@ -80,7 +81,8 @@ class VisionZip(lmms):
             raise ValueError(f"--model_args: template={template}; expected one of {', '.join(template_names())}")
         self.accelerator = _accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        asked = {"dominant": dominant, "contextual": contextual, "selector": selector, "merge": merge, "layer": layer}
+        asked = {"dominant": dominant, "contextual": contextual, "selector": selector, "merge": merge, "layer": layer,
+                 "positions": positions}  # fmt: skip
         asked = {name: value for name, value in asked.items() if value is not None}
         more: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
         config = ZipConfig.model_validate(asked) if asked else None
@@ -174,7 +176,7 @@ class VisionZip(lmms):
         raise NotImplementedError("tasks of several rounds are not supported by --model visionzip")
 
 
-ARGUMENTS = "pretrained, budget, dominant, contextual, selector, merge, layer, full, base, template, pad_images, dtype, device, attn_implementation"
+ARGUMENTS = "pretrained, budget, dominant, contextual, selector, merge, layer, positions, full, base, template, pad_images, dtype, device, attn_implementation"
 
 
 def _accelerator() -> Any:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from scripts.shapes_task import TASK, write
 from tests.tiny import make_image, tiny_llava, tiny_processor
-from visionzip import ZipConfig, attach, load, save
+from visionzip import ZipConfig, attach, attached, load, save
 from visionzip.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +47,14 @@ def lmms(monkeypatch):
 
 def request(question, images, settings=None, doc=0):
     return SimpleNamespace(args=(question, settings or {"max_new_tokens": 5}, lambda shown: shown, doc, "task", "test"))
+
+
+def test_it_takes_the_fields_of_a_config(lmms, projector):
+    base = str(projector.parent / "base")
+    asked = lmms.VisionZip(base, device="cpu", dominant=5, contextual=3, selector="focus", positions="original")
+    assert attached(asked.model).config == ZipConfig(dominant=5, contextual=3, selector="focus", positions="original")
+    with pytest.raises(ValueError, match=r"known: .*positions"):
+        lmms.VisionZip(base, device="cpu", place="original")
 
 
 def test_its_command_line(projector, tmp_path, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 import torch
 from torch.nn.functional import pad
@@ -15,6 +17,7 @@ from train.loss import summed_loss
 from train.prefix import Prefix
 from visionzip import ZipConfig, attach, attached, detach, load, save
 from visionzip.chat import Chat
+from visionzip.commands import _model
 from visionzip.export import save_projector
 from visionzip.selectors import SELECTORS
 
@@ -208,6 +211,19 @@ def test_detached_exported_and_refused(ready, tmp_path):
     case = next(case for case in cases() if case.name == "LLaVA-NeXT")
     with pytest.raises(ValueError, match="LlavaNextForConditionalGeneration does not support positions=original"):
         attach(case.model(), case.processor(), BUDGET)
+
+
+def test_commands_take_them(ready, tmp_path):
+    model, processor = ready
+    tiny_llava().save_pretrained(tmp_path / "model")
+    tiny_processor().save_pretrained(tmp_path / "model")
+    parser = argparse.ArgumentParser()
+    _model.add_arguments(parser)
+    inputs = inputs_of(processor, FIRST, 0)
+    given = [str(tmp_path / "model"), "--device", "cpu", "--dominant", "5", "--contextual", "2"]
+    loaded, _ = _model.load(parser.parse_args([*given, "--positions", "original"]))
+    torch.testing.assert_close(loaded(**inputs).logits, by_hand(model, inputs)[1], rtol=1e-4, atol=1e-4)
+    assert attached(_model.load(parser.parse_args(given))[0]).config.positions == "compact"
 
 
 def test_what_is_stored_of_the_default_stays_as_it_was():

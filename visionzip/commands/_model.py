@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 #: arguments that change a field of ZipConfig
-FIELDS = ("dominant", "contextual", "selector", "merge", "layer")
+FIELDS = ("dominant", "contextual", "selector", "merge", "layer", "positions")
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, model: str | None = None) -> None:
@@ -45,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser, *, model: str | None = None) 
         "--merge", choices=merges, metavar="NAME", help=f"how the rest is merged: {', '.join(merges)} (default: add)"
     )
     budget.add_argument("--layer", type=int, help="encoder layer that is read, as in hidden_states[layer]")
+    budget.add_argument(
+        "--positions",
+        choices=("compact", "original"),
+        help="positions of kept tokens in the LLM: consecutive, or those of the full prompt (LLaVA-1.5) (default: compact)",
+    )
 
 
 def registered_names(kind: str) -> list[str]:

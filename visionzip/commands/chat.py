@@ -192,7 +192,7 @@ def open_image(path: str) -> Any:
 
 
 #: arguments of `visionzip chat` that mean nothing to a graph
-MEANINGLESS = ("base", "dominant", "contextual", "selector", "merge", "layer", "temperature", "force")
+MEANINGLESS = ("base", "dominant", "contextual", "selector", "merge", "layer", "positions", "temperature", "force")
 
 
 def talk_on_device(directory: str, arguments: argparse.Namespace) -> None:
