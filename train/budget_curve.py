@@ -8,11 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
 from data.config import EvalSection
-from data.questions import Question, QuestionCollator, Questions
-from train.held_out import generate_answers, image_inputs, score_answer
+from data.questions import Question, Questions
+from train.held_out import image_inputs, one_question_per_image, score_questions
 from visionzip import attached, set_budget
 from visionzip.attach import paused
 from visionzip.benchmark import time_turns
@@ -91,37 +89,28 @@ def measure_budgets(
         for number, budget in enumerate(budgets, start=1):
             report(f"budget {budget} ({number} of {len(budgets)})")
             set_budget(model, budget)
-            found.append(measure_here(model, processor, questions, section, budget, repeats))
+            found.append(measure_budget(model, processor, questions, section, budget, repeats))
     finally:
         if attached(model) is not None or paused(model) is not None:
             set_budget(model, own)
     return mark_knee(sorted(found, key=lambda point: point.tokens))
 
 
-def measure_here(
+def measure_budget(
     model: Any, processor: Any, questions: Questions, section: EvalSection, budget: str, repeats: int
 ) -> Point:
     """The current budget on all questions."""
-    collate = QuestionCollator(processor)
-    worth, example = [], None
-    with torch.no_grad():
-        for start in range(0, len(questions), section.batch_size):
-            items = [questions[number] for number in range(start, min(start + section.batch_size, len(questions)))]
-            batch = collate(items)
-            if example is None:
-                example = next((one for one in batch["questions"] if image_inputs(one)), None)
-            texts = generate_answers(model, processor, batch["inputs"], section) if batch["questions"] else []
-            asked = zip(batch["questions"], texts, strict=True)
-            worth += [float(score_answer(one, text, section.metric)["right"]) for one, text in asked]
+    example = next(iter(one_question_per_image(questions, 1)), None)
     if example is None:
         raise ValueError("no question has an image, so a budget of visual tokens changes nothing")
-    mean = statistics.fmean(worth)
+    scores = score_questions(model, processor, questions, section)
+    mean = scores.accuracy
     times = [time_example(model, processor, example) for _ in range(repeats + 1)][1:]  # the first warms up
     return Point(
         budget,
         count_tokens(model, example),
         mean,
-        math.sqrt(mean * (1 - mean) / len(worth)),
+        math.sqrt(mean * (1 - mean) / scores.questions),
         statistics.median(one["prefill"] for one in times),
         statistics.median(one["first"] for one in times),
         times[0]["cache"],

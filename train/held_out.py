@@ -94,8 +94,25 @@ def score_model(
     budget = None if attachment is None else (attachment.config.dominant, attachment.config.contextual)
     stored = {*ladder(config.zip), (config.zip.dominant, config.zip.contextual)}  # what `eval.cache` has
     asked_of = load_questions(config, processor, cached=budget in stored, budget=budget)
-    questions = NumberedQuestions(asked_of, rank, world_size)
-    loader = DataLoader(questions, batch_size=config.eval.batch_size, collate_fn=NumberedCollator(processor))
+    return score_questions(
+        model, processor, asked_of, config.eval, rank=rank, world_size=world_size, beat=beat, bar=bar
+    )
+
+
+def score_questions(
+    model: Any,
+    processor: Any,
+    questions: Any,
+    section: EvalSection,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    beat: Callable[[str], None] = lambda doing: None,
+    bar: Callable[[int, int], None] = lambda done, of: None,
+) -> Scores:
+    """`score_model` on `questions` that are loaded already, as the model is: with its current budget. Collective."""
+    share = NumberedQuestions(questions, rank, world_size)
+    loader = DataLoader(share, batch_size=section.batch_size, collate_fn=NumberedCollator(processor))
     answered: dict[int, dict[str, Any] | None] = {}
     training = model.training
     model.eval()
@@ -104,10 +121,10 @@ def score_model(
     with torch.no_grad(), random_state.preserve():
         for done, batch in enumerate(loader, start=1):
             last = batch["inputs"] or last  # under ZeRO-3 every process has to run the model as often as the others
-            texts = generate_answers(model, processor, last, config.eval) if last else []
+            texts = generate_answers(model, processor, last, section) if last else []
             answered |= dict.fromkeys(batch["numbers"])
             asked = zip(batch["asked"], texts, strict=False)
-            answered |= {number: score_answer(question, text, config.eval.metric) for (number, question), text in asked}
+            answered |= {number: score_answer(question, text, section.metric) for (number, question), text in asked}
             beat(f"answering held-out questions, batch {done} of {len(loader)}")
             bar(done, len(loader))
     model.train(training)

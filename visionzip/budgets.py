@@ -7,11 +7,10 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from visionzip.config import ZipConfig
+from visionzip.config import ZipConfig, parse_size
 
 ALL = "all"
 """How a budget of all visual tokens (no compression, ``None``) is written; ``"full"`` is understood too."""
@@ -23,9 +22,6 @@ SMALL_IMAGE = ZipConfig.model_validate({"dominant": 0.16, "contextual": 0.04})
 """A fifth of the tokens, for encoders that make fewer than `LARGE` of them."""
 LARGE = 5 * 64
 EXPECTED = "expected a number of tokens (64), dominant+contextual (54+10), a share (0.1 or 10%), or all"
-
-_NUMBER = r"(?:[0-9]+|[0-9]*\.[0-9]+%?|[0-9]+%)"
-_BUDGET = re.compile(rf"({_NUMBER})(?:\+({_NUMBER}))?")
 
 
 def split_total(total: int | float, own: ZipConfig | None = None) -> tuple[int | float, int | float]:
@@ -142,11 +138,11 @@ def parse_budget(text: str, own: ZipConfig | None = None) -> ZipConfig | None:
     written = text.replace(" ", "").lower()
     if written in (ALL, "full"):
         return None
-    found = _BUDGET.fullmatch(written)
-    if found is None:
+    size = parse_size(written)
+    if size is None:
         raise ValueError(f"{text!r} is not a budget; {EXPECTED}")
-    first = parse_tokens(found[1])
-    dominant, contextual = (first, parse_tokens(found[2])) if found[2] else split_total(first, own)
+    first = size[0] if isinstance(size, tuple) else size
+    dominant, contextual = size if isinstance(size, tuple) else split_total(size, own)
     if not first:
         raise ValueError(f"{text!r} is not a budget: it keeps no token; {EXPECTED}")
     if any(isinstance(value, float) and value > 1 for value in (first, dominant, contextual)):
@@ -169,11 +165,10 @@ def parse_tokens(text: str) -> int | float:
     Raises:
         ValueError: when `text` is neither.
     """
-    if not re.fullmatch(_NUMBER, text):
+    size = parse_size(text)
+    if size is None or isinstance(size, tuple):
         raise ValueError(f"expected a number of tokens (54) or a share of them (0.1), got {text!r}")
-    if text.endswith("%"):
-        return float(text[:-1]) / 100
-    return float(text) if "." in text else int(text)
+    return size
 
 
 def format_budget(budget: ZipConfig | None) -> str:

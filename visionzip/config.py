@@ -121,18 +121,36 @@ class TrainedBudgets(BaseModel):
         return [after - before for before, after in itertools.pairwise(edges)]
 
 
+_NUMBER = r"(?:[0-9]+|[0-9]*\.[0-9]+%?|[0-9]+%)"
+_SIZE = re.compile(rf"({_NUMBER})(?:\+({_NUMBER}))?")
+
+
 def _size(total: int | float | str) -> int | float | tuple[int, int]:
-    if isinstance(total, str):
-        found = re.fullmatch(r"\s*([0-9]+)\s*(?:\+\s*([0-9]+)\s*)?", total)
-        if found is None:
-            raise ValueError(f"{total!r} is not a budget; expected a number of tokens (64), 54+10, or a share (0.1)")
-        size: Any = (int(found[1]), int(found[2])) if found[2] else int(found[1])
-    else:
-        size = total
+    size: Any = parse_size(total) if isinstance(total, str) else total
+    if size is None or (isinstance(size, tuple) and not all(isinstance(part, int) for part in size)):
+        raise ValueError(f"{total!r} is not a budget; expected a number of tokens (64), 54+10, or a share (0.1)")
     first = size[0] if isinstance(size, tuple) else size
     if first <= 0 or (isinstance(first, float) and first > 1):
         raise ValueError(f"{total!r} is not a budget; expected at least one token, or a share of at most 1")
     return size
+
+
+def parse_size(text: str) -> int | float | tuple[int | float, int | float] | None:
+    """``"64"`` → 64 tokens, ``"54+10"`` → ``(54, 10)``, ``"0.1"`` or ``"10%"`` → a share of 0.1; None for any other text.
+
+    The one place that reads how a budget is written; `visionzip.budgets` builds on it.
+    """
+    found = _SIZE.fullmatch(re.sub(r"\s*\+\s*", "+", text.strip()))
+    if found is None:
+        return None
+    first, second = (part and _number(part) for part in found.groups())
+    return first if second is None else (first, second)
+
+
+def _number(text: str) -> int | float:
+    if text.endswith("%"):
+        return float(text[:-1]) / 100
+    return float(text) if "." in text else int(text)
 
 
 class ZipConfig(BaseModel):

@@ -6,6 +6,7 @@ import pytest
 
 from visionzip import ZipConfig
 from visionzip.budgets import (
+    as_config,
     at_budget,
     contextual_for,
     format_budget,
@@ -88,6 +89,18 @@ def test_what_is_no_budget(text):
     with pytest.raises(ValueError, match="is not a budget") as error:
         parse_budget(text, OWN)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["64", " 54 + 10 ", "10%", ".1"])
+def test_a_config_reads_a_budget_as_the_command_line_does(text):
+    (size,) = ZipConfig(budgets=[text]).budgets.sizes()
+    assert as_config(size, ZipConfig()) == parse_budget(text, ZipConfig())
+
+
+@pytest.mark.parametrize("text", ["5 4", "1+2+3", "0.1+0.05", "all", "300%", "٣"])
+def test_what_is_no_budget_of_a_config(text):
+    with pytest.raises(ValueError, match="is not a budget"):
+        ZipConfig(budgets=[text])
 
 
 def test_lists():
