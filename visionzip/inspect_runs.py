@@ -13,7 +13,7 @@ from visionzip.export.base import RESULTS, RUN_CONFIG, is_run, run_result
 from visionzip.export.card import budget_words, format_settings
 from visionzip.export.files import read_json
 from visionzip.fingerprint import short_digest
-from visionzip.manifest import digest_of, find_damage
+from visionzip.manifest import find_problems
 
 CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 
@@ -35,13 +35,7 @@ def describe_checkpoint(path: Path) -> Description | None:
     found = Description("a complete checkpoint of a run", use=[f"python train.py --config … trainer.resume={path}"])
     files = manifest.get("files", {})
     try:
-        found.problems = find_damage(path, files)
-        if manifest.get("sha256") != digest_of(manifest):
-            found.problems.append("manifest.json was changed after it was written")
-        strangers = {file.name for file in path.iterdir()} - {*files, "manifest.json"}
-        found.problems += [
-            f"{name} does not belong to it (the manifest does not list it)" for name in sorted(strangers)
-        ]
+        found.problems = find_problems(path, manifest, "manifest.json")
         found.facts["Files"] = ", ".join(f"{name} ({format_size(entry['bytes'])})" for name, entry in files.items())
         progress = read_json(path / "progress.json")
         found.facts["Step"] = f"{progress['step']:,} of {progress['max_steps']:,} (epoch {progress['epoch'] or 0:.2f})"

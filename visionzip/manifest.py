@@ -20,6 +20,21 @@ def digest_of(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
+def find_problems(directory: Path, manifest: Mapping[str, Any], name: str) -> list[str]:
+    """What is wrong with a directory that contains exactly what its `manifest` (the file `name`) lists under ``files``: a manifest
+    that is not what its ``sha256`` says, files that are not listed, files that are damaged. One sentence each; empty where all is well.
+
+    Raises:
+        KeyError, TypeError: when the manifest has no such entries.
+    """
+    if manifest["sha256"] != digest_of(manifest):
+        return [f"{name} was changed after it was written"]  # what it lists says nothing then
+    files = dict(manifest["files"])
+    added = sorted(path.name for path in directory.iterdir() if path.name not in {name, *files})
+    unlisted = [f"{', '.join(added)} is not listed in {name}; remove what does not belong to it"] if added else []
+    return unlisted + find_damage(directory, files)
+
+
 def find_damage(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One sentence for each listed file that is missing, cut off or changed; empty where all are as listed.
 
