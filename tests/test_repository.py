@@ -50,3 +50,22 @@ def test_the_guide_for_contributors_names_what_exists():
     assert [path for path in named + linked if not (ROOT / path).exists()] == []
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert {"test", "lint"} <= set(re.findall(r"(?:`|\$ )make ([a-z-]+)", guide)) <= targets
+
+
+def test_the_map_of_the_architecture_names_what_exists():
+    """Ten likely tasks and more: for each the folder of the new file, how it is registered, and an example to start from."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = page.split("## Where to change what")[1].split("\n\n")[1].splitlines()[2:]
+    assert len(rows) >= 10
+    assert [row for row in rows if not named_paths(row)] == []
+    missing = [path for path in named_paths(page) if not any((ROOT / part / path).exists() for part in FOLDERS)]
+    assert missing == []
+
+
+#: the page names files from the folder that a section is about
+FOLDERS = ("", "visionzip", "visionzip/export", "visionzip/serving", "data")
+
+
+def named_paths(text: str) -> list[str]:
+    """Files and folders in backticks; patterns with a placeholder are none."""
+    return re.findall(r"`([\w.-]+/[\w./-]*|[\w/-]+\.(?:py|md|sh|json))`", text)

@@ -10,6 +10,8 @@ from tests.tiny import tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, cli, save
 from visionzip.cli import library_commands, main
 from visionzip.export import read_export
+from visionzip.merges import MERGES
+from visionzip.selectors import SELECTORS
 
 ROOT = Path(__file__).parents[2]
 OURS = (
@@ -34,6 +36,16 @@ def test_help(name, capsys):
     usage, _, rest = capsys.readouterr().out.partition("\n\n")
     assert usage.startswith(f"usage: visionzip {name} ")
     assert f"\n  visionzip {name} " in rest, "an example"
+
+
+@pytest.mark.parametrize("command", ["chat", "benchmark", "visualize"])
+def test_help_lists_selectors_and_merges(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--selector NAME how dominant tokens are chosen: " in said
+    for registry in (SELECTORS, MERGES):
+        assert ", ".join(registry.names()) in said
 
 
 def test_version(capsys):
