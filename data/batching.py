@@ -25,7 +25,7 @@ def split_by_length(lengths: Sequence[int], groups: int) -> list[list[int]]:
         middle = (low + high) // 2
         low, high = (low, middle) if len(_runs(order, lengths, middle)) <= groups else (middle + 1, high)
     runs = _runs(order, lengths, low)
-    while len(runs) < groups:  # the budget left some over: part the costliest that can be parted
+    while len(runs) < groups:  # fewer than asked for: split the costliest that can be split
         widest = max((run for run in runs if len(run) > 1), key=lambda run: len(run) * lengths[run[-1]])
         at = runs.index(widest)
         runs[at : at + 1] = [widest[: len(widest) // 2], widest[len(widest) // 2 :]]
@@ -63,10 +63,10 @@ def balance_tokens(lengths: Sequence[int], groups: int) -> list[list[int]]:
 
 
 def share(lengths: Sequence[int], world_size: int, accumulation: int, packed: bool = False) -> list[list[list[int]]]:
-    """``[rank][micro-batch]`` → places. Ranks that work at the same time get groups of like cost.
+    """``[rank][micro-batch]`` → places. Ranks that work at the same time get groups of similar cost.
 
-    The costs of the groups are alike by construction; what is left differs, so in each micro-step the ranks take neighbours of
-    the sorted costs, and which rank gets the larger one alternates.
+    The groups cost about the same by construction. To even out the rest, in each micro-step the ranks take neighbours of the sorted
+    costs, and which rank gets the larger one alternates.
     """
     if packed:
         groups = sorted(

@@ -50,7 +50,7 @@ class EpochSampler(Sampler[int]):
     A source of weight `w` and `n` records gives `round(w·n)` of them an epoch, at least one: whole passes, then a part, which
     goes on in the next epoch where it stopped in this one. With every weight at most 1 no record comes twice in an epoch.
     The end is filled with the no-sample index up to a multiple of `global_batch` (samples a step over all ranks, accumulation
-    included), so that nobody has to repeat samples to make shares even.
+    included), so that no sample is repeated to give every rank an equal share.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int, global_batch: int = 1) -> None:

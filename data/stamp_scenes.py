@@ -196,7 +196,7 @@ KINDS: tuple[str, ...] = tuple(dict.fromkeys(thing.kind for thing in CATALOGUE))
 
 
 def compose(seed: str, things: Sequence[Thing]) -> StampScene:
-    """The scene of this seed, out of `things`. Kinds are drawn alike, so that the many animals are not nearly all there is."""
+    """The scene of this seed, out of `things`. A kind is drawn before a thing: most are animals, and would fill the scenes."""
     rng = random.Random(f"stamps {seed}")
     count = rng.choices((1, 2, 3, 4), weights=(1, 3, 3, 2))[0]
     kinds = list(dict.fromkeys(thing.kind for thing in things))

@@ -1,4 +1,4 @@
-"""Samplers of a process: which samples it takes in which micro-batch. All processes plan alike; nothing is communicated."""
+"""Samplers of a process: which samples it takes in which micro-batch. All processes compute the same plan; nothing is communicated."""
 
 from __future__ import annotations
 

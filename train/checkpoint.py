@@ -1,7 +1,7 @@
 """Checkpoints on disk: written aside, checked by checksum, renamed when complete.
 
     checkpoint-120/
-        tensors-00000.safetensors   float32 weights and moments of what trains, by name (train/state.py)
+        tensors-00000.safetensors   float32 weights and moments of what is trained, by name (train/state.py)
         random.safetensors          random states of every rank
         trainer_state.json          the Trainer's step, epoch and log history
         progress.json               step counts, schedule, data position, what the run was

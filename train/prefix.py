@@ -20,7 +20,7 @@ SHORTEST = 8
 class Prefix:
     """Keys and values of `beginning` ``(P,)``, token ids that (nearly) all samples start with; see `common_beginning`.
 
-    Gradients are exact: nothing before the first image depends on what trains, and what comes after sees the same keys and
+    Gradients are exact: nothing before the first image depends on what is trained, and what comes after sees the same keys and
     values. What is done to a batch depends on that batch alone, so that a resumed run computes what the first one did.
     Off where the LLM trains, is sharded (ZeRO-3), checkpoints its activations, or has windowed attention.
     """

@@ -1,7 +1,7 @@
 """What an optimizer step needs, independent of how it is laid out: float32 master weights and moments by parameter name.
 
 DeepSpeed's own checkpoints belong to one ZeRO stage and one number of processes. Here every tensor is assembled whole, one
-at a time, and put back the same way, so that any stage and any number of processes can go on from it. What trains is small
+at a time, and put back the same way, so that any stage and any number of processes can go on from it. What is trained is small
 (some 20 M parameters for a projector), so this costs a moment.
 
 Layouts: `plain` (no ZeRO, weights are their own masters), `unfused` (ZeRO-0 in half precision), `flat` (ZeRO-1, 2), `sharded` (ZeRO-3).
@@ -20,7 +20,7 @@ WEIGHT = "weight"
 
 
 class MasterState:
-    """Reads and writes the training state of a prepared model. Every method is collective: all ranks call it alike."""
+    """Reads and writes the training state of a prepared model. Every method is collective: all ranks must call it."""
 
     def __init__(self, model: nn.Module, wrapped: nn.Module, optimizer: Any) -> None:
         """`wrapped` is the DeepSpeed engine, or anything without one; `optimizer` the trainer's."""

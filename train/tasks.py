@@ -108,7 +108,7 @@ def visible_gpu(gpu: int, visible: str | None) -> str:
 
 
 def end_with_parent() -> None:
-    """A sweep that was killed leaves no cell running, which a second start would run again beside it."""
+    """No cell goes on running after its sweep was killed: a second start would run it again at the same time."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

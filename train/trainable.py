@@ -1,4 +1,4 @@
-"""What trains: an allow-list of parameter names. Everything else is frozen, and the count is checked before the first step."""
+"""What is trained: an allow-list of parameter names. Everything else is frozen, and the count is checked before the first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything the library puts on objects that are not its own goes through here, one way a kind, and comes off again.
+"""Everything that the library changes on objects of other libraries goes through here, one way for each kind, and can be undone.
 
 ``docs/architecture.md`` ("Interceptions") lists who uses which. Only instances are changed, never classes: two models in one
 process can differ, and one that was detached is as it was.

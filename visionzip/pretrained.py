@@ -30,7 +30,7 @@ def read_config(source: str | os.PathLike[str], *, revision: str | None = None, 
     """The config of a model in a directory or on a hub; no weights are loaded.
 
     Raises:
-        ValueError: when there is none, it can't be read, or it needs code of its own and that is not trusted.
+        ValueError: when there is none, it can't be read, or it needs its own code, which is not trusted.
     """
     from transformers import AutoConfig
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-#: says what a directory holds and what it belongs to, in every format that has no room for it of its own
+#: says what a directory contains and what it belongs to, in formats that have no place for it themselves
 NOTE = "visionzip.json"
 
 
@@ -46,7 +46,7 @@ def check_target(out: str | os.PathLike[str], *, overwrite: bool = False, is_exp
 def staged(out: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """A hidden directory that becomes `out` when the block ends well, and nothing when it does not.
 
-    What a writer left that was killed is removed, or put back where `out` was about to be replaced.
+    What a killed writer left behind is removed; a directory that it was replacing is put back.
 
     Raises:
         FileExistsError: as `check_target`.
