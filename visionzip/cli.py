@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     if name in PROGRAM and not has_program():
         print(f"visionzip {name}: {name} {GET_PROGRAM}", file=sys.stderr)
         return WRONG_USE
+    silence_torchao()
     command = import_command(name)
     inner = argparse.ArgumentParser(
         f"visionzip {name}",
@@ -181,6 +182,14 @@ def message_of(error: Exception) -> str:
         return str(error)
     lines = [(".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, ")) for one in errors()]
     return "; ".join(f"{place}: {text}" if place else text for place, text in lines)
+
+
+def silence_torchao() -> None:
+    """transformers imports torchao where it is installed, which then names every kernel that this machine can't load."""
+    import logging
+
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def silence_libraries() -> None:
