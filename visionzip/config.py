@@ -143,8 +143,8 @@ def parse_size(text: str) -> int | float | tuple[int | float, int | float] | Non
     found = _SIZE.fullmatch(re.sub(r"\s*\+\s*", "+", text.strip()))
     if found is None:
         return None
-    first, second = (part and _number(part) for part in found.groups())
-    return first if second is None else (first, second)
+    first = _number(found[1])
+    return (first, _number(found[2])) if found[2] else first
 
 
 def _number(text: str) -> int | float:
