@@ -13,7 +13,6 @@ from data.template import IGNORE
 from visionzip.inputs import merge_image_inputs, pad_row, text_inputs
 
 TEXT_KEYS = ("input_ids", "labels", "mm_token_type_ids", "token_type_ids")
-ANSWER_KEYS = ("teacher_words", "teacher_log_probs")  # a row for each predicted token: all rows' one after the other
 
 
 BRANCHES = "branches"
@@ -50,11 +49,6 @@ class Collator:
             rows.append(self.blank_row())
             branches.append(1)
         batch: dict[str, Any] = {**self._text(rows), **merge_images(rows)}
-        batch |= {
-            key: torch.cat([row[key] for row in rows if key in row])
-            for key in ANSWER_KEYS
-            if any(key in row for row in rows)
-        }
         if any(count > 1 for count in branches):
             batch[BRANCHES] = branches
         if rejections:
@@ -94,9 +88,9 @@ def text_item(processor: Any, ids: list[int], labels: list[int] | None) -> dict[
 
 
 def image_keys(row: dict[str, Any]) -> list[str]:
-    return [key for key in row if key not in TEXT_KEYS and key not in ANSWER_KEYS]
+    return [key for key in row if key not in TEXT_KEYS]
 
 
 def merge_images(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The rows' image inputs, concatenated on dim 0."""
-    return merge_image_inputs(rows, but=(*TEXT_KEYS, *ANSWER_KEYS))
+    return merge_image_inputs(rows, but=TEXT_KEYS)

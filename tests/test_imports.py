@@ -27,7 +27,7 @@ LIBRARY = [
         "templates",
     },
     {"selectors"},
-    {"compress", "adaptive"},
+    {"compress"},
     {"encoders"},
     {"families"},
     {"shorten", "fingerprint", "manifest", "pretrained"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from data.cache import check_identity, identity
 from data.cache.reader import VISUAL, VISUAL_VIDEO
@@ -46,24 +45,12 @@ def read_from_cache(model: Any) -> Interceptions:
     return put
 
 
-def short_prompts(model: Any, inputs: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """With per-image budgets (`zip.adaptive`) and pixels: run the encoder, and shorten the text to the tokens that each image keeps.
-    What comes back is what a cache gives (`read_from_cache`). Without such budgets nothing is done."""
-    attachment = attached(model)
-    if attachment is None:
-        return inputs, labels
-    if attachment.config.positions == "original":
-        return place_tokens(attachment, inputs), labels
-    if attachment.config.adaptive is None or inputs.get("pixel_values") is None:
-        return inputs, labels
-    fitted, images = attachment.fit({**inputs, "labels": labels})
-    labels = fitted.pop("labels")
-    return {**fitted, VISUAL: images}, labels
-
-
-def place_tokens(attachment: Attachment, inputs: dict[str, Any]) -> dict[str, Any]:
-    """With `zip.positions: original`: `position_ids` ``(B, L)`` for rows that are padded on the right, and visual tokens in place of
+def place_tokens(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """With `zip.positions: original` (else nothing is done): `position_ids` ``(B, L)`` for rows that are padded on the right, and visual tokens in place of
     pixels, since positions depend on what was kept. Samples can then be packed, and share a prefix."""
+    attachment = attached(model)
+    if attachment is None or attachment.config.positions != "original":
+        return inputs
     pixels = attachment.family.image_inputs(inputs)
     if pixels:
         inputs = {name: value for name, value in inputs.items() if name not in pixels}

@@ -14,7 +14,7 @@ from train.losses import DEFAULT, LOSSES
 from train.metrics import METRICS
 from visionzip.budgets import ladder
 
-__all__ = ["ConfigError", "DistillSection", "EvalSection", "LoraSection", "ModelSection", "ReportSection", "RunConfig",
+__all__ = ["ConfigError", "EvalSection", "LoraSection", "ModelSection", "ReportSection", "RunConfig",
            "TrainSection", "WandbSection", "load_config", "parse_config", "to_yaml"]  # fmt: skip
 
 
@@ -36,15 +36,6 @@ class LoraSection(Section):
         )
 
 
-class DistillSection(Section):
-    """Learn from the uncompressed model's answers, computed once: visionzip teacher --config …"""
-
-    cache: str | None = Field(None, description="folder of its answers; a run needs it, a sweep makes its own")
-    weight: float = Field(1.0, gt=0, le=1, description="share of the teacher in the loss; the labels have the rest")
-    top_k: int = Field(16, ge=1, description="tokens stored of each distribution; all others count as one")
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="softens both distributions")
-
-
 class TrainSection(Section):
     """What trains. An allow-list: whatever is not named here is frozen."""
 
@@ -53,9 +44,6 @@ class TrainSection(Section):
         None, description="low-rank adapters through PEFT, besides the parts that are trained in full"
     )
     loss: str = Field(DEFAULT, description=f"loss of the labels: {', '.join(LOSSES.names())}")
-    distill: DistillSection | None = Field(
-        None, description="learn from the uncompressed model's answers; null: from the labels alone"
-    )
     budgets_per_sample: int = Field(
         1,
         ge=1,

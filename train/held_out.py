@@ -14,19 +14,14 @@ from data.collate import TEXT_KEYS
 from data.config import DataConfig
 from data.elastic import Budget
 from data.images import PixelImages
-from data.processes import own_device
 from data.questions import Question, QuestionCollator, build_questions
 from train import random_state
 from train.config import EvalSection, RunConfig
 from train.metrics import METRICS
 from train.scores import ALL, Scores, runs_on
-from visionzip import Attachment, attached, set_budget
+from visionzip import attached, set_budget
 from visionzip.budgets import ladder
-from visionzip.fingerprint import gathered
 from visionzip.words import count_of
-
-IMAGES_COUNTED = 200
-"""Images whose visual tokens are counted for a mean."""
 
 
 def load_questions(config: RunConfig, processor: Any, cached: bool = False, budget: Budget | None = None) -> Any:
@@ -240,36 +235,13 @@ def merge_answers(answered: dict[int, dict[str, Any] | None], world_size: int) -
 
 
 def tokens_per_image(model: Any, processor: Any, config: RunConfig) -> tuple[int, int]:
-    """Visual tokens (compressed, full) of the first held-out image; 0 where there is none.
-
-    With per-image budgets their mean over the first `IMAGES_COUNTED` images.
-    """
+    """Visual tokens (compressed, full) of the first held-out image; 0 where there is none."""
     attachment = attached(model)
     assert attachment is not None
     questions = load_questions(config, processor)
-    if attachment.config.adaptive is not None:
-        counted = count_tokens_each(
-            attachment, [image_inputs(each) for each in one_question_per_image(questions, IMAGES_COUNTED)]
-        )
-        stock, now = (
-            (sum(column) / max(len(counted), 1) for column in zip(*counted, strict=True)) if counted else (0, 0)
-        )
-        return round(now), round(stock)
     for number in range(min(len(questions), 20)):
         question = questions[number]
         if isinstance(question, Question) and (images := image_inputs(question)):
             stock, now = attachment.token_counts(**images)[0]
             return now, stock
     return 0, 0
-
-
-def count_tokens_each(attachment: Attachment, images: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
-    """`Attachment.token_counts` of each of `images`, where the encoder has to look at them, before a trainer has placed the model:
-    on this process's GPU, and under ZeRO-3, where all processes must call this, with whole weights."""
-    tower = attachment.model.get_submodule(attachment.family.tower)
-    if not any(hasattr(weight, "ds_id") for weight in tower.parameters()):
-        tower.to(own_device())
-    weights = list(tower.parameters())
-    with gathered(weights):
-        device = weights[0].device
-        return [count for each in images for count in attachment.token_counts(**on_device(each, device))]

@@ -80,7 +80,6 @@ def describe_identity(run: Run, records: int | None) -> dict[str, Any]:
         "processor": describe_processor(run.processor),
         "model.dtype": config.model.dtype,
         "model.attn_implementation": config.model.attn_implementation,
-        "train.distill": config.train.distill.model_dump() if config.train.distill else None,
         "train.loss": config.train.loss,
         "train.share_prefix": config.train.share_prefix,
         "trainer.torch_compile": config.trainer.torch_compile,
@@ -143,7 +142,7 @@ def compare_identity(resume: Resume, identity: dict[str, Any]) -> list[str]:
     belongs = [
         f"{key}: {shorten_value(stored.get(key))} there, {shorten_value(now[key])} here"
         for key in BELONGS
-        if now[key] != stored.get(key)
+        if find_differences(stored.get(key), now[key])  # a key that is missing is one that is None
     ]
     if belongs:
         raise RunEnded(

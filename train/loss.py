@@ -1,4 +1,4 @@
-"""The loss where there is a label, and nowhere else: one of `train.losses`, a teacher's answers in its place or beside it."""
+"""The loss where there is a label, and nowhere else: one of `train.losses`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.distill import Teacher, divergence_
 from train.labels import mask_predicting
 from train.layout import Layout, PaddedRows
 from train.losses import DEFAULT, LOSSES, Loss
@@ -32,22 +31,20 @@ def summed_loss(
     inputs: dict[str, Any],
     labels: Tensor,
     layout: Layout = PADDED,
-    teacher: Teacher | None = None,
     loss: Loss | None = None,
 ) -> Tensor:
     """The loss in float32, summed over the supervised tokens of this batch; 0 with a gradient of 0 where there are none.
 
     Args:
         layout: how the collated samples are laid out for the forward.
-        teacher: of the supervised tokens, row by row; the loss is then `weighted_loss_`.
         loss: one of `LOSSES`; None: cross-entropy.
     """
     with layout.lay_out(inputs, labels) as (laid_out, targets):
-        return loss_of_rows(model, head, laid_out, targets, teacher, loss or LOSSES[DEFAULT])
+        return loss_of_rows(model, head, laid_out, targets, loss)
 
 
 def loss_of_rows(
-    model: nn.Module, head: nn.Module, inputs: dict[str, Any], labels: Tensor, teacher: Teacher | None, loss: Loss
+    model: nn.Module, head: nn.Module, inputs: dict[str, Any], labels: Tensor, loss: Loss | None
 ) -> Tensor:
     """`summed_loss` of inputs that are laid out already."""
     keep = mask_predicting(labels)
@@ -55,15 +52,11 @@ def loss_of_rows(
     if not can_fuse(model, head):
         with rows_of_head(head, keep):
             logits = model(**inputs, use_cache=False).logits  # (supervised tokens, vocabulary)
-        return LogitsLoss.apply(logits, targets.to(logits.device), move_teacher(teacher, logits.device), loss)
+        return LogitsLoss.apply(logits, targets.to(logits.device), loss)
     with rows_of_head(head, keep, withhold=True) as taken:
         model(**inputs, use_cache=False)
     rows = taken[0]
-    return FrozenHeadLoss.apply(rows, head.weight, targets.to(rows.device), move_teacher(teacher, rows.device), loss)
-
-
-def move_teacher(teacher: Teacher | None, device: torch.device) -> Teacher | None:
-    return None if teacher is None else teacher.to(device)
+    return FrozenHeadLoss.apply(rows, head.weight, targets.to(rows.device), loss)
 
 
 def can_fuse(model: nn.Module, head: nn.Module) -> bool:
@@ -120,9 +113,9 @@ class FrozenHeadLoss(torch.autograd.Function):
         rows: Tensor,
         weight: Tensor,
         targets: Tensor,
-        teacher: Teacher | None = None,
         loss: Loss | None = None,
     ) -> Tensor:
+        chosen = loss or LOSSES[DEFAULT]
         size = max(1, CHUNK_BYTES // (4 * len(weight)))
         weight = weight.to(rows.dtype)
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
@@ -130,49 +123,34 @@ class FrozenHeadLoss(torch.autograd.Function):
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             logits = rows[part] @ weight.t()
-            total += weighted_loss_(logits, targets[part], None if teacher is None else teacher[part], loss)
+            total += chosen(logits, targets[part])
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[part])
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * above.to(gradient.dtype), None, None, None, None
+        return gradient * above.to(gradient.dtype), None, None, None
 
 
 class LogitsLoss(torch.autograd.Function):
     """Loss of logits ``(T, V)``, summed. The gradient is written over the logits; float32 copies are of a chunk."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, teacher: Teacher | None = None, loss: Loss | None = None
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, loss: Loss | None = None) -> Tensor:
+        chosen = loss or LOSSES[DEFAULT]
         size = max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
         own = logits.detach() if ctx.needs_input_grad[0] else logits.detach().clone()
         for start in range(0, len(own), size):
             part = slice(start, start + size)
-            total += weighted_loss_(own[part], targets[part], None if teacher is None else teacher[part], loss)
+            total += chosen(own[part], targets[part])
         ctx.save_for_backward(own)
         return total
 
     @staticmethod
-    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * above.to(gradient.dtype), None, None, None
-
-
-def weighted_loss_(logits: Tensor, targets: Tensor, teacher: Teacher | None, loss: Loss | None = None) -> Tensor:
-    """The `loss` of ``(T, V)`` logits, or with a teacher ``weight · divergence + (1 − weight) · loss``; they are overwritten with
-    its gradient."""
-    loss = loss or LOSSES[DEFAULT]
-    if teacher is None:
-        return loss(logits, targets)
-    if teacher.weight == 1.0:
-        return divergence_(logits, teacher)
-    hard = logits.clone()
-    total = teacher.weight * divergence_(logits, teacher) + (1.0 - teacher.weight) * loss(hard, targets)
-    logits.mul_(teacher.weight).add_(hard, alpha=1.0 - teacher.weight)
-    return total
+        return gradient * above.to(gradient.dtype), None, None

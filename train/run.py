@@ -177,7 +177,6 @@ def build_trainer(
         batches=build_batches(run, dataset, tokens, packed=isinstance(layout, PackedRow)),
         layout=layout,
         loss=config.train.loss,
-        distill=distill_options(config),
         stop=run.stop,
         watchdog=run.watchdog,
         hooks=hooks,
@@ -190,12 +189,6 @@ def build_trainer(
             *wandb_callbacks(run, wandb),
         ],
     )
-
-
-def distill_options(config: RunConfig) -> dict[str, float]:
-    """How the teacher's answers go into the loss."""
-    distill = config.train.distill
-    return {"weight": distill.weight, "temperature": distill.temperature} if distill is not None else {}
 
 
 def start_wandb(run: Run, tokens: Tokens) -> Wandb | None:

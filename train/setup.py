@@ -22,7 +22,6 @@ from train.config import RunConfig
 from train.elastic import check_supported, placeholder_counts, tokens_per_image
 from train.ending import Exit, RunEnded, StopRequest, Watchdog
 from train.resume import Resume
-from train.teacher_answers import WithAnswers, check_teacher, describe_teacher
 from visionzip import attached
 
 Tokens = tuple[int, int]
@@ -68,10 +67,10 @@ def build_data(run: Run) -> Any:
     """The training data: a data set, or a stream where a source is streamed.
 
     Raises:
-        ConfigError: a source that can't be opened, a cache or a teacher's answers made with something else.
+        ConfigError: a source that can't be opened, or a cache that was made with something else.
     """
     config, model, processor = run.config, run.model, run.processor
-    data, distill = config.data, config.train.distill
+    data = config.data
     attachment = attached(model)
     images: LoadImages | None = None
     assert attachment is not None
@@ -87,21 +86,13 @@ def build_data(run: Run) -> Any:
         elif config.zip.budgets is not None:
             read_from_cache(model)  # `compress_at_budgets` makes of pixels what a cache has
             images = PixelImages(data, processor, placeholder_counts(attachment))
-        elif config.zip.adaptive is not None or config.zip.positions == "original":
-            read_from_cache(model)  # `short_prompts` makes of pixels what a cache holds
+        elif config.zip.positions == "original":
+            read_from_cache(model)  # `place_tokens` makes of pixels what a cache holds
         if is_streamed(data):
-            if distill is not None:
-                raise ValueError(
-                    "a streamed source is not supported with train.distill, its records can't be asked beforehand; set train.distill=null"
-                )
             if run.args.max_steps <= 0:
                 raise ValueError("a streamed source has no end; set trainer.max_steps")
             return build_stream(data, processor, config.seed, run.rank, run.world_size, images, draw)
-        dataset = build_dataset(data, processor, config.seed, images)
-        if distill is not None:
-            wanted = describe_teacher(model, processor, config)
-            return dataset.making(WithAnswers(dataset.encoder, check_teacher(distill.cache, wanted)))
-        return dataset
+        return build_dataset(data, processor, config.seed, images)
 
 
 def build_batches(run: Run, dataset: Any, tokens: int, packed: bool) -> Any:

@@ -174,13 +174,6 @@ def place_cell(cell: Cell, out: Path, cached: bool) -> None:
         tokens = str(out / "tokens" / digest([untrained_inputs(config), data, config.zip.model_dump()]))
     update["data"] = config.data.model_copy(update={"cache": tokens})
     update["eval"] = config.eval.model_copy(update={"cache": tokens})
-    if config.train.distill is not None and config.train.distill.cache is None:
-        distill = config.train.distill.model_dump(exclude={"weight", "cache"})
-        answers = str(
-            out / "teacher" / digest([untrained_inputs(config), config.data.model_dump(exclude={"cache"}), distill])
-        )
-        distilled = config.train.distill.model_copy(update={"cache": answers})
-        update["train"] = config.train.model_copy(update={"distill": distilled})
     cell.config = config.model_copy(update=update)
 
 

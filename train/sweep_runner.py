@@ -1,4 +1,4 @@
-"""Runs the cells of a sweep as processes, after computing once what they share: visual tokens, a teacher's answers."""
+"""Runs the cells of a sweep as processes, after computing once what they share: visual tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from train.sweep_cells import Cell
 from train.sweep_costs import count_costs
 from train.sweep_results import log_summary, write_results
 from train.tasks import Task, run_all
-from train.teacher_answers import ask_teacher
 from visionzip.words import count_of
 
 COMPLETE = "complete"
@@ -37,15 +36,6 @@ def make_tokens(config: RunConfig) -> int:
     )
     (Path(config.data.cache) / COMPLETE).touch()
     return 0
-
-
-def make_answers(config: RunConfig) -> int:
-    """The teacher's answers that a cell learns from."""
-    assert config.train.distill is not None
-    code = ask_teacher(config)
-    if code == 0:
-        (Path(config.train.distill.cache or "") / COMPLETE).touch()
-    return code
 
 
 def costs_path(out: Path, cell: Cell) -> Path:
@@ -73,12 +63,9 @@ class Sweep:
         self.say(f"{count_of(len(self.cells), 'cell')}, {len(self.cells) - len(missing)} finished before")
         made = {}
         for config in (cell.config for cell in missing):
-            teacher = config.train.distill.cache if config.train.distill else None
-            for folder, action in ((config.data.cache, make_tokens), (teacher, make_answers)):
-                if folder is not None and not (Path(folder) / COMPLETE).exists():
-                    made[folder] = Task(
-                        f"{Path(folder).parent.name} {Path(folder).name}", action, config, Path(folder) / "log.txt"
-                    )
+            folder = config.data.cache
+            if folder is not None and not (Path(folder) / COMPLETE).exists():
+                made[folder] = Task(f"tokens {Path(folder).name}", make_tokens, config, Path(folder) / "log.txt")
         for cell in self.cells:
             path = costs_path(self.out, cell)
             if not path.exists():

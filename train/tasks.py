@@ -22,7 +22,7 @@ from train.guard import run_guarded
 
 PRELOADED = (
     "torch", "transformers.models.auto.modeling_auto", "transformers.models.auto.processing_auto", "accelerate", "data.cache",
-    "train.run", "train.teacher_answers",
+    "train.run",
 )  # fmt: skip
 
 

@@ -14,9 +14,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback
 
 from data.cache.reader import VISUAL, VISUAL_VIDEO
-from data.collate import ANSWER_KEYS, BRANCHES
-from train.cached import short_prompts
-from train.distill import Teacher
+from data.collate import BRANCHES
+from train.cached import place_tokens
 from train.elastic import compress_at_budgets, count_images
 from train.ending import Exit, RunEnded, StopRequest, Watchdog
 from train.labels import mask_predicting
@@ -72,7 +71,6 @@ class ProjectorTrainer(ResumableTrainer):
             number of batches. None for a data set that is a stream.
         layout: how the samples of a micro-batch are laid out for the model.
         loss: name of one of `train.losses.LOSSES`.
-        distill: `temperature` and `weight` of a `train.distill.Teacher`, for data that brings its answers.
     """
 
     def __init__(
@@ -90,13 +88,11 @@ class ProjectorTrainer(ResumableTrainer):
         data_timeout: float = 0.0,
         layout: Layout = PADDED,
         loss: str = DEFAULT,
-        distill: dict[str, float] | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
         self.batches, self.samples = batches, cast(Any, train_dataset)
         self.stop, self.hooks = stop, hooks
         self.data_timeout, self.layout, self.loss = data_timeout, layout, LOSSES[loss]
-        self.distill = distill or {}
         self.family, self.totals = family_for(unwrap(model)), Totals()
         self.stopping = False
         super().__init__(
@@ -199,9 +195,10 @@ class ProjectorTrainer(ResumableTrainer):
 
         DDP and DeepSpeed average gradients over processes, hence the factor; the sum over processes then is the mean.
         """
-        inputs, labels = short_prompts(self.plain, inputs, inputs.pop("labels"))
+        labels = inputs.pop("labels")
+        inputs = place_tokens(self.plain, inputs)
         inputs = compress_at_budgets(self.plain, inputs)
-        loss = summed_loss(model, self.head, inputs, labels, self.layout, self.teacher(inputs), self.loss)
+        loss = summed_loss(model, self.head, inputs, labels, self.layout, self.loss)
         if not torch.isfinite(loss):
             raise RunEnded(
                 Exit.NOT_FINITE,
@@ -210,18 +207,6 @@ class ProjectorTrainer(ResumableTrainer):
             )
         assert num_items_in_batch is not None
         return loss * self.args.world_size / num_items_in_batch
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """On the device; under DeepSpeed floating-point ones in the weights' type, but for what the loss takes in float32."""
-        answers = {name: inputs.pop(name).to(self.args.device) for name in ANSWER_KEYS if name in inputs}
-        return {**super()._prepare_inputs(inputs), **answers}
-
-    def teacher(self, inputs: dict[str, Any]) -> Teacher | None:
-        """Takes the teacher's answers out of the inputs, where the data brings them."""
-        if "teacher_words" not in inputs:
-            return None
-        words, log_probs = (inputs.pop(name) for name in ANSWER_KEYS)
-        return Teacher(words, log_probs, **self.distill)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)

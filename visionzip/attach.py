@@ -22,7 +22,7 @@ from visionzip.families import Family, VisualTokens, family_for
 from visionzip.images import PaddedImages, pads_images
 from visionzip.intercept import Interceptions
 from visionzip.selectors import SELECTORS
-from visionzip.shorten import FitPrompts, PromptCutter, ShortenPrompts
+from visionzip.shorten import ShortenPrompts
 
 _ATTRIBUTE = "_visionzip"
 _PAUSED = "_visionzip_paused"
@@ -38,7 +38,7 @@ class Attachment:
     family: Family
     processor: Any = None
     interceptions: Interceptions = field(default_factory=Interceptions)
-    shortener: PromptCutter | None = None
+    shortener: ShortenPrompts | None = None
     processor_fits: bool = True  # prompts are made by a processor that was attached too
     trained: ZipConfig | None = None  # what the projector in the model was trained with; None: nothing was loaded
     fixed: str = ""  # why the budget can't be changed, where it can't
@@ -69,11 +69,9 @@ class Attachment:
         Raises:
             ValueError: as `compress`.
         """
-        if not self.family.mixed_budgets or self.config.adaptive is not None:
+        if not self.family.mixed_budgets:
             raise ValueError(
-                f"{type(self.model).__name__} needs one budget for all images of a batch"
-                + (" under zip.adaptive" if self.config.adaptive is not None else "")
-                + "; call set_budget before each batch"
+                f"{type(self.model).__name__} needs one budget for all images of a batch; call set_budget before each batch"
             )
         config = as_config(budget, self.config)
         if config is None:
@@ -108,7 +106,7 @@ class Attachment:
         self.family.check(config)
         for owner, name, value in self.family.patches(self.processor, config):
             self.interceptions.swap(owner, name, value)
-        if isinstance(self.shortener, ShortenPrompts):
+        if self.shortener is not None:
             self.shortener.budget = sum(self.family.budget(config))
         self.config = config
         self.interceptions.swap(self.model.config, _CONFIG_KEY, config.model_dump())
@@ -126,31 +124,8 @@ class Attachment:
         return {kind: self.family.outputs(visual_tokens, kind)}
 
     def token_counts(self, **image_inputs: Any) -> list[tuple[int, int]]:
-        """For each image (visual tokens of the untouched model, visual tokens now).
-
-        With per-image budgets this runs the encoder.
-        """
-        counts = self.family.token_counts(self.config, **image_inputs)
-        if self.config.adaptive is None:
-            return counts
-        kept = [len(tokens) for tokens in self.compress(**image_inputs)]
-        return [(stock, now) for (stock, _), now in zip(counts, kept, strict=True)]
-
-    def fit(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], list[VisualTokens]]:
-        """Inputs of ``forward`` with pixels, under `ZipConfig.adaptive` → (the same without pixels, as many placeholders as
-        tokens; `compress`'s result).
-
-        ``forward`` and ``generate`` of the attached model do this themselves; for those who project the tokens on their own.
-        """
-        assert isinstance(self.shortener, FitPrompts)
-        return self.shortener.fit(inputs)
-
-    def placeholders(self, written: str, visual_tokens: list[VisualTokens]) -> str:
-        """The text that stands for these images (one, or a video's frames), whose tokens are known, of that `written` for them."""
-        if self.config.adaptive is None:
-            return written
-        token = self.processor.image_token
-        return token * sum(map(len, visual_tokens))
+        """For each image (visual tokens of the untouched model, visual tokens now)."""
+        return self.family.token_counts(self.config, **image_inputs)
 
     def holds(self, owner: Any, name: str) -> bool:
         """Whether this attribute of an instance was replaced by this attachment."""
@@ -193,11 +168,6 @@ def attach(model: nn.Module, processor: Any = None, config: ZipConfig | None = N
             f"{type(base).__name__} does not support selector={config.selector}, which is a control for LLaVA-1.5; choose one of "
             f"{', '.join(name for name, entry in SELECTORS if not entry.pools)}"
         )
-    if config.adaptive is not None and not family.per_image_budgets:
-        raise ValueError(
-            f"{type(base).__name__} does not support per-image budgets (adaptive); LLaVA-1.5 and LLaVA-NeXT do. Leave "
-            "adaptive out"
-        )
     if config.positions == "original" and not family.places:
         raise ValueError(
             f"{type(base).__name__} does not support positions=original; LLaVA-1.5 does (and Qwen's models always keep original "
@@ -222,7 +192,7 @@ def attach(model: nn.Module, processor: Any = None, config: ZipConfig | None = N
     patches = family.patches(processor, config)
     if processor is not None and pads_images(processor, config.pad_images):
         patches.append((processor, "_process_images", PaddedImages(processor)))
-    shortens = config.adaptive is not None or (processor is None and stock is not None)
+    shortens = processor is None and stock is not None
     names = [(owner, name) for owner, name, _ in patches] + ([(base, "generate")] if shortens else [])
     check_free(names, attached(base))
     earlier = attached(base) or paused(base)
@@ -238,9 +208,7 @@ def attach(model: nn.Module, processor: Any = None, config: ZipConfig | None = N
     if processor is not None:
         written = [name for owner, name, _ in patches if owner is processor]
         put.replace(processor, _ATTRIBUTE, Owner(weakref.ref(base), written))
-    if config.adaptive is not None:
-        attachment.shortener = FitPrompts(base, attachment).install()
-    elif shortens and stock is not None:
+    if shortens and stock is not None:
         attachment.shortener = ShortenPrompts(base, family.image_token_id, stock, sum(family.budget(config))).install()
     put.replace(base, _ATTRIBUTE, attachment)
     put.replace(base.config, _CONFIG_KEY, config.model_dump())

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from visionzip.attach import Attachment, attached, unwrap
+from visionzip.attach import attached, unwrap
 from visionzip.images import prepare_image
 from visionzip.inputs import ImageInputs, merge_image_inputs, process_images, to_model
 from visionzip.projector import required
 from visionzip.prompts import Message, Slot, usual_template
-from visionzip.shorten import keep_of_each
 from visionzip.switch import set_budget
 
 
@@ -62,7 +61,7 @@ class Chat:
     _cache: Any = None
     _held: Tensor | None = None  # ids of what the cache holds, (L,)
     _counted: dict[int, tuple[int, int]] = field(default_factory=dict)
-    _encoded: dict[int, tuple[int, list[Any]]] = field(default_factory=dict)
+    _encoded: dict[int, list[Any]] = field(default_factory=dict)
     _inputs: dict[int, ImageInputs] = field(default_factory=dict)
     _budgets: dict[int, Any] = field(default_factory=dict)  # of images that have one of their own
 
@@ -122,7 +121,7 @@ class Chat:
         images = [*self.images, *self.waiting]
         shown: list[str | Slot] = [Slot("image", index) for index in range(len(self.images), len(images))]
         messages = [*self.messages, Message("user", [*shown, f"\n{question}" if shown else question])]
-        ids = self._fitted(self._prompt(messages, images), images)
+        ids = self._prompt(messages, images)
         self._check_length(len(ids))
         counts = [self._count(image) for image in images]
         known, old = self._common(ids, [now for now, _ in counts])
@@ -190,40 +189,22 @@ class Chat:
 
     def _visual(self, images: list[Any]) -> dict[str, Any]:
         """What ``generate`` takes for some images: pixels, or their tokens where these were needed before."""
-        attachment = self._adaptive()
-        if attachment is None and not any(self._own(image) is not None for image in images):
+        if not any(self._own(image) is not None for image in images):
             return self._pixels(images)
-        attachment = attachment or required(self.model)
-        tokens = [each for image in images for each in self._kept(image)[1]]
-        return {"mm_encoder_outputs": attachment.encoder_outputs(tokens)}
-
-    def _adaptive(self) -> Attachment | None:
-        """What is attached, if it has per-image budgets."""
-        attachment = attached(self.model)
-        return attachment if attachment is not None and attachment.config.adaptive is not None else None
+        tokens = [each for image in images for each in self._compressed(image)]
+        return {"mm_encoder_outputs": required(self.model).encoder_outputs(tokens)}
 
     def _own(self, image: Any) -> Any:
         """The budget of an image that has one of its own, while anything is compressed."""
         return self._budgets.get(id(image)) if attached(self.model) is not None else None
 
-    def _kept(self, image: Any) -> tuple[int, list[Any]]:
-        """(placeholders the processor writes, compressed tokens) of an image, where budgets differ. Encoded once."""
+    def _compressed(self, image: Any) -> list[Any]:
+        """`Attachment.compress`'s result of an image, where budgets differ. Encoded once."""
         if id(image) not in self._encoded:
-            attachment, own = required(self.model), self._own(image)
-            pixels = self._pixels([image])
-            config = self.config if own is None else attachment.at(own)
-            written = sum(most for _, most in self.family.token_counts(config, **pixels))
-            self._encoded[id(image)] = (written, self.family.compress(config, **pixels))
+            own = self._own(image)
+            config = self.config if own is None else required(self.model).at(own)
+            self._encoded[id(image)] = self.family.compress(config, **self._pixels([image]))
         return self._encoded[id(image)]
-
-    def _fitted(self, ids: Tensor, images: list[Any]) -> Tensor:
-        """``(L,)`` ids with as many placeholders as the images have tokens."""
-        attachment = self._adaptive()
-        if attachment is None or not images:
-            return ids
-        kept = [self._kept(image) for image in images]
-        counts = [sum(map(len, tokens)) for _, tokens in kept]
-        return ids[keep_of_each(ids[None], self.family.image_token_id, [written for written, _ in kept], counts)[0]]
 
     def _count(self, image: Any) -> tuple[int, int]:
         """(tokens now, tokens of the untouched model) of one image, all its tiles together."""
@@ -232,8 +213,6 @@ class Chat:
             config = self.config if own is None else required(self.model).at(own)
             counted = self.family.token_counts(config, **self._pixels([image]))
             stock, now = (sum(each) for each in zip(*counted, strict=True))
-            if self._adaptive() is not None:
-                now = sum(map(len, self._kept(image)[1]))
             self._counted[id(image)] = (now if attached(self.model) else stock, stock)
         return self._counted[id(image)]
 

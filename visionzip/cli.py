@@ -28,7 +28,6 @@ PROGRAM = {
     "data": "data.commands.inspect",
     "plan": "train.commands.plan",
     "cache": "data.commands.cache",
-    "teacher": "train.commands.teacher",
     "train": "train.commands.train",
     "evaluate": "train.commands.evaluate",
     "budget": "train.commands.budget",

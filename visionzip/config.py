@@ -9,28 +9,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, field_validator, model_validator
 
-Measure = Literal["attention", "coverage"]
-
-
-class Adaptive(BaseModel):
-    """Per-image budgets: an image keeps the fewest dominant tokens that reach `threshold` of the measure.
-
-    `ZipConfig.dominant` is then the most an image keeps; contextual tokens are the same number for all. A threshold that
-    gives a wanted mean is found by `visionzip.analysis.calibrate.calibrated`.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    threshold: float = Field(gt=0, lt=1, description="share that the kept patches have to reach")
-    measure: Measure = Field(
-        "attention", description="share of the attention on patches, or of what a greedy choice of patches covers"
-    )
-    least: StrictInt = Field(1, ge=1, description="dominant tokens that every image keeps, CLS included")
-
-    @property
-    def needs_scores(self) -> bool:
-        return self.measure == "attention"
-
 
 class TrainedBudgets(BaseModel):
     """The budgets that one projector is (to be) trained for: a list, or every number of tokens of a range.
@@ -177,9 +155,6 @@ class ZipConfig(BaseModel):
     layer: int | None = Field(
         None, description="hidden state that is read, as in `hidden_states[layer]`; None: the one the model reads"
     )
-    adaptive: Adaptive | None = Field(
-        None, description="per-image budgets: fewer tokens for images that need fewer; `dominant` is then the maximum"
-    )
     budgets: TrainedBudgets | None = Field(
         None,
         description="budgets that one projector is trained for, as a list ([8, 16, 54+10]) or a range with a density; None: for "
@@ -196,6 +171,17 @@ class ZipConfig(BaseModel):
         description="pad images to squares with the mean colour, as LLaVA-1.5 does; auto: where the image processor would "
         "crop them to the middle square",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stored_by_earlier_versions(cls, fields: Any) -> Any:
+        """Earlier versions stored ``adaptive``, nearly always None: budgets that a threshold chose for each image."""
+        if not isinstance(fields, dict) or "adaptive" not in fields:
+            return fields
+        if fields["adaptive"] is not None:
+            raise ValueError("adaptive: budgets that a threshold chooses for each image were removed (docs/results.md); "
+                             "leave it out for a fixed budget")  # fmt: skip
+        return {key: value for key, value in fields.items() if key != "adaptive"}
 
     @model_validator(mode="before")
     @classmethod
@@ -232,12 +218,6 @@ class ZipConfig(BaseModel):
                 raise ValueError(
                     f"{name}={value} can't be met; expected an int of at least {least}, or a share in (0, 1]"
                 )
-        if self.adaptive is not None and isinstance(self.dominant, int) and self.adaptive.least > self.dominant:
-            raise ValueError(
-                f"adaptive.least={self.adaptive.least} is more than dominant={self.dominant}, which is the maximum"
-            )
-        if self.budgets is not None and self.adaptive is not None:
-            raise ValueError("budgets and adaptive can't be combined; leave one of them out")
         return self
 
     def resolve(self, tokens: int, reserved: int = 0, *, cap: bool = False) -> tuple[int, int]:

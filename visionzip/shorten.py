@@ -1,13 +1,11 @@
-"""Prompts that hold more placeholders than an image has tokens, shortened on their way into a compressed model.
+"""The authors' call without a processor: prompts of a stock processor hold the untouched model's number of placeholders.
 
-They are cut before the model sees them, and put back in what ``generate`` returns, so that ``output[:, input_ids.shape[1]:]`` is
-the answer as always. Two cases need it: the authors' call without a processor, where a stock processor wrote the untouched
-model's number; and per-image budgets, which are known only once an image has gone through the encoder.
+They are shortened before the model sees them, and put back in what ``generate`` returns, so that
+``output[:, input_ids.shape[1]:]`` is the answer as always.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,34 +81,21 @@ def cut_text(model: Any, kwargs: dict[str, Any], keep: Tensor) -> dict[str, Any]
     return {**kwargs, "input_ids": ids, **({"attention_mask": mask} if mask is not None else {}), **cut}
 
 
-def keep_of_each(input_ids: Tensor, token: int, written: list[int], kept: list[int]) -> Tensor:
-    """Which places of ``(B, L)`` stay: of the `written` placeholders of each image, in order over all rows, the first `kept`.
-
-    Raises:
-        ValueError: where there are not as many placeholders as `written` in all.
-    """
-    image = input_ids == token
-    number = image.flatten().cumsum(0).reshape(image.shape) - 1  # of each placeholder, over all rows
-    starts = torch.tensor([0, *written], device=input_ids.device).cumsum(0)
-    if int(image.sum()) != int(starts[-1]):
-        raise ValueError(
-            f"the prompt contains {int(image.sum())} image placeholders, but needs {int(starts[-1])} for its images; "
-            "make the prompt with the processor that was attached with this model"
-        )
-    owner = torch.searchsorted(starts, number, right=True).clamp(min=1, max=len(written)) - 1
-    place = number - starts[owner]
-    return ~image | (place < torch.tensor(kept, device=input_ids.device)[owner])
-
-
 @dataclass
-class PromptCutter(ABC):
-    """Installed on one model: a pre-hook on ``forward`` and a wrapper around ``generate``."""
+class ShortenPrompts:
+    """Of a stock processor's `stock` placeholders an image, each `token`, to `budget`.
+
+    Installed on one model: a pre-hook on ``forward`` and a wrapper around ``generate``.
+    """
 
     model: Any  # a transformers model
+    token: int
+    stock: int
+    budget: int
     interceptions: Interceptions = field(default_factory=Interceptions, init=False)
     generating: bool = field(default=False, init=False)  # the prompt was cut already
 
-    def install(self) -> PromptCutter:
+    def install(self) -> ShortenPrompts:
         self.interceptions.before_forward(self.model, self._forward)
         self.interceptions.replace(self.model, "generate", self._generate)
         return self
@@ -118,19 +103,20 @@ class PromptCutter(ABC):
     def remove(self) -> None:
         self.interceptions.undo()
 
-    @abstractmethod
     def cut(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Inputs as they were given → as the model can take them."""
-
-    def _cut(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        return kwargs if self.generating else self.cut(kwargs)
+        input_ids = kwargs.get("input_ids")
+        if self.generating or input_ids is None or input_ids.shape[1] < self.stock:
+            return kwargs
+        keep = keep_mask(input_ids, self.token, self.stock, self.budget)
+        return kwargs if bool(keep.all()) else cut_text(self.model, kwargs, keep)
 
     def _forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if args:
             kwargs = {"input_ids": args[0], **kwargs}
             if len(args) > 1:
                 raise ValueError("pass everything but input_ids by name to a model attached without its processor")
-        return (), self._cut(kwargs)
+        return (), self.cut(kwargs)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         if args:
@@ -138,7 +124,7 @@ class PromptCutter(ABC):
         if kwargs.get("inputs") is not None:
             kwargs["input_ids"] = kwargs.pop("inputs")
         prompt = kwargs.get("input_ids")
-        kwargs = self._cut(kwargs)
+        kwargs = self.cut(kwargs)
         plain: Callable[..., Any] = type(self.model).generate
         self.generating = True
         try:
@@ -155,52 +141,3 @@ class PromptCutter(ABC):
             return whole
         output.sequences = whole
         return output
-
-
-@dataclass
-class ShortenPrompts(PromptCutter):
-    """Of a stock processor's `stock` placeholders an image, each `token`, to `budget`."""
-
-    token: int
-    stock: int
-    budget: int
-
-    def cut(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        input_ids = kwargs.get("input_ids")
-        if input_ids is None or input_ids.shape[1] < self.stock:
-            return kwargs
-        keep = keep_mask(input_ids, self.token, self.stock, self.budget)
-        return kwargs if bool(keep.all()) else cut_text(self.model, kwargs, keep)
-
-
-@dataclass
-class FitPrompts(PromptCutter):
-    """Of the most placeholders an image can need to those it keeps (`ZipConfig.adaptive`).
-
-    Images go through the encoder here, once, and on as ``mm_encoder_outputs``: the number that a prompt is cut to and the
-    tokens that fill it come from the same pass.
-    """
-
-    attachment: Any  # Attachment
-
-    def cut(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if kwargs.get("input_ids") is None or kwargs.get("pixel_values") is None:
-            return kwargs
-        inputs, visual_tokens = self.fit(kwargs)
-        return {**inputs, "mm_encoder_outputs": self.attachment.encoder_outputs(visual_tokens)}
-
-    def fit(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
-        """(the inputs without pixels, their text cut to what the images kept; `Attachment.compress`'s result)."""
-        family = self.attachment.family
-        pixels = family.image_inputs(kwargs)
-        inputs = {name: value for name, value in kwargs.items() if name not in pixels}
-        visual_tokens = self.attachment.compress(**pixels)
-        counted = family.token_counts(self.attachment.config, **pixels)
-        written = [most if self.attachment.processor_fits else stock for stock, most in counted]
-        kept = [len(tokens) for tokens in visual_tokens]
-        keep = keep_of_each(inputs["input_ids"], family.image_token_id, written, kept)
-        if kept == written:
-            return inputs, visual_tokens
-        if inputs.get("attention_mask") is not None:
-            keep &= inputs["attention_mask"].bool()  # padding is made anew
-        return cut_text(self.model, inputs, keep), visual_tokens

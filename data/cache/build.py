@@ -88,7 +88,7 @@ class Builder:
             "extra": [name for name in extra if f"extra/{name}" in tensors],
         }
         if self.each is None:
-            about["placeholder"] = self.attachment.placeholders(images.placeholders[0], tokens)
+            about["placeholder"] = images.placeholders[0]
         else:
             about["ladder"] = self.each.describe(self.attachment.processor.image_token)
             largest = [tokens_at(image, about["ladder"], self.each.budgets[-1]) for image in tokens]

@@ -104,7 +104,6 @@ def test_what_can_not_be_exported(tmp_path, monkeypatch):
 
     assert "opset 11 is too old: the graphs use operators of opset 20" in refused(opset=11)
     assert "precision 'int3' is not known" in refused(precision="int3")
-    assert "per-image budgets" in refused(ZipConfig(dominant=5, contextual=3, adaptive={"threshold": 0.5}))
     assert "positions=original can't be exported" in refused(BUDGET.model_copy(update={"positions": "original"}))
     model = attach(tiny_llava(), tiny_processor(), BUDGET)
     model.config.model_type = "llava_next"

@@ -159,14 +159,6 @@ def test_a_missing_engine_is_named_with_what_to_install(merged, monkeypatch, cap
     assert "install it again" in capsys.readouterr().err
 
 
-def test_per_image_budgets_are_refused_before_the_engine_starts(vllm, tmp_path, capsys):
-    model, processor = tiny_llava(), tiny_processor()
-    attach(model, processor, ZipConfig(dominant=6, contextual=2, adaptive={"threshold": 0.5}))
-    save(model, tmp_path / "merged", "merged")
-    assert cli.main(["serve", str(tmp_path / "merged"), "--print"]) == 2
-    assert "before it is encoded" in capsys.readouterr().err.replace("\n", " ")
-
-
 @pytest.mark.parametrize("form", ["merged", "safetensors"])
 def test_original_positions_are_refused_before_the_engine_starts(vllm, tmp_path, capsys, form):
     model, processor = tiny_llava(), tiny_processor()

@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data.cache.reader import VISUAL, CachedTokens
 from data.commands.cache import main as make_cache
-from data.sample import Media, Sample
 from tests.train.workspace import Ranks, config_of, losses, projector, write_config
 from train.ending import Exit
 
@@ -43,33 +41,3 @@ def test_a_stale_cache_ends_the_run_and_says_why(workspace: Path, ranks: Ranks, 
     assert ranks.wait() == [Exit.CONFIG]
     assert "zip.dominant: 5 there, 6 here" in ranks.output()
     assert yaml.safe_load((tmp_path / "stale.yaml").read_text())["zip"]["dominant"] == 6
-
-
-ADAPTIVE = {"dominant": 9, "contextual": 2, "adaptive": {"measure": "coverage", "threshold": 0.99}}
-
-
-@pytest.mark.launch
-def test_budgets_of_each_images_own(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
-    """From pixels, whose prompts are cut on the way, and from a cache, whose prompts have the right length from the start; in one
-    row without padding and padded; on one rank and on two."""
-    runs = {}
-    for name, changes in {
-        "pixels": {},
-        "padded": {"data__batching": "random"},
-        "one": {"trainer__deepspeed": "off"},
-        "cached": {"data__cache": str(tmp_path / "tokens")},
-    }.items():
-        config = config_of(workspace, tmp_path / name, zip=ADAPTIVE, **changes)
-        if name == "cached":
-            assert make_cache(["--config", str(write_config(config)), "--workers", "0"]) == 0
-        ranks.run(config, world=1 if name == "one" else 2)
-        runs[name] = losses(tmp_path / name)
-    for name, found in runs.items():
-        assert found == pytest.approx(runs["pixels"], rel=1e-5), name
-    read = CachedTokens(tmp_path / "tokens", 8)
-    kept = []
-    for number in (1, 2, 3):
-        found = read(Sample("", [], [Media("image", str(workspace / "images" / f"{number}.png"))]))
-        kept.append(len(found.inputs[VISUAL][0]))
-        assert found.placeholders == ["<image>" * kept[-1]]
-    assert len(set(kept)) > 1, "images differ in what they keep"

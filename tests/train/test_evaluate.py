@@ -19,10 +19,9 @@ from train.build import build_model
 from train.commands import start
 from train.compare import compare_models
 from train.config import EvalSection, load_config, parse_config
-from train.held_out import NumberedQuestions, generate_answers, merge_answers, score_model, tokens_per_image
+from train.held_out import NumberedQuestions, generate_answers, merge_answers, score_model
 from train.metrics import normalise_answer
 from train.scores import LABELS, Scores, describe_recovery, render_scores
-from visionzip import Attachment
 
 
 @pytest.mark.parametrize(
@@ -81,9 +80,6 @@ def known_answers(workspace: Path, output: Path) -> Path:
     return path
 
 
-ADAPTIVE = {"dominant": 9, "contextual": 2, "adaptive": {"measure": "coverage", "threshold": 0.99}}
-
-
 def test_what_is_given_to_generate_lies_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Visual tokens out of a cache too, which are lists of tensors, or of dicts of them."""
 
@@ -113,41 +109,6 @@ def test_what_is_given_to_generate_lies_where_the_model_is(monkeypatch: pytest.M
     found = [model.given["input_ids"], plain, several["tokens"], several["places"]]
     assert {tensor.device.type for tensor in found} == {"meta"}
     assert [tensor.dtype for tensor in found] == [torch.int64, torch.bfloat16, torch.bfloat16, torch.int64]
-
-
-def test_tokens_of_an_image_are_counted_on_the_gpu(
-    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before a trainer has placed the model; the encoder alone goes there."""
-    config = parse_config(config_of(workspace, tmp_path / "run", zip=ADAPTIVE, eval=held_out(workspace)))
-    model, processor = build_model(config)
-    seen = []
-
-    def counted(attachment: Attachment, **inputs: torch.Tensor) -> list[tuple[int, int]]:
-        weights = attachment.model.get_submodule(attachment.family.tower).parameters()
-        seen.extend(tensor.device.type for tensor in [*weights, *inputs.values()])
-        return [(16, 8)]
-
-    monkeypatch.setattr(Attachment, "token_counts", counted)
-    monkeypatch.setattr(held_out_module, "own_device", lambda: torch.device("meta"))
-    assert tokens_per_image(model, processor, config) == (8, 16)
-    assert set(seen) == {"meta"}
-
-
-@pytest.mark.launch
-def test_budgets_of_each_image_under_zero3(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
-    """The encoder looks at the held-out images before there is an engine, while its weights are sharded."""
-    stages = {
-        stage: config_of(workspace, tmp_path / stage, zip=ADAPTIVE, eval=held_out(workspace), trainer__deepspeed=stage,
-                         trainer__max_steps=1, report__enabled=True, report__images=0)
-        for stage in ("zero2", "zero3")
-    }  # fmt: skip
-    ranks.run(*stages.values())
-    two, three = (json.loads((tmp_path / stage / "report" / "results.json").read_text()) for stage in stages)
-    assert two["tokens"] < 11
-    assert {name: two[name] for name in ("tokens", "of_tokens", "training_free")} == {
-        name: three[name] for name in ("tokens", "of_tokens", "training_free")
-    }
 
 
 @pytest.mark.launch

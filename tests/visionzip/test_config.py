@@ -35,7 +35,7 @@ from visionzip import ZipConfig
         ({"budgets": {"least": 8, "most": 64, "density": [2, -1]}}, "is not a density: it sums to 1.5"),
         ({"budgets": {"least": 8, "most": 64, "density": [3, -4]}}, "it is negative for some"),
         ({"budgets": ["13+3"], "contextual": 0}, "13\\+3 has contextual tokens, but contextual=0"),
-        ({"budgets": [8], "adaptive": {"threshold": 0.5}}, "budgets and adaptive can't be combined"),
+        ({"adaptive": {"threshold": 0.5}}, "adaptive: budgets that a threshold chooses for each image were removed"),
     ],
 )
 def test_refused(fields, message):

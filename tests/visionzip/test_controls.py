@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.families.case import cases
 from tests.tiny import make_image, tiny_llava, tiny_processor
-from visionzip import ZipConfig, attach, attached
+from visionzip import attach, attached
 from visionzip.compress import DROPPED, compress
 from visionzip.selectors import Features
 from visionzip.selectors.pooled import cells
@@ -76,11 +76,8 @@ def test_scaled_keeps_the_largest_grid_of_the_budget(budget, tokens):
     assert len(attached(model).compress(pixel_values=torch.randn(1, 3, 72, 72))[0]) == tokens
 
 
-def test_other_families_and_per_image_budgets_are_refused():
+def test_other_families_are_refused():
     case = next(case for case in cases() if case.name == "LLaVA-NeXT")
     for selector in ("pooled", "scaled"):
         with pytest.raises(ValueError, match=f"does not support selector={selector}"):
             attach(case.model(), case.processor(), case.budget.model_copy(update={"selector": selector}))
-    config = ZipConfig(dominant=6, contextual=2, selector="scaled", adaptive={"threshold": 0.5})
-    with pytest.raises(ValueError, match="does not support per-image budgets"):
-        attach(tiny_llava(), tiny_processor(), config)

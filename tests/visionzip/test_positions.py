@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from data.cache.reader import VISUAL, pack, unpack
 from tests.families.case import cases
 from tests.tiny import make_image, tiny_llava, tiny_processor
-from train.cached import read_from_cache, short_prompts
+from train.cached import place_tokens, read_from_cache
 from train.layout import PackedRow, PaddedRows
 from train.loss import summed_loss
 from train.prefix import Prefix
@@ -182,7 +182,7 @@ def test_training_layouts(ready, layout, cached):
     prefix = Prefix(model, "model.language_model", batch["input_ids"][0, :10]) if "prefix" in layout else None
     assert prefix is None or prefix.possible
     made = PackedRow(model.model.language_model, prefix) if "packed" in layout else PaddedRows(prefix, masked=False)
-    inputs, labels = short_prompts(model, inputs, labels)
+    inputs = place_tokens(model, inputs)
     loss = summed_loss(model, model.lm_head, inputs, labels, made)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     found = torch.autograd.grad(loss, list(model.model.multi_modal_projector.parameters()))
@@ -206,8 +206,6 @@ def test_detached_exported_and_refused(ready, tmp_path):
     detach(model)
     assert "_prepare_position_ids_for_generation" not in model.__dict__
     assert not model.model._forward_pre_hooks
-    with pytest.raises(ValueError, match=r"positions=original does not support per-image budgets"):
-        attach(model, None, BUDGET.model_copy(update={"adaptive": {"threshold": 0.5}}))
     case = next(case for case in cases() if case.name == "LLaVA-NeXT")
     with pytest.raises(ValueError, match="LlavaNextForConditionalGeneration does not support positions=original"):
         attach(case.model(), case.processor(), BUDGET)

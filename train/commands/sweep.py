@@ -2,8 +2,8 @@
 
   visionzip sweep --config configs/tiny-llava/sweep.yaml --out runs/sweep selector=visionzip,divprune budget=8,16 seed=0,1,2
 
-`selector`, `budget` and `seed` are axes; so is any key of the config with several values (`trainer.learning_rate=1e-3,3e-3`,
-`train.distill.weight=0.5,1.0`); other `key=value` arguments override the file, as for `train.py`. A budget is a number of tokens, split
+`selector`, `budget` and `seed` are axes; so is any key of the config with several values
+(`trainer.learning_rate=1e-3,3e-3`); other `key=value` arguments override the file, as for `train.py`. A budget is a number of tokens, split
 as in the config's budget if that has the same total, else as in the paper (16 is 13+3), or both numbers (`budget=13+3`).
 
 Visual tokens of training and held-out images are computed once per selector and budget and read by all cells. Full tokens are

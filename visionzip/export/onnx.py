@@ -149,10 +149,6 @@ def check_exportable(attachment: Attachment) -> Attachment:
             f"model type {model_type!r} can't be exported to ONNX; supported: {', '.join(SUPPORTED)} (other families cut images into "
             f"a varying number of tiles, or their attention is not plainly causal)"
         )
-    if attachment.config.adaptive is not None:
-        raise ValueError(
-            "per-image budgets (ZipConfig.adaptive) can't be exported: a graph keeps the same number of tokens of every image"
-        )
     if attachment.config.positions == "original":
         raise ValueError(
             "zip.positions=original can't be exported to ONNX: runtimes number visual tokens consecutively; train with "

@@ -52,7 +52,7 @@ class Family(ABC):
     counted: ClassVar[dict[str, str]] = {}
     #: a prompt holds one placeholder per visual token; False: one per image, and the model itself makes room
     needs_placeholders: ClassVar[bool] = True
-    #: supports per-image budgets (`ZipConfig.adaptive`)
+    #: can be trained for several budgets, one for each image of a batch (`ZipConfig.budgets`)
     per_image_budgets: ClassVar[bool] = False
     #: supports original positions (`ZipConfig.positions`); a family with M-RoPE always has them
     places: ClassVar[bool] = False
@@ -169,8 +169,7 @@ class Family(ABC):
             module: the encoder, for families that have several; default: `encoder_module`.
             grid: rows and columns of patches to scale the images down to.
         """
-        adaptive = config.adaptive is not None and config.adaptive.needs_scores
-        scores = SELECTORS[config.selector].needs_scores or adaptive or listened()
+        scores = SELECTORS[config.selector].needs_scores or listened()
         module = self.encoder_module if module is None else module
         return encoder_for(module).encode(module, pixel_values, self.layer(config), scores=scores, grid=grid)
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionzip.adaptive import compress_each
 from visionzip.compress import Compressed, compress_to_budget
 from visionzip.config import ZipConfig
 from visionzip.families.base import FAMILIES, Family, Hook, Patch, VisualTokens
@@ -52,10 +51,7 @@ class Llava(Family):
             raise ValueError(
                 f"layer={layer} gives tokens {width} wide, but the projector takes {expected} (vision_feature_layer={stock})"
             )
-        if SELECTORS[config.selector].scales and config.adaptive is not None:
-            raise ValueError(f"selector={config.selector} does not support per-image budgets (adaptive); leave it out")
         refused = {
-            "per-image budgets (adaptive)": config.adaptive is not None,
             "training for several budgets": config.budgets is not None,
             f"selector={config.selector}": SELECTORS[config.selector].scales,
         }
@@ -74,11 +70,6 @@ class Llava(Family):
 
     def compress(self, config: ZipConfig, **image_inputs: Any) -> list[VisualTokens]:
         with torch.no_grad():
-            if config.adaptive is not None:
-                return [
-                    each.tokens[0]
-                    for each in compress_each(self.features(config, image_inputs["pixel_values"]), config)
-                ]
             kept = self.compress_batch(config, image_inputs["pixel_values"])
             if config.positions == "compact":
                 return list(kept.tokens)

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-from visionzip.adaptive import compress_each
 from visionzip.compress import compress_to_budget, part
 from visionzip.config import ZipConfig
 from visionzip.families.base import FAMILIES, VisualTokens
 from visionzip.families.llava import Llava
 from visionzip.families.stand_ins import TokenCount
-from visionzip.families.tiles import pack_each, pack_image, tile_grid
+from visionzip.families.tiles import pack_image, tile_grid
 
 
 @dataclass
@@ -61,9 +60,6 @@ class LlavaNext(Llava):
             starts = [sum(counts[:index]) for index in range(len(counts))]
             images = list(zip(starts, counts, grids, strict=True))
             side, cls = self.side, self.encoder.has_cls
-            if config.adaptive is not None:  # every tile stops on its own
-                each = compress_each(features, config)
-                return [pack_each(each[start : start + count], grid, side, cls) for start, count, grid in images]
             kept = compress_to_budget(features, config)
             return [pack_image(part(kept, start, start + count), grid, side, cls) for start, count, grid in images]
 

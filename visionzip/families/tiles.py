@@ -67,20 +67,3 @@ def pack_image(tiles: Compressed, grid: tuple[int, int], side: int, has_cls: boo
     contextual = tiles.targets.shape[1]
     others = pack_tiles(tiles.tokens[1:], tiles.kept[1:], contextual, grid, side, has_cls)
     return torch.cat((tiles.tokens[0], others))
-
-
-def pack_each(tiles: Sequence[Compressed], grid: tuple[int, int], side: int, has_cls: bool) -> Tensor:
-    """`pack_image` for tiles that kept unequally many tokens: batches of one, base first → ``(Σ K_t, D)``."""
-    cls, columns = int(has_cls), grid[1]
-    base, others = tiles[0], tiles[1:]
-    if len(others) != grid[0] * grid[1]:
-        raise ValueError(f"a grid of {grid[0]} × {grid[1]} tiles has {grid[0] * grid[1]}, but {len(others)} were given")
-    patches, places = [], []
-    for number, tile in enumerate(others):
-        patch = tile.kept[0, cls:] - cls
-        row, column = number // columns * side + patch // side, number % columns * side + patch % side
-        places.append(row * (columns * side) + column)
-        patches.append(tile.tokens[0, cls : tile.kept.shape[1]])
-    order = torch.cat(places).argsort(stable=True)
-    ends = [tile.tokens[0, :cls] for tile in others] + [tile.tokens[0, tile.kept.shape[1] :] for tile in others]
-    return torch.cat((base.tokens[0], torch.cat(patches)[order], *ends))

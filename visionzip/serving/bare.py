@@ -114,11 +114,6 @@ class Budgets:
     REMEMBERED = 32
 
     def __init__(self, processor: Any, family: Family, own: ZipConfig) -> None:
-        if own.adaptive is not None:
-            raise ValueError(
-                "per-image budgets (adaptive) can't be served: an engine has to know how many tokens an image has before it is "
-                "encoded; export the model with a fixed budget"
-            )
         if own.positions == "original":
             raise ValueError(ORIGINAL_POSITIONS)
         self.own, self.family = own, family

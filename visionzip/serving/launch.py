@@ -102,11 +102,6 @@ def budget_override(directory: Path, budget: str | None) -> dict[str, Any]:
     from visionzip.export.files import read_json
 
     own = ZipConfig.model_validate(read_json(directory / "config.json").get(CONFIG_KEY) or {})
-    if own.adaptive is not None:
-        raise ValueError(
-            f"{directory} has per-image budgets (adaptive), which can't be served: an engine has to know how many tokens an image "
-            "has before it is encoded"
-        )
     if budget is None:
         return {}
     asked = parse_budget(budget, own)
