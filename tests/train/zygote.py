@@ -8,6 +8,7 @@ codes and kills are real. Speaks JSON lines: a request `{"configs": [...], "worl
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -26,7 +27,8 @@ IMPORTS = (
     "transformers.models.auto.image_processing_auto", "transformers.models.llava.modeling_llava",
     "transformers.models.llava.processing_llava", "transformers.models.clip.modeling_clip",
     "transformers.models.clip.image_processing_pil_clip", "transformers.models.llama.modeling_llama",
-    "data.dataset", "train.run", "train.trainer",
+    "data.dataset", "train.run", "train.trainer", "omegaconf.grammar_parser", "deepspeed.module_inject.auto_ep_config",
+    "torch.utils.cpp_extension", "data.formats.llava", "train.losses.cross_entropy", "train.metrics.exact_match",
 )  # fmt: skip
 GRACE = 8.0  # seconds the others get after one rank failed
 
@@ -123,9 +125,25 @@ def answer(message: dict[str, Any]) -> None:
     print(json.dumps(message), flush=True)
 
 
+def import_registered() -> None:
+    """The files of the registries that a run reads: asking for the names imports them."""
+    from visionzip.encoders import ENCODERS
+    from visionzip.export import FORMATS
+    from visionzip.families import FAMILIES
+    from visionzip.merges import MERGES
+    from visionzip.selectors import SELECTORS
+
+    for registry in (ENCODERS, FORMATS, FAMILIES, MERGES, SELECTORS):
+        registry.names()
+
+
 def main() -> None:
     for module in IMPORTS:
         importlib.import_module(module)
+    import_registered()
+    # Each run collects garbage; without this a rank would go through all that was imported, and copy those pages.
+    gc.collect()
+    gc.freeze()
     answer({"ready": os.getpid()})
     for line in sys.stdin:
         serve(json.loads(line))
