@@ -45,8 +45,9 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+# The tokenizer of data/tiny-llava was trained on these words: other words make another tokenizer.
 ENGLISH = """
-The quick brown fox jumps over the lazy dog. There is nothing in this image that I can not describe, but I am not sure what you mean.
+The quick brown fox jumps over the lazy dog. There is nothing in this picture that I can not describe, but I am not sure what you mean.
 Please describe the image in detail. What is shown here, and why would anyone want to look at it? Answer the question using a single word or phrase.
 Answer with the option's letter from the given choices directly. Provide a one-sentence caption for the provided image. Can you tell me more about it?
 It was a bright cold day, and the people in the street were walking home from their work. Some of them had bought bread, others carried books.

@@ -109,7 +109,7 @@ def library_imports(page: Path) -> set[str]:
 def test_extras_that_are_named_exist():
     """A command that messages and docs tell people to run: pip would warn of an unknown extra, and install without it."""
     extras = set(
-        re.findall(r"^([a-z]+) = \[", (ROOT / "pyproject.toml").read_text().split("optional-dependencies]")[1], re.M)
+        re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().split("optional-dependencies]")[1], re.M)
     )
     files = [path for kind in ("*.py", "*.md", "*.yaml") for path in ROOT.rglob(kind) if ".venv" not in path.parts]
     named = {name for path in files for name in re.findall(r"visionzip-ft\[(\w+)\]", path.read_text(encoding="utf-8"))}
