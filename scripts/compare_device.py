@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from scripts.bad_input import exit_code_of
 from visionzip.device import DeviceModel
 from visionzip.device import load as load_device
 
@@ -86,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code_of(main))

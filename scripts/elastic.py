@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.elastic import Budget, BudgetDraw
+from scripts.bad_input import exit_code_of
 from train.config import RunConfig, load_config
 from visionzip.budgets import at_budget, ladder, split_total
 
@@ -304,6 +305,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     from train.tasks import Task, run_all
 
+    everywhere = ",".join(f'"{written(budget)}"' for budget in all_budgets(args))
     args.out.mkdir(parents=True, exist_ok=True)
     if args.data is None:
         args.data = args.out / "data"
@@ -317,7 +319,6 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
 
-    everywhere = ",".join(f'"{written(budget)}"' for budget in all_budgets(args))
     if not (args.out / "tokens" / "complete").exists():
         cache = settings(args, f"zip.budgets=[{everywhere}]")
         if run_all([Task("tokens", fill_cache, cache, args.out / "tokens.log")], 1, tell):
@@ -341,4 +342,4 @@ def run(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code_of(main))

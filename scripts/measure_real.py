@@ -15,6 +15,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from scripts.bad_input import exit_code_of
 from scripts.processes import ROOT, run_measured
 
 CONFIG = ROOT / "configs" / "smol-llava" / "ft-32.yaml"
@@ -74,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code_of(main))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import visionzip
 from scripts.run_docs import run
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -22,3 +23,9 @@ def test_a_page_that_is_wrong_is_seen(tmp_path):
     assert made == page.replace("3\n", "2\n")
     with pytest.raises(ZeroDivisionError):
         run("```python\n1 / 0\n```\n")
+
+
+def test_the_reference_has_the_whole_public_api():
+    page = (DOCS / "reference.md").read_text()
+    listed = {line.split(".")[-1] for line in page.splitlines() if line.startswith("::: ")}
+    assert set(visionzip.__all__) - {"__version__"} <= listed
