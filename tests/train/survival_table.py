@@ -24,6 +24,11 @@ EVENTS = {
         "the final projector is bit for bit that of a run never killed, each step logged once",
         11,
     ),
+    "test_a_killed_run_ends_with_the_same_projector": (
+        "SIGKILL between checkpoints of a run with several budgets, from pixels and from the token cache",
+        "the final projector and the losses are bit for bit those of a run never killed",
+        1,
+    ),
     "test_a_signal_to_one_rank_saves_and_ends_all": (
         "SIGTERM or SIGUSR1 to one rank of two",
         "both save, exit code 75, goes on where it stopped",

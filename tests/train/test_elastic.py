@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from data.commands.cache import main as make_cache
 from tests.train.test_resume import far, saving
+from tests.train.test_survival import steps_done, wait_for
 from tests.train.workspace import Ranks, config_of, equal, losses, projector, write_config
 from train.config import ConfigError, parse_config
 
@@ -71,6 +74,26 @@ def test_a_resumed_run_draws_what_the_interrupted_one_would_have(workspace: Path
                  trainer__resume=f"{tmp_path}/whole/checkpoint-2")  # fmt: skip
     ranks.run(one, world=1)
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "whole")[2:], rel=1e-5)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_killed_run_ends_with_the_same_projector(workspace: Path, ranks: Ranks, tmp_path: Path, cached: bool) -> None:
+    """SIGKILL to both ranks between two checkpoints, from pixels and from the token cache."""
+    plan = {"zip": BUDGETS, "trainer__max_steps": 20, "data__cache": str(tmp_path / "tokens") if cached else None}
+    never, killed = (saving(workspace, tmp_path / name, **plan) for name in ("never", "killed"))
+    if cached:
+        assert make_cache(["--config", str(write_config(never)), "--workers", "0"]) == 0
+    ranks.run(never)
+    pids = ranks.start(killed, slow_writes=0.02, grace=0.0)
+    wait_for(lambda: steps_done(tmp_path / "killed") >= 3)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    assert ranks.wait() == [-signal.SIGKILL] * 2
+    assert 3 <= steps_done(tmp_path / "killed") < 20
+    assert "resuming from" in ranks.run(killed)
+    assert equal(projector(tmp_path / "killed"), projector(tmp_path / "never"))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "never")
 
 
 @pytest.mark.launch
