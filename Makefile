@@ -15,6 +15,7 @@ $(STAMP): pyproject.toml constraints.txt requirements-eval.txt
 	@$(BIN)/pip install -q -c constraints.txt torch==2.13.0
 	@$(BIN)/pip install -q -c constraints.txt -e '.[train,video,viz,real,dev]'
 	@rm -rf $(VENV)/lmms-eval && $(BIN)/pip install -q --no-deps --target $(VENV)/lmms-eval -r requirements-eval.txt
+	@rm -rf $(VENV)/torchao && $(BIN)/pip install -q --no-deps -c constraints.txt --target $(VENV)/torchao torchao
 	@touch $@
 
 # Data, training on two processes, three evaluations, report in runs/demo/report/. A second run goes over the finished one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,22 @@ from torch import Tensor, nn
 
 from tests.families.case import Case, cases
 from tests.train.test_gradient import program
-from tests.train.workspace import config_of
+from tests.train.workspace import ROOT, config_of
 from train.build import build_model
 from train.config import ConfigError, parse_config
 from train.float8 import FrozenFloat8Linear, freeze_in_float8
 from visionzip.families import family_for
 from visionzip.fingerprint import fingerprint
+
+INSTALLED = (
+    ROOT / ".venv" / "torchao"
+)  # `make setup` puts it there: in the environment itself, transformers would import it everywhere
+
+
+@pytest.fixture(autouse=True)
+def _torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert INSTALLED.is_dir(), f"{INSTALLED} is missing; run make setup"
+    monkeypatch.setattr(sys, "path", [*sys.path, str(INSTALLED)])
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
