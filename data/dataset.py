@@ -131,7 +131,7 @@ class InstructionDataset(Dataset):
     def images(self) -> LoadImages:
         return self.encoder.images
 
-    def making(self, make: Callable[[Sample], Any]) -> InstructionDataset:
+    def with_transform(self, make: Callable[[Sample], Any]) -> InstructionDataset:
         """The same records, `make` called for each sample in place of the encoder; what it raises is a `Rejection`, too."""
         other = copy.copy(self)
         other._make = make

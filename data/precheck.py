@@ -21,7 +21,7 @@ def check_records(dataset: InstructionDataset, limit: int = SOONEST) -> tuple[in
         How many were looked at, and those of them that will be rejected, with the reason that reading them would give.
     """
     check = _find_tokens if dataset.config.cache is not None else _find_files
-    checked = dataset.making(lambda sample: check(dataset, sample))
+    checked = dataset.with_transform(lambda sample: check(dataset, sample))
     indices = dataset.sampler().order(0)[:limit].tolist()
     found = [checked[index] for index in dict.fromkeys(indices)]
     return len(found), [item for item in found if isinstance(item, Rejection)]

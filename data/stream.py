@@ -100,7 +100,7 @@ class StreamedDataset(IterableDataset):
         self._make: Callable[[Sample], Any] = self.encoder
         self.batches, self.batch_size = 0, 1
 
-    def making(self, make: Callable[[Sample], Any]) -> StreamedDataset:
+    def with_transform(self, make: Callable[[Sample], Any]) -> StreamedDataset:
         """The same stream, `make` called for each sample in place of the encoder."""
         other = copy.copy(self)
         other._make = make

@@ -234,7 +234,16 @@ def render_table(args: argparse.Namespace, found: dict[str, Any], tokens: dict[s
 
 def draw(args: argparse.Namespace, found: dict[str, Any], path: Path) -> None:
     """Accuracy against tokens: everyone at every budget."""
-    from visionzip.analysis.style import BLUE, QUIET, legend_beside, new_figure, save_figure, set_title, style
+    from visionzip.analysis.style import (
+        BLUE,
+        QUIET,
+        VERMILION,
+        legend_beside,
+        new_figure,
+        save_figure,
+        set_title,
+        style,
+    )
 
     budgets = all_budgets(args)
     totals = [sum(budget) for budget in budgets]
@@ -255,7 +264,7 @@ def draw(args: argparse.Namespace, found: dict[str, Any], path: Path) -> None:
             [n for n, _ in home],
             [100 * statistics.mean(v.values()) for _, v in home],
             "o",
-            color="black",
+            color=VERMILION,
             label="a specialist at home",
         )
         axes.plot(totals, line(FREE), color=QUIET, linestyle="--", label=FREE)

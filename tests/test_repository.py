@@ -62,6 +62,25 @@ def test_the_map_of_the_architecture_names_what_exists():
     assert missing == []
 
 
+def find_own_styles(source: str) -> list[str]:
+    """What a module decides by itself that `visionzip/analysis/style.py` decides for all: colours, pyplot's defaults, rc settings."""
+    return re.findall(r"pyplot|rc_context|rcParams|plt\.|(?<=[\"'])#[0-9a-fA-F]{6}(?=[\"'])|\bcolor=[\"']\w+", source)
+
+
+def test_every_plot_has_one_style():
+    drawing = {}
+    for folder in ("visionzip", "train", "data", "scripts"):
+        for path in (ROOT / folder).rglob("*.py"):
+            source = path.read_text(encoding="utf-8")
+            if "analysis.style" in source or "matplotlib" in source:
+                drawing[str(path.relative_to(ROOT))] = find_own_styles(source)
+    style = drawing.pop("visionzip/analysis/style.py")
+    assert "rc_context" in style
+    assert "#0072B2" in style
+    assert len(drawing) >= 10
+    assert {path: found for path, found in drawing.items() if found} == {}
+
+
 #: the page names files from the folder that a section is about
 FOLDERS = ("", "visionzip", "visionzip/export", "visionzip/serving", "data")
 

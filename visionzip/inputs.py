@@ -13,6 +13,7 @@ from transformers import ProcessorMixin
 
 from visionzip.images import ImageError, PadImages, prepare_image
 from visionzip.prompts import BaseTemplate, Message
+from visionzip.words import count_of
 
 Frames = list[Image.Image]
 
@@ -55,7 +56,9 @@ def process_images(
     counts: list[tuple[str, int]] = []
     asked: dict[str, list[Any]] = {"image": [], "video": []}
     if budgets is not None and len(budgets) != len(media):
-        raise ValueError(f"{len(budgets)} budgets were given for {len(media)} images; expected one for each")
+        raise ValueError(
+            f"{len(budgets)} budgets were given for {count_of(len(media), 'image')}; expected one for each"
+        )
     for each, budget in zip(media, budgets if budgets is not None else [None] * len(media), strict=True):
         if isinstance(each, list) and takes_videos(processor):
             videos.append(each)

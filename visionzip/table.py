@@ -17,40 +17,58 @@ class Benchmark:
         tasks: names lmms-eval has for it; the first one that was run counts.
         metrics: its results that are added up to the score (MME's is perception + cognition).
         scale: lmms-eval's number → the paper's (fractions → per cent).
+        published: LLaVA-1.5-7B's scores in the order of `ROWS`, from arXiv 2412.04467, tables 1 and 2; empty where the paper has none.
     """
 
     name: str
     tasks: tuple[str, ...]
     metrics: tuple[str, ...]
     scale: float = 100.0
+    published: tuple[float, ...] = ()
 
 
-BENCHMARKS = (
-    Benchmark("GQA", ("gqa",), ("exact_match",)),
-    Benchmark("MMB", ("mmbench_en_dev", "mmbench_en_test"), ("gpt_eval_score",), 1.0),
-    Benchmark("MME", ("mme",), ("mme_perception_score", "mme_cognition_score"), 1.0),
-    Benchmark("POPE", ("pope", "pope_full"), ("pope_f1_score",)),
-    Benchmark("SQA", ("scienceqa_img",), ("exact_match",)),
-    Benchmark("VQAv2", ("vqav2_test", "vqav2_val", "vqav2_val_lite"), ("exact_match",)),
-    Benchmark("TextVQA", ("textvqa_val",), ("exact_match",)),
-    Benchmark("MMMU", ("mmmu_val",), ("mmmu_acc",)),
-    Benchmark("SEED", ("seedbench",), ("seed_all",)),
-    Benchmark("MMVet", ("mmvet",), ("gpt_eval_score",), 1.0),
-    Benchmark("LLaVA-B", ("llava_in_the_wild",), ("gpt_eval_llava_all",), 1.0),
-)
-NAMES = [benchmark.name for benchmark in BENCHMARKS]
-
-#: LLaVA-1.5-7B, arXiv 2412.04467, tables 1 and 2; (tokens, fine-tuned) → scores in the order of `BENCHMARKS`
-PUBLISHED: dict[tuple[int, bool], tuple[float, ...]] = {
-    (576, False): (61.9, 64.7, 1862, 85.9, 69.5, 78.5, 58.2, 36.3, 58.6, 31.1, 66.8),
-    (192, False): (59.3, 63.0, 1782.6, 85.3, 68.9, 76.8, 57.3, 36.6, 56.4, 31.7, 67.7),
-    (192, True): (60.1, 63.4, 1834, 84.9, 68.2, 77.4, 57.8, 36.2, 57.1, 32.6, 66.7),
-    (128, False): (57.6, 62.0, 1761.7, 83.2, 68.9, 75.6, 56.8, 37.9, 54.9, 32.6, 64.8),
-    (128, True): (58.9, 62.6, 1823, 83.7, 68.3, 76.6, 57.0, 37.3, 55.8, 32.9, 64.8),
-    (64, False): (55.1, 60.1, 1690, 77.0, 69.0, 72.4, 55.5, 36.2, 52.2, 31.7, 62.9),
-    (64, True): (57.0, 61.5, 1756, 80.9, 68.8, 74.2, 56.0, 35.6, 53.4, 30.2, 63.6),
-}
+#: the published rows: tokens, fine-tuned
+ROWS = ((576, False), (192, False), (192, True), (128, False), (128, True), (64, False), (64, True))
 FULL = 576
+
+BENCHMARKS = [
+    Benchmark("GQA", ("gqa",), ("exact_match",), published=(61.9, 59.3, 60.1, 57.6, 58.9, 55.1, 57.0)),
+    Benchmark(
+        "MMB",
+        ("mmbench_en_dev", "mmbench_en_test"),
+        ("gpt_eval_score",),
+        published=(64.7, 63.0, 63.4, 62.0, 62.6, 60.1, 61.5),
+        scale=1.0,
+    ),
+    Benchmark(
+        "MME",
+        ("mme",),
+        ("mme_perception_score", "mme_cognition_score"),
+        published=(1862, 1782.6, 1834, 1761.7, 1823, 1690, 1756),
+        scale=1.0,
+    ),
+    Benchmark("POPE", ("pope", "pope_full"), ("pope_f1_score",), published=(85.9, 85.3, 84.9, 83.2, 83.7, 77.0, 80.9)),
+    Benchmark("SQA", ("scienceqa_img",), ("exact_match",), published=(69.5, 68.9, 68.2, 68.9, 68.3, 69.0, 68.8)),
+    Benchmark(
+        "VQAv2",
+        ("vqav2_test", "vqav2_val", "vqav2_val_lite"),
+        ("exact_match",),
+        published=(78.5, 76.8, 77.4, 75.6, 76.6, 72.4, 74.2),
+    ),
+    Benchmark("TextVQA", ("textvqa_val",), ("exact_match",), published=(58.2, 57.3, 57.8, 56.8, 57.0, 55.5, 56.0)),
+    Benchmark("MMMU", ("mmmu_val",), ("mmmu_acc",), published=(36.3, 36.6, 36.2, 37.9, 37.3, 36.2, 35.6)),
+    Benchmark("SEED", ("seedbench",), ("seed_all",), published=(58.6, 56.4, 57.1, 54.9, 55.8, 52.2, 53.4)),
+    Benchmark(
+        "MMVet", ("mmvet",), ("gpt_eval_score",), published=(31.1, 31.7, 32.6, 32.6, 32.9, 31.7, 30.2), scale=1.0
+    ),
+    Benchmark(
+        "LLaVA-B",
+        ("llava_in_the_wild",),
+        ("gpt_eval_llava_all",),
+        published=(66.8, 67.7, 66.7, 64.8, 64.8, 62.9, 63.6),
+        scale=1.0,
+    ),
+]
 
 
 @dataclass
@@ -66,6 +84,12 @@ class Row:
     def average(self) -> float | None:
         """Mean share of the columns there are, as the paper's last column; None where there is none."""
         return sum(self.shares.values()) / len(self.shares) if self.shares else None
+
+
+def read_published() -> dict[tuple[int, bool], dict[str, float]]:
+    """The paper's scores: (tokens, fine-tuned) → score by column."""
+    known = [benchmark for benchmark in BENCHMARKS if benchmark.published]
+    return {row: {benchmark.name: benchmark.published[i] for benchmark in known} for i, row in enumerate(ROWS)}
 
 
 def read_scores(place: str | os.PathLike[str]) -> tuple[dict[str, float], bool]:
@@ -133,7 +157,8 @@ def build_rows(runs: dict[str, str], full: str | None = None, budget: int | None
     if full is not None and full not in runs:
         raise ValueError(f"--full {full}: expected one of {', '.join(runs)}")
     named = full or (complete[0] if complete else None)
-    vanilla = dict(zip(NAMES, PUBLISHED[FULL, False], strict=True))
+    published = read_published()
+    vanilla = published[FULL, False]
     reference = next((row.scores for row in rows if row.label == named), vanilla)
     of = (
         f"{named}, measured here"
@@ -143,22 +168,20 @@ def build_rows(runs: dict[str, str], full: str | None = None, budget: int | None
     for row in rows:
         row.shares = {name: score / reference[name] for name, score in row.scores.items() if reference.get(name)}
     measured = {name for row in rows for name in row.scores}
-    for (tokens, tuned), values in PUBLISHED.items():
-        if budget is None or tokens in (budget, FULL):
-            scores = dict(zip(NAMES, values, strict=True))
-            published = Row(f"published, {tokens} tokens{' ‡' if tuned else ''}", scores, published=True)
-            # over the columns that were measured, so that the averages say the same thing
-            used = [name for name in NAMES if name in measured] or NAMES
-            published.shares = {name: scores[name] / vanilla[name] for name in used}
-            if measured & set(NAMES):
-                rows.append(published)
+    # over the columns that were measured, so that the averages say the same thing
+    shared = [name for name in vanilla if name in measured]
+    for (tokens, tuned), scores in published.items():
+        if shared and (budget is None or tokens in (budget, FULL)):
+            shares = {name: scores[name] / vanilla[name] for name in shared}
+            rows.append(Row(f"published, {tokens} tokens{' ‡' if tuned else ''}", scores, shares, published=True))
     return rows, of
 
 
 def columns(rows: list[Row]) -> list[str]:
-    """The paper's, in its order, as far as anything was measured; then the others."""
+    """Those of `BENCHMARKS`, in its order, as far as anything was measured; then the others."""
     measured = {name for row in rows if not row.published for name in row.scores}
-    return [name for name in NAMES if name in measured] + sorted(measured - set(NAMES))
+    names = [benchmark.name for benchmark in BENCHMARKS]
+    return [name for name in names if name in measured] + sorted(measured - set(names))
 
 
 def render_markdown(rows: list[Row], of: str) -> str:

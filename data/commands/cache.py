@@ -10,6 +10,7 @@ shared folder, or each into a separate one, whose shards are then copied togethe
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument("--batch", type=at_least(1), default=64, help="images encoded at once (default: %(default)s)")
     parser.add_argument(
-        "--workers", type=at_least(0), default=4, help="processes that read images (default: %(default)s)"
+        "--workers",
+        type=at_least(0),
+        default=min(os.cpu_count() or 1, 4),
+        help="processes that read images (default: %(default)s)",
     )
 
 

@@ -111,7 +111,7 @@ def first_samples(data: InstructionDataset | StreamedDataset, count: int) -> lis
     if isinstance(data, InstructionDataset):
         found = (data.sample(int(index)) for index in data.sampler().order(0))
         return list(islice((sample for sample in found if isinstance(sample, Sample)), count))
-    stream = iter(data.making(lambda sample: sample))
+    stream = iter(data.with_transform(lambda sample: sample))
     return list(islice((sample for sample in stream if isinstance(sample, Sample)), count))
 
 

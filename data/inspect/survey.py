@@ -135,7 +135,7 @@ def survey(data: InstructionDataset | StreamedDataset, limit: int | None, worker
 
     `limit`: that many records, drawn as the first of an epoch; None for all of it (a stream has no all).
     """
-    data = data.making(Measure(data.encoder))
+    data = data.with_transform(Measure(data.encoder))
     result = Survey()
     chosen: Any = data
     if isinstance(data, InstructionDataset):

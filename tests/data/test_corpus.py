@@ -111,7 +111,7 @@ def test_what_nobody_thought_of_is_a_rejection_too(tmp_path, where, error):
     if where == "reading":
         data.sources[0].records = type("Broken", (), {"__len__": lambda _: 3, "__getitem__": fail})()
     else:
-        data = data.making(fail)
+        data = data.with_transform(fail)
     assert data[1] == Rejection(
         "#1" if where == "reading" else "r1", "a", 1, "unexpected error", f"{type(error).__name__}: {error}"
     )

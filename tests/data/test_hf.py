@@ -196,7 +196,7 @@ def test_a_pass_of_a_stream_is_every_record_once(tmp_path, shards, world, worker
     using = kit.processor()
     seen: list[str] = []
     for rank in range(world):
-        stream = build_stream(config, using, 0, rank, world).making(Names())
+        stream = build_stream(config, using, 0, rank, world).with_transform(Names())
         consumers = max(workers, 1)
         share = [
             len(list(stream.sources[0].records(rank * consumers + n, world * consumers))) for n in range(consumers)
@@ -211,9 +211,9 @@ def test_a_pass_of_a_stream_is_every_record_once(tmp_path, shards, world, worker
 
 
 def test_a_stream_never_ends_and_every_pass_is_shuffled_anew(tmp_path):
-    stream = build_stream(stream_config(tmp_path, numbered(tmp_path / "s", 12, 1)), kit.processor(), 0, 0, 1).making(
-        Names()
-    )
+    stream = build_stream(
+        stream_config(tmp_path, numbered(tmp_path / "s", 12, 1)), kit.processor(), 0, 0, 1
+    ).with_transform(Names())
     endless = iter(stream)
     passes = [[next(endless) for _ in range(12)] for _ in range(3)]
     assert all(sorted(names) == sorted(passes[0]) for names in passes)
@@ -227,7 +227,7 @@ def test_a_stream_goes_on_where_it_stopped(tmp_path, workers, skipped):
     config = stream_config(tmp_path, numbered(tmp_path / "s", 40, 2))
 
     def batches(skip: int) -> list[list[str]]:
-        stream = build_stream(config, kit.processor(), 0, 0, 1).making(Names())
+        stream = build_stream(config, kit.processor(), 0, 0, 1).with_transform(Names())
         stream.skip_batches(skip, 3)
         loader = iter(DataLoader(stream, batch_size=3, num_workers=workers, collate_fn=list))
         return [next(loader) for _ in range(12 - skip)]
@@ -256,7 +256,7 @@ def test_streams_are_mixed_by_weight_and_with_files(tmp_path):
         tmp_path, {"path": numbered(tmp_path / "s", 50, 1), "streaming": True, "weight": 3.0}, {"path": json_path}
     )
     assert is_streamed(config)
-    stream = build_stream(config, kit.processor(), 0, 0, 1).making(Names())
+    stream = build_stream(config, kit.processor(), 0, 0, 1).with_transform(Names())
     endless = iter(stream)
     names = [next(endless) for _ in range(400)]
     assert sum(name.startswith("r") for name in names) == pytest.approx(300, abs=30)
@@ -266,7 +266,7 @@ def test_streams_are_mixed_by_weight_and_with_files(tmp_path):
 def test_max_samples_of_a_stream_are_the_first(tmp_path):
     stream = build_stream(
         stream_config(tmp_path, numbered(tmp_path / "s", 30, 1), max_samples=5), kit.processor(), 0, 0, 1
-    ).making(Names())
+    ).with_transform(Names())
     endless = iter(stream)
     assert {next(endless) for _ in range(15)} == {f"r{n}" for n in range(5)}
 
@@ -284,6 +284,6 @@ def test_records_of_a_stream_can_be_json_lines(tmp_path):
     """Read by `datasets`, where one asks for it."""
     path = kit.write_json(tmp_path / "a.jsonl", kit.text_records(4), lines=True)
     config = kit.data_config(tmp_path, {"path": path, "streaming": True, "reader": "datasets"})
-    stream = build_stream(config, kit.processor(), 0, 0, 1).making(Names())
+    stream = build_stream(config, kit.processor(), 0, 0, 1).with_transform(Names())
     endless = iter(stream)
     assert {next(endless) for _ in range(4)} == {json.loads(line)["id"] for line in Path(path).read_text().splitlines()}

@@ -185,13 +185,13 @@ def test_images_with_budgets_are_refused_where_they_can_not_be():
     for budgets, message in (
         ([99], "can't be met"),
         (["all"], "can't have all visual tokens"),
-        ([4, 4], "2 budgets were given for 1 images"),
+        ([4, 4], "2 budgets were given for 1 image;"),
         (["x"], "'x' is not a budget"),
     ):
         with pytest.raises(ValueError, match=message):
             prompt_inputs(template, **asked, budgets=budgets)
     row = prompt_inputs(template, **asked, budgets=[4])
-    with pytest.raises(ValueError, match="2 budgets were given for 1 images"):
+    with pytest.raises(ValueError, match="2 budgets were given for 1 image;"):
         attached(model).compress([4, 4], pixel_values=row["pixel_values"])
     plain = batch_prompts(processor, [prompt_inputs(template, **asked)])
     assert attached(model).encode(plain) is plain

@@ -18,6 +18,7 @@ from visionzip.families.stand_ins import MediaFeatures, Placeholders, TokenCount
 from visionzip.inputs import merge_image_inputs
 from visionzip.registry import Registry
 from visionzip.selectors import SELECTORS, Features
+from visionzip.words import count_of
 
 #: What `Family.compress` makes of one image: ``(L, D)`` tokens, or several named tensors where a family's projector needs more.
 VisualTokens = Tensor | dict[str, Tensor]
@@ -194,7 +195,9 @@ class Family(ABC):
         """
         parts = self.split(**image_inputs)
         if len(parts) != len(configs):
-            raise ValueError(f"{len(configs)} budgets were given for {len(parts)} images; expected one for each")
+            raise ValueError(
+                f"{len(configs)} budgets were given for {count_of(len(parts), 'image')}; expected one for each"
+            )
         groups: dict[Any, list[int]] = {}
         for place, config in enumerate(configs):
             groups.setdefault((config.model_dump_json(), tuple(parts[place])), []).append(place)
