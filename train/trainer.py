@@ -196,8 +196,8 @@ class ProjectorTrainer(ResumableTrainer):
         DDP and DeepSpeed average gradients over processes, hence the factor; the sum over processes then is the mean.
         """
         labels = inputs.pop("labels")
-        inputs = place_tokens(self.plain, inputs)
         inputs = compress_at_budgets(self.plain, inputs)
+        inputs = place_tokens(self.plain, inputs)
         loss = summed_loss(model, self.head, inputs, labels, self.layout, self.loss)
         if not torch.isfinite(loss):
             raise RunEnded(

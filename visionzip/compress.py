@@ -102,7 +102,7 @@ def rank_tokens(features: Features, config: ZipConfig, dominant: int) -> tuple[T
 
 
 def cut_ranked(tokens: Tensor, places: Tensor, dominant: int) -> Tensor:
-    """One image's part of `rank_tokens`, ``(R, D)`` and ``(R,)`` → ``(dominant, D)`` in raster order, as `compress` keeps them."""
+    """One image's part of `rank_tokens`, ``(R, …)`` and ``(R,)`` → ``(dominant, …)`` in raster order, as `compress` keeps them."""
     return tokens[:dominant][places[:dominant].argsort()]
 
 

@@ -3,11 +3,13 @@
 Where the selector is nested (`visionzip.selectors.Selector`) and the family's tokens are what `visionzip.compress` makes, an entry has
 one ranked sequence, as long as the largest budget needs; a budget's dominant tokens are its beginning, put back in raster order. Its
 contextual tokens, which depend on what is left, are stored for each budget. Otherwise an entry has all tokens of each budget.
+With `ZipConfig.positions: original` it also has every token's place among those of the uncompressed image.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +27,8 @@ MOST = 16
 """Budgets that an entry can have all tokens of. A range without contextual tokens needs one sequence, however many it holds."""
 
 Image = dict[str, Tensor]
-"""``ranked (R, D)``, ``places (R,)`` and ``contextual/<number>``, or ``all/<number>`` for each budget."""
+"""``ranked (R, D)``, ``places (R,)`` and ``contextual/<number>``, or ``all/<number>`` for each budget. With original positions also
+``stock``, the place in the uncompressed image of each ``ranked`` token, and ``stock/<number>``, those of the others."""
 
 
 class CompressToEach:
@@ -42,6 +45,7 @@ class CompressToEach:
         entry = SELECTORS[self.config.selector]
         nested = entry.nested
         self.ranked = nested and self.family.ranked
+        self.original = self.config.positions == "original"
         merges = any(contextual for _, contextual in self.sizes)
         if not nested and (
             not merges or entry.pools or entry.scales
@@ -73,10 +77,19 @@ class CompressToEach:
         ]
         for number, size in enumerate(self.sizes):
             if size[1]:
-                merged = compress_to_budget(features, self.config, size).tokens[:, size[0] :]
-                for image, contextual in zip(found, merged, strict=True):
+                merged = compress_to_budget(features, self.config, size)
+                for image, contextual, targets in zip(found, merged.tokens[:, size[0] :], merged.targets, strict=True):
                     image[f"contextual/{number}"] = contextual
+                    if self.original:
+                        image[f"stock/{number}"] = self._stock_places(targets)
+        if self.original:
+            for image in found:
+                image["stock"] = self._stock_places(image["places"])
         return found
+
+    def _stock_places(self, token: Tensor) -> Tensor:
+        family: Any = self.family
+        return family.stock_places(token).to(torch.int32)
 
     def _each(self, **inputs: Any) -> list[Image]:
         family = EncodeOnce.of(self.family)
@@ -86,6 +99,9 @@ class CompressToEach:
             images = family.compress(at_budget(self.config, budget), **inputs)
             found = found or [{} for _ in images]
             for image, tokens in zip(found, images, strict=True):
+                if isinstance(tokens, dict):
+                    image[f"stock/{number}"] = tokens["places"].to(torch.int32)
+                    tokens = tokens["tokens"]
                 image[f"all/{number}"] = tokens
         return found
 
@@ -124,8 +140,9 @@ def number_of(about: dict[str, Any], budget: Budget) -> int | None:
     return next((number for number, each in enumerate(about["budgets"]) if tuple(each) == tuple(budget)), None)
 
 
-def tokens_at(image: Image, about: dict[str, Any], budget: Budget) -> Tensor:
-    """An image's visual tokens ``(K, D)`` at a budget, as `compress` gives them.
+def tokens_at(image: Image, about: dict[str, Any], budget: Budget) -> Tensor | dict[str, Tensor]:
+    """An image's visual tokens at a budget, as `Attachment.compress` gives them: ``(K, D)``, with original positions
+    ``{"tokens": (K, D), "places": (K,)}``.
 
     Raises:
         Reject: the entry does not have them.
@@ -134,11 +151,29 @@ def tokens_at(image: Image, about: dict[str, Any], budget: Budget) -> Tensor:
     dominant, contextual = budget if number is None else about["sizes"][number]
     if number is None:
         # Between two budgets of a range without contextual tokens, every number is a beginning of the sequence.
-        whole = isinstance(dominant, int) and not contextual and len(image) == 2 and "ranked" in image
+        whole = (
+            isinstance(dominant, int)
+            and not contextual
+            and "ranked" in image
+            and not any("/" in name for name in image)
+        )
         if not whole or not 0 < dominant <= len(image["ranked"]):
             stored = ", ".join(f"{d} + {c}" for d, c in about["budgets"])
             raise Reject("not in the cache", f"the budget {budget[0]} + {budget[1]}; it has {stored}")
     if "ranked" not in image:
-        return image[f"all/{number}"]
-    kept = cut_ranked(image["ranked"], image["places"], int(dominant))
-    return torch.cat([kept, image[f"contextual/{number}"]]) if contextual else kept
+        return _placed(image[f"all/{number}"], image.get(f"stock/{number}"))
+    tokens = cut_ranked(image["ranked"], image["places"], int(dominant))
+    stock = cut_ranked(image["stock"], image["places"], int(dominant)) if "stock" in image else None
+    if contextual:
+        tokens = torch.cat([tokens, image[f"contextual/{number}"]])
+        stock = torch.cat([stock, image[f"stock/{number}"]]) if stock is not None else None
+    return _placed(tokens, stock)
+
+
+def _placed(tokens: Tensor, stock: Tensor | None) -> Tensor | dict[str, Tensor]:
+    return tokens if stock is None else {"tokens": tokens, "places": stock.long()}
+
+
+def count_tokens(images: Sequence[Tensor | dict[str, Tensor]]) -> int:
+    """Visual tokens of all `images` together, in the form that `tokens_at` gives."""
+    return sum(len(image["tokens"] if isinstance(image, dict) else image) for image in images)

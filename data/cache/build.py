@@ -92,7 +92,7 @@ class Builder:
         else:
             about["ladder"] = self.each.describe(self.attachment.processor.image_token)
             largest = [tokens_at(image, about["ladder"], self.each.budgets[-1]) for image in tokens]
-            self.bytes_of_largest += sum(tensor.numel() for tensor in largest) * self.dtype.itemsize
+            self.bytes_of_largest += sum(tensor.nbytes for tensor in pack(largest, self.dtype)[1].values())
         self.writer.add(key, about, {name: tensor.cpu() for name, tensor in tensors.items()})
         self.written.add(key)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from data.cache.budgets import smallest, tokens_at
+from data.cache.budgets import count_tokens, smallest, tokens_at
 from data.cache.identity import cache_at
 from data.cache.keys import BLANK, beside, content_key, name_of, one_of_several, stat_of
 from data.cache.shards import Damaged, Key
@@ -69,7 +69,7 @@ class CachedTokens:
         images = unpack(about["pictures"], tensors)
         if each := about.get("ladder"):
             images = [tokens_at(image, each, budget or smallest(each)) for image in images]
-        found.placeholders.append(each["token"] * sum(map(len, images)) if each else about["placeholder"])
+        found.placeholders.append(each["token"] * count_tokens(images) if each else about["placeholder"])
         found.inputs.setdefault(VISUAL_VIDEO if about["video"] else VISUAL, []).extend(images)
         for extra in about["extra"]:
             value = tensors[f"extra/{extra}"]

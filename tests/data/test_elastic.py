@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.cache.budgets import CompressToEach, tokens_at
+from data.cache.budgets import CompressToEach, count_tokens, tokens_at
 from data.cache.build import fill
 from data.cache.identity import CacheError, check_identity
 from data.cache.reader import VISUAL, CachedTokens
@@ -26,7 +26,7 @@ from tests.data.test_cache_families import NEAR, loss_and_gradient, records
 from tests.families.case import cases
 from tests.tiny import tiny_llava, tiny_processor
 from train.batches import BalancedBatches, ShareOfBatches
-from train.cached import read_from_cache
+from train.cached import place_tokens, read_from_cache
 from train.elastic import compress_at_budgets, placeholder_counts
 from visionzip import ZipConfig, attach, attached
 from visionzip.budgets import at_budget, ladder
@@ -105,8 +105,9 @@ def test_the_same_budgets_for_any_number_of_processes_and_micro_batches(epoch):
 
 @pytest.mark.parametrize("selector", [name for name, entry in SELECTORS if not (entry.pools or entry.scales)])
 @pytest.mark.parametrize("config", [LIST, PLAIN, RANGE])
-def test_an_entry_has_the_tokens_of_each_budget_bit_for_bit(selector, config):
-    config = config.model_copy(update={"selector": selector})
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_an_entry_has_the_tokens_of_each_budget_bit_for_bit(selector, config, positions):
+    config = config.model_copy(update={"selector": selector, "positions": positions})
     attachment = attached(attach(tiny_llava(), tiny_processor(), config))
     pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     nested = SELECTORS[selector].nested
@@ -120,9 +121,16 @@ def test_an_entry_has_the_tokens_of_each_budget_bit_for_bit(selector, config):
     for budget in ladder(config):
         expected = attachment.family.compress(at_budget(config, budget), pixel_values=pixels)
         for image, tokens in zip(images, expected, strict=True):
-            assert torch.equal(tokens_at(image, about, budget), tokens)
+            found = tokens_at(image, about, budget)
+            assert count_tokens([found]) == sum(budget)
+            if positions == "compact":
+                assert torch.equal(found, tokens)
+            else:
+                assert torch.equal(found["tokens"], tokens["tokens"])
+                assert torch.equal(found["places"], tokens["places"])
     if nested and not config.contextual:  # one sequence, as long as the largest
-        assert {name: len(tensor) for name, tensor in images[0].items()} == {"ranked": 12, "places": 12}
+        names = ["ranked", "places"] + ["stock"] * (positions == "original")
+        assert {name: len(tensor) for name, tensor in images[0].items()} == dict.fromkeys(names, 12)
 
 
 def test_any_budget_of_a_range_is_there_and_others_are_refused():
@@ -150,11 +158,13 @@ def test_a_long_list_that_would_be_stored_apart_is_refused(monkeypatch):
 SEVERAL = {"dominant": 27, "contextual": 5, "budgets": [8, 20, 32]}
 
 
-@pytest.mark.parametrize("name", ["LLaVA-1.5", "LLaVA-NeXT"])
-def test_losses_and_gradients_at_each_samples_budget_are_those_from_pixels(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "positions"), [("LLaVA-1.5", "compact"), ("LLaVA-1.5", "original"), ("LLaVA-NeXT", "compact")]
+)
+def test_losses_and_gradients_at_each_samples_budget_are_those_from_pixels(name, positions, tmp_path, monkeypatch):
     case = next(case for case in cases() if case.name == name)
     model, processor = case.model().requires_grad_(False), case.processor()
-    config = ZipConfig.model_validate(SEVERAL)
+    config = ZipConfig.model_validate(SEVERAL | {"positions": positions})
     attachment = attached(attach(model, processor, config))
     model.get_submodule(attachment.projector_names[0]).requires_grad_(True)
     path = kit.write_json(tmp_path / "a.json", records(case, tmp_path))
@@ -175,9 +185,12 @@ def test_losses_and_gradients_at_each_samples_budget_are_those_from_pixels(name,
         "cache": CachedTokens(tmp_path / "tokens", data.frames),
     }.items():
         dataset = build_dataset(data, processor, 0, images=images)
-        batch = compress_at_budgets(model, dataset.collator()([dataset[index] for index in wanted]))
+        batch = place_tokens(
+            model, compress_at_budgets(model, dataset.collator()([dataset[index] for index in wanted]))
+        )
         assert batch.pop(BRANCHES) == [1, 1, 2]
-        text = compress_at_budgets(model, dataset.collator()([dataset[Drawn(1, (large,))]]))
+        assert ("position_ids" in batch) == (positions == "original")
+        text = place_tokens(model, compress_at_budgets(model, dataset.collator()([dataset[Drawn(1, (large,))]])))
         found[way] = [*loss_and_gradient(model, batch), *loss_and_gradient(model, text)]
     for a, b in zip(found["pixels"], found["cache"], strict=True):
         assert (a - b).norm() <= NEAR * b.norm()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ from visionzip.inputs import batch_prompts, process_images, text_inputs
 
 CASES = cases()
 MIXED = [case for case in CASES if case.name not in ("Idefics3", "SmolVLM")]
+LLAVA = next(case for case in CASES if case.name == "LLaVA-1.5")
+PLACED = copy.copy(LLAVA)
+PLACED.name, PLACED.budget = "LLaVA-1.5, original positions", LLAVA.budget.model_copy(update={"positions": "original"})
 
 
 def named(case: Case) -> str:
@@ -29,7 +33,7 @@ def row(case: Case, processor: Any, images: list[Any], budgets: list[Any] | None
     return {**text_inputs(processor, ids), **shown.inputs}
 
 
-@pytest.mark.parametrize("case", CASES, ids=named)
+@pytest.mark.parametrize("case", [*CASES, PLACED], ids=named)
 @torch.no_grad()
 def test_another_budget_is_a_fresh_attachment_bit_for_bit(case: Case) -> None:
     model, processor = case.model(), case.processor()
@@ -59,7 +63,7 @@ def test_another_budget_is_a_fresh_attachment_bit_for_bit(case: Case) -> None:
     assert torch.equal(model(**case.process(processor, [case.prompt()], images)).logits, whole)
 
 
-@pytest.mark.parametrize("case", MIXED, ids=named)
+@pytest.mark.parametrize("case", [*MIXED, PLACED], ids=named)
 @torch.no_grad()
 def test_images_with_their_own_budgets_are_what_they_are_alone(case: Case) -> None:
     model, processor = case.model(), case.processor()
@@ -89,7 +93,7 @@ def test_images_with_their_own_budgets_are_what_they_are_alone(case: Case) -> No
         torch.testing.assert_close(together.logits[0][index], logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", MIXED, ids=named)
+@pytest.mark.parametrize("case", [*MIXED, PLACED], ids=named)
 @torch.no_grad()
 def test_two_images_of_one_prompt_with_two_budgets(case: Case) -> None:
     """Each keeps the tokens that it has in a prompt of two at its own budget."""

@@ -97,7 +97,10 @@ def test_a_killed_run_ends_with_the_same_projector(workspace: Path, ranks: Ranks
 
 
 @pytest.mark.launch
-def test_several_budgets_of_a_sample_packed_or_not(workspace: Path, ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_several_budgets_of_a_sample_packed_or_not(
+    workspace: Path, ranks: Ranks, tmp_path: Path, positions: str
+) -> None:
     runs = {
         "packed": {},
         "padded": {"data__batching": "random"},
@@ -105,7 +108,9 @@ def test_several_budgets_of_a_sample_packed_or_not(workspace: Path, ranks: Ranks
         "cached": {"data__cache": str(tmp_path / "tokens")},
     }
     configs = {
-        name: config_of(workspace, tmp_path / name, zip=BUDGETS, train__budgets_per_sample=2, **changes)
+        name: config_of(
+            workspace, tmp_path / name, zip=BUDGETS | {"positions": positions}, train__budgets_per_sample=2, **changes
+        )
         for name, changes in runs.items()
     }
     assert make_cache(["--config", str(write_config(configs["cached"])), "--workers", "0"]) == 0

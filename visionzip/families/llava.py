@@ -16,7 +16,7 @@ from visionzip.families.positions import (
     OriginalPositions,
     PlacedOutput,
     original_positions,
-    places_of,
+    stock_places,
 )
 from visionzip.families.stand_ins import FixedCount, TokenCount
 from visionzip.selectors import SELECTORS, Features
@@ -51,13 +51,8 @@ class Llava(Family):
             raise ValueError(
                 f"layer={layer} gives tokens {width} wide, but the projector takes {expected} (vision_feature_layer={stock})"
             )
-        refused = {
-            "training for several budgets": config.budgets is not None,
-            f"selector={config.selector}": SELECTORS[config.selector].scales,
-        }
-        what = next((name for name, wanted in refused.items() if wanted), None)
-        if config.positions == "original" and what is not None:
-            raise ValueError(f"positions=original does not support {what}; leave one of them out")
+        if config.positions == "original" and SELECTORS[config.selector].scales:
+            raise ValueError(f"positions=original does not support selector={config.selector}; leave one of them out")
         self.budget(config)
 
     def processor_facts(self, processor: Any) -> dict[str, tuple[Any, Any]]:
@@ -73,9 +68,7 @@ class Llava(Family):
             kept = self.compress_batch(config, image_inputs["pixel_values"])
             if config.positions == "compact":
                 return list(kept.tokens)
-            stock, cls = self.stock_count(), int(self.encoder.has_cls)
-            assert stock is not None
-            places = places_of(kept, cls, kept.slots.shape[1] - cls, stock)
+            places = self.stock_places(torch.cat((kept.kept, kept.targets), dim=1))
             return [{"tokens": tokens, "places": place} for tokens, place in zip(kept.tokens, places, strict=True)]
 
     def compress_batch(self, config: ZipConfig, pixel_values: Tensor) -> Compressed:
@@ -101,6 +94,12 @@ class Llava(Family):
 
     def hooks(self, config: ZipConfig) -> list[Hook]:
         return [(self.model.model, OriginalPositions(self))] if config.positions == "original" else []
+
+    def stock_places(self, token: Tensor) -> Tensor:
+        """Places among the encoder's tokens → among those that the untouched model has of an image; any shape."""
+        stock, cls = self.stock_count(), int(self.encoder.has_cls)
+        assert stock is not None
+        return stock_places(token, cls, self.encoder.tokens(self.encoder_module) - cls, stock)
 
     def original_positions(self, compact: Tensor, input_ids: Tensor, places: list[Tensor]) -> Tensor:
         """``(B, L)`` positions without gaps → those of the uncompressed prompt; `places` of each image, see `compress`."""

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from visionzip.compress import Compressed
-
 _AHEAD = "_visionzip_ahead"
 
 
@@ -35,14 +33,14 @@ class PlacedOutput(BaseModelOutputWithPooling):
     places: Any = None
 
 
-def places_of(images: Compressed, cls: int, patches: int, stock: int) -> Tensor:
-    """``(B, K)``: for each token its place among the `stock` tokens that the untouched model has of an image.
+def stock_places(token: Tensor, cls: int, patches: int, stock: int) -> Tensor:
+    """Places of tokens among those of the encoder → their places among the `stock` tokens that the untouched model has of an image.
 
     Args:
+        token: int64 of any shape; 0 is CLS where there is one.
         cls: tokens of the encoder before its `patches`, 0 or 1. An untouched model may leave them out, or put registers before the
             patches, which are its last tokens in any case.
     """
-    token = torch.cat((images.kept, images.targets), dim=1)
     return torch.where(token < cls, 0, token - cls + stock - patches)
 
 
@@ -51,7 +49,7 @@ def original_positions(compact: Tensor, image: Tensor, places: list[Tensor], sto
 
     Args:
         image: ``(B, L)``, which tokens are placeholders of images.
-        places: ``(K,)`` of each image, in their order over all rows (`places_of`).
+        places: ``(K,)`` of each image, in their order over all rows (`stock_places`).
         stock: tokens of an image before compression.
 
     Raises:
