@@ -41,7 +41,7 @@ class _Package(ModuleType):
         return found
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # An imported file becomes an attribute of its package; attach.py must not stand where the function `attach` is looked for.
+        # An imported file becomes an attribute of its package; the module attach.py must not shadow the function `attach`.
         if name not in _HOME or not isinstance(value, ModuleType):
             super().__setattr__(name, value)
 

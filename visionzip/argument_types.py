@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The `type` of an option: an integer of at least `least`; argparse reports what is not."""
+    """The `type` of an option that is an integer of at least `least`; argparse reports anything else."""
 
     def parse(text: str) -> int:
         try:

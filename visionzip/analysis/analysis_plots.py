@@ -23,7 +23,7 @@ from visionzip.analysis.style import (
 
 
 def all_of(facts: dict[str, Any], maps: list[np.ndarray]) -> Iterator[tuple[str, Any]]:
-    """File name and figure of each plot. `facts` is `analyze.summary`, `maps` one ``(rows, columns)`` a layer."""
+    """File name and figure of each plot. `facts` comes from `analyze.summarize`, `maps` has one ``(rows, columns)`` per layer."""
     yield "spread", draw_spread(facts)
     yield "budget", draw_budget(facts)
     yield "layers", draw_layers(facts)
@@ -39,7 +39,7 @@ def describe_measurement(facts: dict[str, Any], measured: str = "mean") -> str:
 
 
 def draw_spread(facts: dict[str, Any]) -> Any:
-    """How many patches have how much attention (figure 2 of the paper, right)."""
+    """Histogram of the attention per patch (figure 2 of the paper, right)."""
     edges = np.array(facts["spread"]["edges"])
     share = 100 * np.array(facts["spread"]["share_of_patches"])
     used = np.flatnonzero(share > 0)
@@ -67,7 +67,7 @@ def draw_budget(facts: dict[str, Any]) -> Any:
     )
     axes.plot([0, patches], [0, 100], color=QUIET, linestyle="--", linewidth=1.2, label="if all patches were alike")
     for (level, found), marker in zip(facts["budget_for"].items(), "os^", strict=True):
-        needed, held = found["patches"]["median"], float(level.rstrip("%"))  # as the table has it
+        needed, held = found["patches"]["median"], float(level.rstrip("%"))  # the median, as in the table
         axes.plot([needed, needed, 0], [0, held, held], color=ORANGE, linewidth=1, alpha=0.6)
         axes.plot(needed, held, marker, color=ORANGE, markersize=8, label=f"{level}: {needed:.0f} patches")
     if facts["held_by_budget"]:
@@ -103,7 +103,7 @@ def draw_layers(facts: dict[str, Any]) -> Any:
 
 
 def draw_agreement(facts: dict[str, Any]) -> Any:
-    """Of the patches one layer would keep, the share another would keep too."""
+    """The share of the patches kept by one layer that another layer would keep too."""
     matrix = 100 * np.array(facts["agreement"])
     count = len(matrix)
     figure, axes = new_figure(5.6, 4.8)
@@ -125,7 +125,7 @@ def draw_agreement(facts: dict[str, Any]) -> Any:
 
 
 def layer_maps(facts: dict[str, Any], maps: list[np.ndarray]) -> Any:
-    """The attention of every layer on one image (figure 5 of the paper), each on its own square-root scale."""
+    """The attention of every layer on one image (figure 5 of the paper), each on a separate square-root scale."""
     columns = min(len(maps), 6)
     rows = -(-len(maps) // columns)
     figure, axes = new_figure(1.9 * columns, 2.1 * rows + 0.4, nrows=rows, ncols=columns, squeeze=False)

@@ -1,7 +1,7 @@
-"""`visionzip analyze`: how concentrated the attention of an encoder is, over many images, layer by layer.
+"""`visionzip analyze`: how concentrated an encoder's attention is over many images, layer by layer.
 
-What is measured of an image is one line of ``images.jsonl``, so an interrupted analysis continues; table, plots and
-JSON are made of that file.
+The measurements of each image are one line of ``images.jsonl``, so an interrupted analysis can continue; table, plots and JSON
+are made from that file.
 """
 
 from __future__ import annotations
@@ -35,27 +35,29 @@ EDGES = torch.logspace(-10, 8, 73, base=2.0)
 
 @dataclass
 class Analysis:
-    """What `analyze` found: one dict per image, files that were skipped, the number of images read again from before."""
+    """What `analyze` found: one dict per image, the files that were skipped, and the number of images measured by an earlier run."""
 
     folder: Path
     head: dict[str, Any]
     lines: list[dict[str, Any]]
     skipped: dict[str, str] = field(default_factory=dict)
     resumed: int = 0
-    maps: list[np.ndarray] = field(default_factory=list)  # of one image: (rows, columns) per layer
+    maps: list[np.ndarray] = field(default_factory=list)  # for one image: (rows, columns) per layer
 
 
 def analyze(
     model: Any, path: str | Path, out: str | Path, *, limit: int | None = None, progress: bool = True
 ) -> Analysis:
-    """Measure every image in the folder `path` that ``out/images.jsonl`` does not hold yet, told by name and content.
+    """Measure every image in the folder `path` that is not yet in ``out/images.jsonl``, identified by name and content.
 
     Raises:
-        ValueError: where nothing is attached, no image can be read, or `out` was made with another model or budget.
+        ValueError: if nothing is attached, no image can be read, or `out` was made with another model or budget.
     """
     attachment = attached(model)
     if attachment is None or attachment.processor is None:
-        raise ValueError("attach the model with its processor first: the budget says which patches are compared")
+        raise ValueError(
+            "the model needs a budget and its processor; call attach(model, processor, ZipConfig(...)) first"
+        )
     found = image_files.find_images(path, limit, out)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +87,7 @@ def analyze(
 
 
 def content_of(path: Path) -> str:
-    """What tells an image's content from another's of the same name; empty where there is no file to read."""
+    """A digest of an image file's content, to tell it from another of the same name; empty if there is no file to read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     except OSError:
@@ -93,13 +95,15 @@ def content_of(path: Path) -> str:
 
 
 def measure_image(attachment: Attachment, name: str, image: Any) -> dict[str, Any]:
-    """Everything that is known of one image; lists are by layer, tiles are averaged."""
+    """All measurements of one image; lists have one entry per layer, tiles are averaged."""
     layers = attention_by_layer(attachment, image_inputs(attachment.processor, image, attachment.config.pad_images))
     traced = trace(attachment.model, image, name=name)
     chosen = _scores(traced)
     keep = [int(tile.kept_mask.sum()) for tile in traced.tiles]
     per_tile = [torch.stack([layer[place] for layer in layers]) for place in range(len(layers[0]))]  # each (L, P)
-    part = keep[0] / traced.tiles[0].patches  # of the encoder's patches, which may be finer than what is chosen from
+    part = (
+        keep[0] / traced.tiles[0].patches
+    )  # patches of the encoder, which may be finer than the tokens that are selected from
     return {
         "name": name,
         "tiles": len(traced.tiles),
@@ -128,7 +132,7 @@ def measure_image(attachment: Attachment, name: str, image: Any) -> dict[str, An
 
 
 def layer_maps(attachment: Attachment, image: Any) -> list[np.ndarray]:
-    """The attention of each layer on the patches of an image (its first tile), ``(rows, columns)``, where it has such a shape."""
+    """The attention of each layer on the patches of an image (its first tile), ``(rows, columns)``, if they form a grid."""
     inputs = image_inputs(attachment.processor, image, attachment.config.pad_images)
     layers = attention_by_layer(attachment, inputs)
     grid = trace(attachment.model, image).tiles[0].grid
@@ -180,7 +184,7 @@ def summarize(analysis: Analysis) -> dict[str, Any]:
 
 
 def render_summary(facts: dict[str, Any]) -> str:
-    """The summary as Markdown: budgets, then one line a layer."""
+    """The summary as Markdown: budgets, then one line per layer."""
     lines = [
         f"{facts['images']} images, {facts['patches_per_tile']:.0f} patches per image or tile; median and quartiles", "",
         "| attention held | patches needed | share of all |", "|---|---:|---:|",
@@ -225,7 +229,7 @@ def write(analysis: Analysis, theme: str = "light", name: str = "") -> list[Path
 
 
 def _scores(traced: Trace) -> Tensor:
-    """``(tiles, P)`` shares of what the budget is chosen by."""
+    """``(tiles, P)`` shares of the scores that the selection uses."""
     shares = [tile.attention for tile in traced.tiles]
     if any(share is None for share in shares):
         raise ValueError("this model gives no attention scores for its patches, so there is nothing to analyze")
@@ -263,10 +267,10 @@ def _stats(values: np.ndarray) -> dict[str, float]:
 
 
 def _read(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
-    """What an earlier run measured. A line cut off by a kill is cut from the file too.
+    """The measurements of an earlier run. An incomplete last line, left by a kill, is removed from the file.
 
     Raises:
-        ValueError: when it was another model, encoder or budget.
+        ValueError: if they are of another model, encoder or budget.
     """
     if not path.exists():
         return []

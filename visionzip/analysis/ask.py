@@ -1,4 +1,4 @@
-"""One question about one image, answered and timed: time to the first token, in all, and how many tokens it took."""
+"""One question about one image, answered and timed: time to the first token, total time, and number of tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from visionzip.prompts import question, usual_template
 
 @dataclass(frozen=True)
 class Answer:
-    """What was said. Times in seconds, from pixels on: `first` to the first token (encoder and prefill), `seconds` in all."""
+    """An answer. Times in seconds, starting from pixels: `first` to the first token (encoder and prefill), `seconds` in total."""
 
     text: str
     prompt_tokens: int
@@ -34,7 +34,7 @@ class Answer:
 
 
 class Stopwatch(BaseStreamer):
-    """Given to ``generate`` as its streamer: it is handed the prompt first, then each token as it comes."""
+    """A streamer for ``generate``, which passes it the prompt first and then each token as it is generated."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -74,7 +74,7 @@ def ask(
     """Answer one question about one image greedily, asked as the processor's chat template says.
 
     Args:
-        pad_images: None: as the attached model's `ZipConfig` says, or ``"auto"`` where nothing is attached.
+        pad_images: None: as in the attached model's `ZipConfig`, or ``"auto"`` if nothing is attached.
     """
     if pad_images is None:
         attachment = attached(model)

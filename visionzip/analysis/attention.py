@@ -1,8 +1,8 @@
-"""Every layer's attention of a vision encoder, watched while it runs as it always does.
+"""The attention of every layer of a vision encoder, observed while the encoder runs as usual.
 
-The modules of transformers' encoders all call one attention function, chosen by name in their config. While watching, that name
-stands for a function that calls the one the model runs with and shows queries and keys to a watcher besides. So no encoder needs
-code of its own here, hidden states stay what they are, and no map is formed but what is asked for.
+The modules of transformers' encoders all call one attention function, chosen by name in their config. During observation, that name refers
+to a function that calls the model's usual one and also passes queries and keys to an observer.
+So no encoder needs code here, hidden states do not change, and only the maps that are requested are formed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _NAME = "visionzip_watched"
 
 @dataclass(frozen=True)
 class Call:
-    """One call of one layer's attention. ``B`` images (or 1, with windows one after another), ``H`` heads, ``N`` tokens."""
+    """One call of one layer's attention. ``B`` images (or 1, with windows one after another), ``H`` heads, ``N`` tokens, ``d`` size of a
+    head."""
 
     module: nn.Module
     queries: Tensor  # (B, H, N, d)
@@ -42,17 +43,18 @@ class Call:
         return logits.softmax(dim=-1, dtype=torch.float32)
 
     def from_first(self) -> Tensor:
-        """``(B, N)``: what token 0 attends to, mean over heads; sums to 1."""
+        """``(B, N)``: the attention of token 0 to each token, mean over heads; sums to 1."""
         return self.probabilities(slice(0, 1)).mean(dim=1).squeeze(1)
 
     def received(self) -> Tensor:
-        """``(B, N)``: what each token receives, mean over heads and queries; sums to 1. In chunks: never all of an N × N map."""
+        """``(B, N)``: the attention each token receives, mean over heads and queries; sums to 1. Computed in chunks, without a whole N × N
+        map."""
         count = self.queries.shape[2]
         chunks = [slice(start, start + CHUNK) for start in range(0, count, CHUNK)]
         return torch.stack([self.probabilities(chunk).mean(dim=1).sum(dim=1) for chunk in chunks]).sum(dim=0) / count
 
     def map(self) -> Tensor:
-        """``(B, N, N)`` mean over heads: row = the query, column = what it attends to."""
+        """``(B, N, N)`` mean over heads: rows are queries, columns are keys."""
         return self.probabilities(slice(None)).mean(dim=1)
 
 
@@ -61,10 +63,10 @@ _watcher: Scoped[tuple[str, Callable[[Call], None]]] = Scoped("visionzip_watcher
 
 @contextmanager
 def watching(tower: nn.Module, watcher: Callable[[Call], None]) -> Iterator[None]:
-    """Inside, `watcher` sees every attention call of `tower` that is made in this thread.
+    """Inside the block, `watcher` is called with every attention `Call` of `tower` in this thread.
 
     Raises:
-        ValueError: for an encoder whose modules don't choose their attention by config.
+        ValueError: for an encoder whose modules do not select their attention function by config.
     """
     configs: dict[int, Any] = {
         id(m.config): m.config for m in tower.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
@@ -107,14 +109,14 @@ def _watched(
 
 
 def attention_by_layer(attachment: Attachment, inputs: dict[str, Any], every_layer: bool = True) -> list[Tensor]:
-    """For each layer ``(tiles, P)``: the share of attention each patch has; rows sum to 1.
+    """For each layer ``(tiles, P)``: each patch's share of the attention; rows sum to 1.
 
-    From CLS where there is one, else received from all patches. An encoder that attends within windows gives one row with its
-    windows one after another.
+        The attention of CLS if there is one, else the attention received from all patches. An encoder that attends within windows gives
+    one row with its windows one after another.
 
-    Args:
-        inputs: image inputs of ``forward``, of one image.
-        every_layer: also those after the layer that is read, which the compressed model does not run.
+        Args:
+            inputs: the image inputs of ``forward`` for one image.
+            every_layer: include the layers after the one that is read, which the compressed model does not run.
     """
     tower = attachment.model.get_submodule(attachment.family.tower)
     cls = int(getattr(attachment.family.encoder, "has_cls", False))
@@ -131,7 +133,8 @@ def attention_by_layer(attachment: Attachment, inputs: dict[str, Any], every_lay
 
 
 def _shares(calls: list[Tensor], encoder_rows: bool) -> Tensor:
-    """Several calls of one layer are batches of images (same ``N``, with CLS) or windows of one (joined by their size)."""
+    """Joins several calls of one layer, which are batches of images (same ``N``, with CLS) or the windows of one image, weighted by
+    size."""
     if encoder_rows or all(len(call) > 1 for call in calls):
         found = torch.cat(calls)
     else:
@@ -140,10 +143,10 @@ def _shares(calls: list[Tensor], encoder_rows: bool) -> Tensor:
 
 
 def attention_map(attachment: Attachment, inputs: dict[str, Any]) -> Tensor:
-    """``(tiles, N, N)`` attention of the layer that is read, mean over heads: row = the query. CLS included if there is one.
+    """``(tiles, N, N)`` attention of the layer that is read, mean over heads; rows are queries. CLS is included if there is one.
 
     Raises:
-        ValueError: where no such map exists: an encoder whose layer attends within windows or merges patches afterwards.
+        ValueError: if no such map exists, because the layer attends within windows or patches are merged afterwards.
     """
     tower = attachment.model.get_submodule(attachment.family.tower)
     calls: list[Call] = []

@@ -1,7 +1,7 @@
 """Drawings of what was kept, with Pillow alone: kept patches, merged groups, heat maps, and panels that put them side by side.
 
-Every colour is of a palette that people who see red and green alike can tell apart (Okabe and Ito; cividis), and no meaning is
-in a colour alone: kept patches have an outline, groups have numbers.
+All colours are from palettes that can be distinguished with red-green colour blindness (Okabe and Ito; cividis), and no meaning is
+conveyed by colour alone: kept patches have an outline, groups have numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from visionzip.compress import DROPPED
 
 #: of merged groups; repeats after five. Black and yellow vanish on dark and light images, vermilion is what is kept.
 GROUP_COLOURS = tuple(rgb(colour) for colour in (BLUE, ORANGE, GREEN, PINK, SKY))
-MARK = rgb(VERMILION)  # outline of what is kept, in every drawing
+MARK = rgb(VERMILION)  # outline of kept patches, in every drawing
 _CIVIDIS = np.array(
     [(0, 34, 78), (0, 46, 106), (26, 56, 111), (50, 67, 109), (67, 78, 108), (83, 90, 109),
      (97, 101, 111), (111, 112, 115), (125, 124, 120), (140, 136, 120), (155, 148, 118), (171, 160, 114),
@@ -29,7 +29,7 @@ _CIVIDIS = np.array(
 
 @lru_cache
 def load_font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """DejaVu Sans where matplotlib brings it (× and most alphabets), else Pillow's own, which has little beyond Latin."""
+    """DejaVu Sans if matplotlib is installed (it has × and most alphabets), else Pillow's own font, which has little beyond Latin."""
     spec = importlib.util.find_spec("matplotlib")
     if spec is not None and spec.origin:
         path = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
@@ -39,12 +39,12 @@ def load_font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def cell_size(grid: tuple[int, int], side: int = 480) -> int:
-    """Pixels a patch is drawn with: about `side` for the whole image, but never too small for a number."""
+    """Size of a drawn patch in pixels: about `side` for the whole image, but large enough for a number in each patch."""
     return max(20, round(side / max(grid)))
 
 
 def enlarge_tile(tile: Tile, side: int = 480) -> Image.Image:
-    """What the encoder saw, at the size all drawings of it have."""
+    """The encoder's input, at the size that all its drawings have."""
     cell = cell_size(tile.grid, side)
     return tile.image.convert("RGB").resize((tile.grid[1] * cell, tile.grid[0] * cell), Image.Resampling.BICUBIC)
 
@@ -63,10 +63,11 @@ def draw_kept(tile: Tile, side: int = 480, veil: float = 0.82) -> Image.Image:
 
 
 def draw_merged(tile: Tile, side: int = 480, tint: float = 0.6) -> Image.Image:
-    """Patches that became one contextual token have one colour and number, its target's on a disc. Kept ones are outlined as in `draw_kept`."""
+    """Patches merged into one contextual token share a colour and a number; the target's number is on a disc. Kept patches are outlined as
+    in `draw_kept`."""
     image, cell = enlarge_tile(tile, side), cell_size(tile.grid, side)
     pixels = np.asarray(image).astype(np.float32)
-    grey = np.asarray(image.convert("L").convert("RGB")).astype(np.float32)  # all hue is a group's
+    grey = np.asarray(image.convert("L").convert("RGB")).astype(np.float32)  # grey: only groups have a colour
     groups = tile.groups.numpy()
     for row, column in np.ndindex(*tile.grid):
         group = int(groups[row, column])
@@ -97,12 +98,13 @@ def draw_merged(tile: Tile, side: int = 480, tint: float = 0.6) -> Image.Image:
 
 
 def draw_heat(tile: Tile, side: int = 480, opacity: float = 0.72) -> Image.Image:
-    """Share of attention of each patch over the image in grey: dark blue least, yellow most.
+    """Each patch's share of the attention, drawn over the greyscale image: dark blue is the least, yellow the most.
 
-    On a square-root scale: a few patches hold most of it (the paper's point), and the others would all look the same.
+        The scale is a square root: a few patches receive most of the attention (the paper's point), and on a linear scale the others would
+    all look the same.
 
-    Raises:
-        ValueError: when the selector's encoder gave no scores.
+        Raises:
+            ValueError: if the trace has no attention scores.
     """
     if tile.attention is None:
         raise ValueError("this model gave no attention scores for the image, so there is no heat map to draw")
@@ -110,7 +112,7 @@ def draw_heat(tile: Tile, side: int = 480, opacity: float = 0.72) -> Image.Image
 
 
 def draw_overlay(tile: Tile, values: np.ndarray, side: int = 480, opacity: float = 0.72) -> Image.Image:
-    """Any ``(rows, columns)`` values of at least 0 over the image, square-root scale from 0 to their maximum."""
+    """Draw ``(rows, columns)`` non-negative values over the image, on a square-root scale from 0 to their maximum."""
     cell = cell_size(tile.grid, side)
     scaled = np.sqrt(np.clip(values, 0, None) / max(float(values.max()), 1e-12))
     colours = np.kron(cividis(scaled), np.ones((cell, cell, 1)))
@@ -119,7 +121,7 @@ def draw_overlay(tile: Tile, values: np.ndarray, side: int = 480, opacity: float
 
 
 def cividis(values: np.ndarray) -> np.ndarray:
-    """Values in [0, 1] → RGB of the cividis scale, in [0, 255], one axis more."""
+    """Values ``(…)`` in [0, 1] → ``(…, 3)`` RGB of the cividis scale, in [0, 255]."""
     places = np.linspace(0, 1, len(_CIVIDIS))
     return np.stack([np.interp(values, places, _CIVIDIS[:, channel]) for channel in range(3)], axis=-1)
 

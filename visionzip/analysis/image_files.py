@@ -1,4 +1,4 @@
-"""From a path to images: one file, or a folder of them. What can't be read is listed, never fatal for the others."""
+"""From a path to images: one file, or a folder of them. Files that can't be read are listed and do not stop the others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 
 @dataclass
 class ImageFiles:
-    """Files by name relative to `root`, ascending, and why some of them can't be used."""
+    """Files by name relative to `root`, in ascending order, and the reason why some of them can't be used."""
 
     root: Path
     names: list[str]
@@ -32,7 +32,7 @@ class ImageFiles:
                 self.skipped[name] = error.words
 
     def summary(self) -> str:
-        """The skipped files in lines for a person; empty when there are none."""
+        """The skipped files as readable lines; empty if there are none."""
         lines = [f"  {name}: {reason}" for name, reason in sorted(self.skipped.items())]
         return "\n".join([f"skipped {len(lines)} unreadable file(s):", *lines]) if lines else ""
 
@@ -47,11 +47,11 @@ def find_images(
     """Images at `path`: the file itself, or all in a folder and its subfolders whose name ends like an image's.
 
     Args:
-        limit: at most so many, in the order of their names.
-        results: a folder that images are written to; those in it are left out.
+        limit: at most this many, in the order of their names.
+        results: the folder that drawings are written to; images in it are ignored.
 
     Raises:
-        ValueError: where there is nothing, or `results` is `path` itself.
+        ValueError: if there is no image, or `results` is `path` itself.
     """
     place = Path(path)
     if place.is_file():

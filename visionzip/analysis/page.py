@@ -1,4 +1,4 @@
-"""One self-contained HTML page: no script, no file beside it, no address in it. Light or dark as the reader's system is."""
+"""One self-contained HTML page without scripts, other files or links to the network. It follows the reader's light or dark mode."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 
 
 def render_page(title: str, intro: Sequence[str], sections: Sequence[str]) -> str:
-    """A whole document. `intro` are plain texts, `sections` HTML of `render_section`."""
+    """A whole document. `intro`: lines of plain text; `sections`: HTML from `render_section`."""
     lines = "".join(f'<p class="quiet">{html.escape(line)}</p>' for line in intro)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
@@ -41,14 +41,14 @@ def render_page(title: str, intro: Sequence[str], sections: Sequence[str]) -> st
 
 
 def render_section(title: str, lines: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """One image's part; each of `rows` holds HTML of `render_figure` or `render_drawing`."""
+    """The section of one image; `rows`: lists of HTML from `render_figure` or `render_drawing`."""
     text = "".join(f'<p class="quiet">{html.escape(line)}</p>' for line in lines)
     body = "".join(f'<div class="row">{"".join(row)}</div>' for row in rows)
     return f"<section><h2>{html.escape(title)}</h2>{text}{body}</section>"
 
 
 def render_figure(caption: str, image: Image.Image) -> str:
-    """An image, embedded as WebP: a fifth of a PNG's size, and a page of many images still opens."""
+    """An image with a caption, embedded as WebP, which is a fifth of a PNG's size: pages with many images stay usable."""
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=88)
     data = base64.b64encode(buffer.getvalue()).decode()

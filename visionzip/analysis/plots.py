@@ -1,4 +1,4 @@
-"""Plots of one image: how its attention is spread, and attention covered by a budget of it."""
+"""Plots for one image: the distribution of its attention, and the attention covered by each budget."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from visionzip.analysis.trace import Tile
 
 
 def histogram(tiles: Sequence[Tile], what: str = "image") -> Any:
-    """How the attention is distributed over the patches, and how much the kept ones receive. Tiles or frames are taken together.
+    """The distribution of attention over patches, and the share the kept ones receive; all tiles or frames together.
 
     Raises:
         ValueError: where there are no scores.
     """
     shares = [(tile.attention * tile.patches).flatten().numpy() for tile in tiles if tile.attention is not None]
     if len(shares) < len(tiles):
-        raise ValueError("this model gave no attention scores, so there is no histogram of them")
+        raise ValueError("this model gave no attention scores, so there is no histogram to draw")
     times = np.concatenate(shares)
     kept = np.concatenate([tile.kept_mask.flatten().numpy() for tile in tiles])
     held = sum(float(tile.held or 0) for tile in tiles) / len(tiles)
@@ -40,13 +40,13 @@ def histogram(tiles: Sequence[Tile], what: str = "image") -> Any:
 
 
 def budget_curve(tile: Tile) -> Any:
-    """How much of the attention the best 0, 1, 2 … patches of a tile receive, and the position of its budget.
+    """The attention that the most attended 0, 1, 2 … patches of a tile receive together, and where its budget lies.
 
     Raises:
         ValueError: where there are no scores.
     """
     if tile.attention is None or tile.held is None:
-        raise ValueError("this model gave no attention scores, so there is no curve of them")
+        raise ValueError("this model gave no attention scores, so there is no curve to draw")
     held = 100 * redundancy.cumulative(tile.attention.flatten()).numpy()
     keep = int(tile.kept_mask.sum())
     figure, axes = new_figure(6.4, 3.7)

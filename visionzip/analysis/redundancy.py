@@ -1,7 +1,7 @@
-"""How few tokens receive most of the attention: measures on shares, one row per image or tile.
+"""Measures of how few tokens receive most of the attention, computed on shares with one row per image or tile.
 
-Everywhere ``P`` patches, ``L`` layers; shares are non-negative and sum to 1 over the patches. Source of the questions: the
-paper's figures 2 (attention sits on a few tokens) and 5 (it concentrates as it goes deeper).
+Shapes: ``P`` patches, ``L`` layers; shares are non-negative and sum to 1 over the patches. Source: figures 2 (attention is
+concentrated on a few tokens) and 5 (more so in deeper layers) of the paper.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ POINTS = 100
 
 
 def cumulative(shares: Tensor) -> Tensor:
-    """``(…, P)`` → ``(…, P + 1)``: the attention that the 0, 1 … P most attended patches hold together."""
+    """``(…, P)`` → ``(…, P + 1)``: the attention that the 0, 1 … P most attended patches receive together."""
     held = shares.sort(dim=-1, descending=True).values.cumsum(dim=-1)
     return torch.nn.functional.pad(held, (1, 0)).clamp(max=1.0)
 
 
 def budget_for(shares: Tensor, level: float) -> Tensor:
     """The smallest number of patches that receive at least `level` of the attention: ``(…, P)`` → ``(…,)`` int64."""
-    # The last places of a sum of float32 shares are rounding; without the allowance 100 % might never be reached.
+    # A sum of float32 shares is inexact; without this tolerance 100 % might never be reached.
     return (cumulative(shares) < level - 1e-6).sum(dim=-1)
 
 
@@ -36,19 +36,19 @@ def sample_curve(shares: Tensor) -> Tensor:
 
 
 def effective_patches(shares: Tensor) -> Tensor:
-    """exp(entropy): so many equally attended patches would be as spread out. ``(…, P)`` → ``(…,)``, in [1, P]."""
+    """exp(entropy): the number of equally attended patches with the same spread. ``(…, P)`` → ``(…,)``, in [1, P]."""
     return torch.special.entr(shares).sum(dim=-1).exp()
 
 
 def top_share(shares: Tensor, share: float = 0.1) -> Tensor:
-    """Attention held by the most attended `share` of the patches: ``(…, P)`` → ``(…,)``."""
+    """Attention received by the most attended `share` of the patches: ``(…, P)`` → ``(…,)``."""
     return cumulative(shares)[..., max(1, round(shares.shape[-1] * share))]
 
 
 def agreement(layers: Tensor, keep: int) -> Tensor:
-    """Of the `keep` patches one layer attends to most, the share another layer agrees on: ``(L, P)`` → ``(L, L)``.
+    """The share of one layer's `keep` most attended patches that are among another layer's: ``(L, P)`` → ``(L, L)``.
 
-    1 on the diagonal, ``keep / P`` where two layers have nothing to do with each other.
+    1 on the diagonal, ``keep / P`` on average for two unrelated layers.
     """
     chosen = torch.zeros_like(layers).scatter_(
         -1, layers.argsort(dim=-1, descending=True, stable=True)[..., :keep], 1.0

@@ -1,7 +1,7 @@
-"""One palette and one style for every drawing and plot: those of the library, of a run's report and of a look at the data.
+"""One palette and one style for every drawing and plot: the library's, a run's report, and `visionzip data`.
 
-Colours are Okabe and Ito's, which people who see red and green alike can tell apart; no meaning is in a colour alone. Figures are
-made without pyplot, so a server may make them in any thread.
+The colours are Okabe and Ito's, which can be distinguished with red-green colour blindness; no meaning is conveyed by colour
+alone. Figures are made without pyplot, so a server can make them in any thread.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _INK = "#010203"  # stands for the page's own text colour in an SVG
 
 @dataclass(frozen=True)
 class Theme:
-    """Background, text and quiet lines of a page or panel."""
+    """Colours of background, text and secondary lines of a page or panel."""
 
     background: tuple[int, int, int]
     text: tuple[int, int, int]
@@ -50,7 +50,7 @@ def _hex(colour: tuple[int, int, int]) -> str:
 
 @contextmanager
 def style(theme: str = "light") -> Iterator[None]:
-    """Colours and sizes for everything drawn inside. ``"page"``: transparent, in the colour of the page's text.
+    """Colours and sizes for everything drawn inside the block. ``"page"``: transparent, in the colour of the page's text.
 
     Raises:
         ValueError: where matplotlib is missing.
@@ -90,19 +90,19 @@ def new_figure(width: float, height: float, **grid: Any) -> tuple[Any, Any]:
 
 
 def set_title(figure: Any, title: str, about: str) -> None:
-    """A title over the whole figure and, below it in plain letters, what it is of: model, budget, number of images or questions."""
-    above = figure.suptitle(f"{title}\n ", x=0.012, ha="left")  # the second line keeps room for what is put there
+    """A title over the whole figure and, below it in normal weight, a subtitle: model, budget, number of images or questions."""
+    above = figure.suptitle(f"{title}\n ", x=0.012, ha="left")  # the empty second line reserves room for the subtitle
     below = figure.axes[0].annotate(about, (0, 0), xycoords=above, fontsize=10, va="bottom", annotation_clip=False)
     below.set_in_layout(False)
 
 
 def legend_beside(figure: Any, axes: Any, where: str = "outside right upper", **options: Any) -> None:
-    """The legend of `axes`, beside the figure's axes: never over what is drawn."""
+    """The legend of `axes`, placed beside the axes so that it never covers the plot."""
     figure.legend(*axes.get_legend_handles_labels(), loc=where, **options)
 
 
 def whole_ticks(axis: Any) -> None:
-    """Ticks at whole numbers only: there is no half patch."""
+    """Ticks at whole numbers only, for counts."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

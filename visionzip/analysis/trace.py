@@ -1,7 +1,7 @@
-"""What was kept of an image, tile by tile, for any family: scores, kept patches, merged groups, and the pixels they belong to.
+"""What was kept of an image, tile by tile, for any family: scores, kept patches, merged groups, and their pixels.
 
-Nothing here knows a family. A family's own ``compress`` is run on one image while `visionzip.compress.listening`, so what is
-shown is what the model is given, whatever is done before and after.
+Nothing here is specific to a family. The family's own ``compress`` is run on one image under `visionzip.compress.listening`, so
+what is shown is what the model receives, whatever the family does before and after.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ KEPT = -2
 
 @dataclass(frozen=True)
 class Tile:
-    """One image, tile or frame as the encoder saw it, and what was kept of it. ``N`` tokens of the encoder, CLS included.
+    """One image, tile or frame as the encoder receives it, and what was kept of it. ``N`` tokens of the encoder, CLS included.
 
     Attributes:
-        image: what the encoder saw.
-        grid: ``(rows, columns)`` of patches, after pooling or merging where the family selects after it.
-        features: what was chosen from, a batch of one.
-        kept: ``(dominant,)`` places among the ``N`` tokens, ascending, CLS first where there is one.
-        targets: ``(contextual,)`` places of the tokens that others were merged into.
-        slots: ``(N,)`` the output token each token went to, or `DROPPED`.
+        image: the encoder's input, as an image.
+        grid: ``(rows, columns)`` of patches, after pooling or merging if the family selects after it.
+        features: what was selected from, a batch of one.
+        kept: ``(dominant,)`` indices of kept tokens among the ``N``, ascending, CLS first if there is one.
+        targets: ``(contextual,)`` indices of the tokens that others were merged into.
+        slots: ``(N,)`` index of the output token each token went to, or `DROPPED`.
     """
 
     image: Image.Image
@@ -49,7 +49,7 @@ class Tile:
 
     @property
     def cls(self) -> int:
-        """Tokens before the first patch, 0 or 1: patch ``p`` is token ``p + cls``."""
+        """Number of tokens before the first patch, 0 or 1: patch ``p`` is token ``p + cls``."""
         return self.features.cls
 
     @property
@@ -58,7 +58,7 @@ class Tile:
 
     @cached_property
     def attention(self) -> Tensor | None:
-        """``(rows, columns)`` share of the attention on patches that each patch has; sums to 1. ``None`` without scores."""
+        """``(rows, columns)``: each patch's share of the attention on patches; sums to 1. ``None`` without scores."""
         if self.features.scores is None:
             return None
         scores = self.features.scores[0, self.cls :].float().cpu()
@@ -74,7 +74,7 @@ class Tile:
 
     @cached_property
     def kept_mask(self) -> Tensor:
-        """``(rows, columns)`` bool: the patches that are tokens of their own."""
+        """``(rows, columns)`` bool: the patches that are kept as separate tokens."""
         return self.groups == KEPT
 
     @property
@@ -88,7 +88,7 @@ class Tile:
         return None if self.attention is None else float(self.attention[self.kept_mask].sum())
 
     def again(self, config: ZipConfig) -> Tile:
-        """The same image under another budget or selector, without running the encoder again."""
+        """The same image with another budget or selector, without running the encoder again."""
         total = self.features.hidden_states.shape[1]
         dominant, contextual = config.resolve(total, reserved=self.cls, cap=True)
         result = compress(self.features, dominant, contextual, selector=config.selector, merge=config.merge)
@@ -97,7 +97,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Trace:
-    """One image or video: its tiles or frames, and the number of visual tokens the LLM gets of it, now and untouched."""
+    """One image or video: its tiles or frames, and its number of visual tokens in the LLM, compressed and uncompressed."""
 
     image: Image.Image
     tiles: list[Tile]
@@ -116,10 +116,10 @@ def trace(model: Any, image: Image.Image, processor: Any = None, name: str = "")
     """What the attached `model` keeps of `image`.
 
     Args:
-        processor: whose image processor is used; default: the one attached with the model.
+        processor: the processor whose image processor is used; default: the one attached with the model.
 
     Raises:
-        ValueError: for a model nothing is attached to, or without a processor.
+        ValueError: if nothing is attached to the model, or there is no processor.
     """
     attachment, processor = _parts(model, processor)
     return _traced(attachment, processor, image_inputs(processor, image, attachment.config.pad_images), [image], name)
@@ -143,12 +143,12 @@ def trace_video(model: Any, frames: Sequence[Image.Image], processor: Any = None
 
 
 def trace_inputs(attachment: Attachment, processor: Any, inputs: dict[str, Any], name: str = "") -> Trace:
-    """What is kept of pixels that are ready for ``forward``: `pixel_values` and what goes with it, of one image."""
+    """What is kept of inputs that are ready for ``forward``: `pixel_values` and whatever the family needs beside it, for one image."""
     return _traced(attachment, processor, inputs, [], name)
 
 
 def image_inputs(processor: Any, image: Image.Image, pad_images: PadImages = "auto") -> dict[str, Any]:
-    """What the model's ``forward`` takes for one image, prepared as `ZipConfig.pad_images` says."""
+    """The inputs of the model's ``forward`` for one image, prepared as `ZipConfig.pad_images` says."""
     return process_images(processor, [prepare_image(image, processor, pad_images)]).inputs
 
 
@@ -185,12 +185,12 @@ def _parts(model: Any, processor: Any) -> tuple[Attachment, Any]:
         )
     processor = processor if processor is not None else attachment.processor
     if processor is None:
-        raise ValueError("a processor is needed to make pixels of an image; pass processor=...")
+        raise ValueError("a processor is needed to turn an image into pixels; pass processor=...")
     return attachment, processor
 
 
 def _known(processor: Any, inputs: Any) -> dict[str, Any]:
-    """What ``forward`` takes: tensors, without names the family has no use for and notes such as `video_metadata`."""
+    """The inputs that ``forward`` takes: tensors, without names that the family does not use, such as `video_metadata`."""
     unused = {"video_metadata", *getattr(processor, "unused_input_names", ())}
     return {name: torch.as_tensor(value) for name, value in inputs.items() if name not in unused}
 
@@ -203,7 +203,7 @@ def _row(features: Features, result: Compressed, place: int) -> tuple[Features, 
 
 
 def _images(family: Family, inputs: dict[str, Any], processor: Any, count: int) -> list[Image.Image]:
-    """What the encoder saw in `count` tiles: their pixels with the normalisation undone."""
+    """The encoder's input in `count` tiles: their pixels, with the normalisation undone."""
     tiles = family.pixels(inputs)
     if len(tiles) < count:
         raise ValueError(f"these inputs contain no pixels that can be shown (found {', '.join(inputs)})")
@@ -211,7 +211,7 @@ def _images(family: Family, inputs: dict[str, Any], processor: Any, count: int) 
 
 
 def unnormalised(pixels: Tensor, processor: Any) -> Image.Image:
-    """``(3, height, width)`` as a model takes it → the image."""
+    """``(3, height, width)`` normalised pixels → the image."""
     images = processor.image_processor
     mean = torch.tensor(getattr(images, "image_mean", None) or [0.0] * 3).view(3, 1, 1)
     spread = torch.tensor(getattr(images, "image_std", None) or [1.0] * 3).view(3, 1, 1)

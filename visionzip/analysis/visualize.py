@@ -44,12 +44,12 @@ def visualize(
 
     Args:
         out: the page; PNGs go into the folder beside it that has its name without the ending. Or a folder for both.
-        theme: of the PNGs, ``"light"`` or ``"dark"``; the page follows the reader's system.
-        frames: taken evenly from a video.
-        limit: at most so many images of a folder, in the order of their names.
+        theme: theme of the PNGs, ``"light"`` or ``"dark"``; the page follows the reader's system.
+        frames: number of frames sampled uniformly from a video.
+        limit: at most this many images of a folder, in the order of their names.
 
     Raises:
-        ValueError: where nothing is attached, there is no image, or none can be read.
+        ValueError: if nothing is attached, there is no image, or none can be read.
     """
     attachment = attached(model)
     if attachment is None:
@@ -86,7 +86,8 @@ def visualize(
 
 
 def output_paths(out: str | Path) -> tuple[Path, Path]:
-    """The page, and the folder of the PNGs: beside the page with its name, or in the folder that `out` is."""
+    """The paths of the page and of the folder of PNGs, which is beside the page under the same name, or `out` itself if that is a
+    folder."""
     target = Path(out)
     if target.suffix.lower() in (".html", ".htm"):
         return target, target.with_suffix("")
@@ -137,7 +138,7 @@ def _section(one: Trace, folder: Path, theme: str, result: Result, model: str) -
 
 
 def draw_views(tile: Tile, side: int = SIDE) -> list[tuple[str, Image.Image]]:
-    """The drawings of one tile with their captions; the heat map is left out where there are no scores."""
+    """The drawings of one tile with their captions; without scores there is no heat map."""
     found = [("what the encoder saw", draw.enlarge_tile(tile, side))]
     if tile.attention is not None:
         most = float(tile.attention.max()) * tile.patches

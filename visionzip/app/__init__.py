@@ -1,1 +1,2 @@
-"""A page to look at a compressed model: move the budget, click patches, paint what to keep, ask. `looker` thinks, `ui` shows."""
+"""A web page for exploring a compressed model: change the budget, click patches, ask questions. `looker` runs the model, `ui` is the
+page."""

@@ -1,4 +1,4 @@
-"""What the page can do, without the page: look at an image, move the budget, follow a patch's attention, ask."""
+"""What the page does, without the page: read an image, change the budget, show a patch's attention, ask."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from visionzip.images import decode_image
 
 @dataclass
 class Look:
-    """An image that was uploaded, as the encoder saw it.
+    """An uploaded image, as the encoder receives it.
 
-    `maps` ``(tiles, N, N)``: attention, once a patch was clicked. `shown`: the tile as it was drawn last.
+    `maps` ``(tiles, N, N)``: attention, computed when a patch is first clicked. `shown`: the tile as last drawn.
     """
 
     image: Image.Image
@@ -44,7 +44,7 @@ class Pair:
 
 
 class Looker:
-    """One attached model and its processor. Everything that runs the model is one at a time."""
+    """One attached model and its processor. Only one call runs the model at a time."""
 
     def __init__(self, model: Any, processor: Any) -> None:
         attachment = attached(model)
@@ -65,20 +65,20 @@ class Looker:
             return Look(image, trace(self.model, image))
 
     def blank(self) -> tuple[Tile, tuple[int, int, int]]:
-        """A tile of a blank image, and its `budget`: what the sliders show before there is an image."""
+        """A tile of a blank image and its `budget`, which the sliders show before an image is uploaded."""
         with self.lock:
             tile = trace(self.model, Image.new("RGB", (640, 480), (127, 127, 127))).tiles[0]
         return tile, self.budget(tile)
 
     def budget(self, tile: Tile) -> tuple[int, int, int]:
-        """``(dominant, contextual, tokens there are)`` of the attached budget for this tile."""
+        """``(dominant, contextual, tokens of the encoder)`` of the attached budget for this tile."""
         total = tile.features.hidden_states.shape[1]
         return *self.config.resolve(total, reserved=tile.cls, cap=True), total
 
     def trained_budgets(self) -> list[tuple[int, int]]:
-        """``(dominant, contextual)`` of what the projector is trained for; empty for a fixed budget.
+        """``(dominant, contextual)`` of each budget that the projector is trained for; empty for a fixed budget.
 
-        Shares are left out: they name no number of tokens before there is an image.
+        Shares are left out: their number of tokens is not known without an image.
         """
         if self.config.budgets is None:
             return []
@@ -90,12 +90,12 @@ class Looker:
         return ZipConfig(**{**self.config.model_dump(), **changes, **named})
 
     def attention_of(self, look: Look, number: int, patch: int) -> tuple[np.ndarray, np.ndarray]:
-        """What a patch of tile `number` attends to, and what attends to it: both ``(rows, columns)``.
+        """The attention from and to a patch of tile `number`, both ``(rows, columns)``.
 
-        Patch ``p`` is token ``p + 1`` where a CLS token stands in front (the authors' demo forgets it and is off by one).
+        Patch ``p`` is token ``p + 1`` if there is a CLS token (the authors' demo does not take it into account and is off by one).
 
         Raises:
-            ValueError: where the encoder has no map of single patches to show.
+            ValueError: if the encoder has no attention map of single patches.
         """
         tile = look.trace.tiles[number]
         if look.maps is None:
@@ -124,7 +124,7 @@ class Looker:
         pad_images = self.config.pad_images
         with self.lock:
             before = self._attachment().config
-            if not self.warm:  # the first run of a process pays for what no other pays for
+            if not self.warm:  # the first run in a process includes one-time costs
                 ask(self.model, self.processor, look.image, question, max_new_tokens=2, pad_images=pad_images)
                 self.warm = True
             try:

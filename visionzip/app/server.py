@@ -1,4 +1,4 @@
-"""Serves the page: to whom, under which names, and what is left when it ends. Needs the extra ``viz``."""
+"""Serves the page: which requests are accepted, and what is removed when it ends. Needs the extra ``viz``."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def gradio() -> Any:
     """Gradio, without its calls to the network and with uploads in a folder of this process.
 
     Raises:
-        ValueError: where it is not installed.
+        ValueError: if it is not installed.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    if "GRADIO_TEMP_DIR" not in os.environ:  # read when components are made; only what lies in it is served
+    if "GRADIO_TEMP_DIR" not in os.environ:  # read when components are made; only files in it are served
         folder = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="visionzip-app-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
@@ -54,15 +54,15 @@ def exit_on_signals() -> None:
 
 
 class Guard:
-    """Around an ASGI app: refuses what does not come from the app's own page.
+    """ASGI middleware that refuses requests which do not come from the app's own page.
 
-    A web page anywhere can make its reader's browser send requests to an address of this machine, and a host name can be made to
-    resolve to it (DNS rebinding). So ``Host`` has to be a name the app is served under, and ``Origin``, where a browser sends
-    one, has to be the app itself.
+    Any web page can make its reader's browser send requests to an address of this machine, and a host name can be made to
+    resolve to it (DNS rebinding). So ``Host`` must be a name the app is served under, and ``Origin``, if the browser sends one,
+    must be the app itself.
 
     Args:
-        host, port: what the app is bound to. An address of all interfaces accepts any IP address and this machine's name.
-        public_urls: what a reverse proxy serves it under, such as ``https://look.example.org``.
+        host, port: the address the app is bound to. If that is all interfaces, any IP address and this machine's name are accepted.
+        public_urls: addresses at which a reverse proxy serves it, such as ``https://look.example.org``.
     """
 
     def __init__(self, app: Any, host: str, port: int, public_urls: Sequence[str] = ()) -> None:
@@ -85,9 +85,9 @@ class Guard:
         headers = {name: value.decode("latin-1").lower() for name, value in scope["headers"]}
         host, origin = headers.get(b"host", ""), headers.get(b"origin")
         if not self.is_ours(host):
-            reason = f"{host or 'no host'} is not a name of this app; see visionzip app --public-url"
+            reason = f"{host or 'no host'} is not an address of this app; see visionzip app --public-url"
         elif origin is not None and not self.is_own_origin(origin):
-            reason = f"{origin} is another site than this app; see visionzip app --public-url"
+            reason = f"{origin} is another site; see visionzip app --public-url"
         else:
             return await self.app(scope, receive, send)
         if scope["type"] == "websocket":
@@ -97,7 +97,7 @@ class Guard:
         await send({"type": "http.response.body", "body": f"{reason}\n".encode()})
 
     def is_ours(self, host: str) -> bool:
-        """Whether `host`, as in a ``Host`` header, is a name that the app is served under."""
+        """Whether `host`, the value of a ``Host`` header, is a name that the app is served under."""
         if host in self.hosts:
             return True
         name, _, port = host.rpartition(":")
@@ -121,7 +121,7 @@ def _is_loopback(name: str) -> bool:
 
 
 class Server:
-    """A page that is being served, from a separate thread. `address` is where."""
+    """A page that is being served from a separate thread. `address`: its URL."""
 
     def __init__(self, page: Any, host: str, port: int, public_urls: Sequence[str] = ()) -> None:
         import uvicorn
@@ -143,10 +143,10 @@ class Server:
         self._thread = threading.Thread(target=self._server.run, name="visionzip-app", daemon=True)
 
     def start(self) -> Server:
-        """Listen.
+        """Start listening.
 
         Raises:
-            ValueError: where that fails.
+            ValueError: if that fails.
         """
         self._thread.start()
         while not self._server.started:
@@ -156,7 +156,7 @@ class Server:
         return self
 
     def wait(self) -> None:
-        """Until the server ends, or a signal ends the wait."""
+        """Block until the server ends or a signal arrives."""
         while self._thread.is_alive():
             self._thread.join(1.0)
 
@@ -166,17 +166,17 @@ class Server:
 
 
 def serve(page: Any, host: str = "127.0.0.1", port: int = 7860, public_urls: Sequence[str] = ()) -> Server:
-    """Serve the page. Uploads are limited in size and go to a folder of this process, and no other file is served.
+    """Serve the page. Uploads are limited in size and stored in a folder of this process; no other file is served.
 
     Raises:
-        ValueError: when the port is taken or can't be bound.
+        ValueError: if the port is in use or can't be bound.
     """
     check_port(host, port)
     return Server(page, host, port, public_urls).start()
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises ValueError where nothing can listen at `host` and `port`."""
+    """Raise ``ValueError`` if it is not possible to listen at `host` and `port`."""
     if not 0 < port < 65536:
         raise ValueError(f"port {port} is not valid; choose one from 1 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -22,7 +22,7 @@ QUESTION = "What is in the image?"
 
 
 def build(looker: Looker, title: str, image: str | None = None) -> Any:
-    """The page as ``gr.Blocks``, not yet served. `image` is there from the start."""
+    """The page as ``gr.Blocks``, not yet served. `image`: shown at the start."""
     gr = gradio()
     with gr.Blocks(
         title=f"VisionZip: {title}", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
@@ -53,7 +53,7 @@ def add_controls(gr: Any, looker: Looker, image: str | None) -> dict[str, Any]:
     first, (kept, merged, total) = looker.blank()
     upload = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Image", height=240,
                       value=decode_image(image) if image else None, elem_id="image", format="png", buttons=[])  # fmt: skip
-    # Gradio would decode it first, whatever its size, and show a stack trace where it can't; `decode_image` says why.
+    # Gradio would decode it first, whatever its size, and show a stack trace on failure; `decode_image` gives a reason.
     upload.preprocess = lambda payload: payload.path if payload else None
     tile = gr.Dropdown(label="Tile", choices=[("1 of 1", 0)], value=0, visible=False, elem_id="tile")
     dominant = gr.Slider(1 + first.cls, total, kept, step=1, label="Kept as they are", info="tokens, CLS included",
@@ -64,7 +64,7 @@ def add_controls(gr: Any, looker: Looker, image: str | None) -> dict[str, Any]:
     trained = gr.Radio([f"{sum(size)}" for size in sizes], label="Trained budgets", info="visual tokens", visible=bool(sizes),
                        value=str(kept + merged) if (kept, merged) in sizes else None, elem_id="trained")  # fmt: skip
     with gr.Row():
-        selectors = [name for name, entry in SELECTORS if not entry.scales]  # what is scaled has to be encoded again
+        selectors = [name for name, entry in SELECTORS if not entry.scales]  # a scaled image has to be encoded again
         selector = gr.Dropdown(selectors, value=looker.config.selector, label="Selector", min_width=120)
         merge = gr.Dropdown(MERGES.names(), value=looker.config.merge, label="Merge", min_width=120)
     return {"upload": upload, "tile": tile, "trained": trained, "dominant": dominant, "contextual": contextual,
@@ -89,7 +89,7 @@ def add_question(gr: Any) -> dict[str, Any]:
 
 
 def connect(gr: Any, handlers: Handlers, page: Any, parts: dict[str, Any], open_at_once: bool) -> None:
-    """What happens at which event. `parts`: name → component, of all functions above."""
+    """Connect events with handlers. `parts`: name → component, from all functions above."""
 
     def named(*names: str) -> list[Any]:
         return [parts[name] for name in names]
@@ -116,17 +116,17 @@ def connect(gr: Any, handlers: Handlers, page: Any, parts: dict[str, Any], open_
 
 
 class Handlers:
-    """What the page does at an event: values of components → values of others, in the order that `connect` gives."""
+    """Event handlers of the page: values of components → values of others, in the order given in `connect`."""
 
     def __init__(self, gr: Any, looker: Looker) -> None:
         self.gr, self.looker = gr, looker
-        # How Gradio knows to pass the click; not importable at the top.
+        # Gradio passes the click to a parameter with this annotation; it can't be imported at the top.
         Handlers.click.__annotations__["event"] = gr.SelectData
 
     def show_budget(
         self, look: Look | None, number: int, dominant: float, contextual: float, selector: str, merge: str
     ) -> list[Any]:
-        """Heat map, kept, merged and the line below for a budget; called at every move of a slider."""
+        """Heat map, kept patches, merged patches and the line below, for a budget; called whenever a slider moves."""
         if look is None:
             return [None, None, None, ""]
         tile = look.shown = budgeted(self.looker, look, number, dominant, contextual, selector, merge)
@@ -148,17 +148,17 @@ class Handlers:
         selector: str,
         merge: str,
     ) -> list[Any]:
-        """A trained budget: set the sliders to it, draw."""
+        """Set the sliders to a trained budget and redraw."""
         kept, merged = split_total(int(total), self.looker.config)
         return [kept, merged, *self.show_budget(look, number, kept, merged, selector, merge)]
 
     def open(self, path: str | None, selector: str, merge: str) -> list[Any]:
-        """A new image: run the encoder, set the sliders to what there is, draw."""
+        """Read a new image: run the encoder, set the limits of the sliders, draw."""
         if not path:
             return [None, *[self.gr.skip()] * 3, None, None, None, "", None, None, None, ""]
         try:
             look = self.looker.look(path)
-        except ImageError as error:  # without the name, which is that of a copy on the server
+        except ImageError as error:  # without the name, which is that of the server's copy
             raise self.gr.Error(f"This image can't be used: {error.words}") from error
         tile = look.trace.tiles[0]
         dominant, contextual, total = self.looker.budget(tile)
@@ -174,7 +174,7 @@ class Handlers:
         ]  # fmt: skip
 
     def choose_tile(self, look: Look | None, number: int, *budget: Any) -> list[Any]:
-        """Another tile of the same image."""
+        """Show another tile of the same image."""
         if look is None:
             return [None, None, None, "", None, None, None, ""]
         image = draw.enlarge_tile(look.trace.tiles[number], SIDE)
@@ -183,7 +183,7 @@ class Handlers:
     def click(
         self, look: Look | None, number: int, dominant: float, contextual: float, selector: str, merge: str, event: Any
     ) -> list[Any]:
-        """What the patch under the pointer attends to, and what attends to it."""
+        """Show the attention from and to the patch under the pointer."""
         if look is None:
             return [self.gr.skip()] * 4
         tile = budgeted(self.looker, look, number, dominant, contextual, selector, merge)
@@ -218,7 +218,7 @@ class Handlers:
 def budgeted(
     looker: Looker, look: Look, number: int, dominant: float, contextual: float, selector: str, merge: str
 ) -> Tile:
-    """A tile under what the sliders say; contextual tokens give way where both together are too many."""
+    """A tile with the sliders' budget; if dominant and contextual together are too many, there are fewer contextual tokens."""
     tile = look.trace.tiles[number]
     total = tile.features.hidden_states.shape[1]
     kept = min(max(int(dominant), 1 + tile.cls), total)
@@ -259,7 +259,7 @@ def about(tile: Tile, patch: int, row: int, column: int, to: np.ndarray, by: np.
 
 
 def _image(gr: Any, caption: str, name: str) -> Any:
-    """A drawing below its caption: Gradio's own label would lie on the first patches."""
+    """A drawing below its caption: Gradio's own label would cover the first patches."""
     with gr.Column(min_width=240):
         gr.Markdown(caption)
         return gr.Image(
