@@ -36,7 +36,7 @@ def overrides(given: argparse.Namespace, budget: tuple[int, int], cache: Path | 
     }
     return [
         "--config", str(CONFIG), f"model.path={given.model}", f"data.sources={json.dumps([source])}",
-        f"data.cache={cache or 'null'}", f"zip.dominant={budget[0]}", f"zip.contextual={budget[1]}",
+        f"data.cache={cache or 'null'}", f"zip.dominant={budget[0]}", f"zip.contextual={budget[1]}", *given.overrides,
     ]  # fmt: skip
 
 
@@ -62,6 +62,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help="records to train on (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="steps counted (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: %(default)s")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes of every row, e.g. model.dtype=float32"
+    )
     given = parser.parse_args()
     given.model, given.data = given.model.resolve(), given.data.resolve()
     every = tokens_of(given.model)

@@ -19,7 +19,14 @@ def test_tokens_of_the_model(tmp_path: Path) -> None:
 
 
 def test_settings_are_a_config(tmp_path: Path) -> None:
-    given = Namespace(model=tmp_path / "model", data=tmp_path / "data", samples=8, steps=3, threads=1)
+    given = Namespace(
+        model=tmp_path / "model",
+        data=tmp_path / "data",
+        samples=8,
+        steps=3,
+        threads=1,
+        overrides=["model.dtype=float32"],
+    )
     flag, path, *items = measure_real.overrides(given, (257, 0), None)
     assert flag == "--config"
     config = load_config(path, items)
