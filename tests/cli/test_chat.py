@@ -162,11 +162,11 @@ class TestTerminal:
         make_image(0).save(tmp_path / "a.png")
         monkeypatch.chdir(tmp_path)
 
-        def run(*lines, arguments=()):
+        def run(*lines, arguments=(), budget=("--dominant", "5", "--contextual", "3")):
             import io
 
             monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
-            code = main(["chat", "base", "--dominant", "5", "--contextual", "3", "--max-new-tokens", "4", *arguments])
+            code = main(["chat", "base", *budget, "--max-new-tokens", "4", *arguments])
             return code, capsys.readouterr()
 
         return run
@@ -182,6 +182,23 @@ class TestTerminal:
         )
         assert "images encoded again: 1" in printed.out
         assert "Conversation and images forgotten." in printed.out
+
+    def test_questions_on_the_command_line(self, talk):
+        code, printed = talk("never read", arguments=["--image", "a.png", "--ask", "what is this", "--ask", "how many"])
+        assert code == 0
+        first, second = [line for line in printed.out.splitlines() if "first token after" in line]
+        assert first.startswith("image: 8 of 16 tokens · ")
+        assert "from the cache" in second
+        assert "never read" not in printed.out
+        assert "/help" not in printed.out
+
+    def test_all_tokens(self, talk):
+        code, printed = talk("what", "/budget 8", "what", arguments=["--image", "a.png"], budget=("--budget", "all"))
+        assert code == 0
+        assert "all visual tokens. /help says" in printed.out
+        assert f"image: 16 of 16 tokens · prompt {20 + SYSTEM} tokens" in printed.out
+        assert "8 visual tokens (7 dominant + 1 contextual) per image; the images so far are encoded again." in printed.out
+        assert "images encoded again: 1" in printed.out
 
     def test_mistakes_do_not_end_it(self, talk, tmp_path):
         (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")

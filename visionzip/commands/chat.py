@@ -2,6 +2,7 @@
 
   visionzip chat runs/demo/projector --image photo.jpg
   visionzip chat llava-hf/llava-1.5-7b-hf --dominant 54 --contextual 10
+  visionzip chat runs/demo --image photo.jpg --ask "What is this?"    (one answer, and the end)
   visionzip chat --device runs/demo-onnx --image photo.jpg    (an ONNX export, without PyTorch)
 
 In the chat:
@@ -18,6 +19,7 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from visionzip.argument_types import at_least
@@ -29,6 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", action="append", default=[], help="an image to begin with; can be given several times"
     )
+    parser.add_argument(
+        "--ask", metavar="QUESTION", action="append", default=[],
+        help="ask this, print the answer and end; can be given several times, one question after the other",
+    )  # fmt: skip
     parser.add_argument("--max-new-tokens", type=at_least(1), default=512, help="longest answer (default: 512)")
     parser.add_argument("--temperature", type=temperature, default=0.0, help="0 (default): always the likeliest token")
 
@@ -50,11 +56,16 @@ def run(arguments: argparse.Namespace) -> None:
     from visionzip.chat import Chat
 
     begun = [open_image(path) for path in arguments.image]  # before the model: a wrong path costs nothing
+    every = (arguments.budget or "").lower() in ("all", "full")
+    if every:
+        arguments.budget = None  # attached first, so that /budget can go back to fewer
     model, processor = _model.load(arguments)
     chat = Chat(model, processor, arguments.max_new_tokens, arguments.temperature)
+    if every:
+        chat.budget(None)
     for image in begun:
         chat.show(image)
-    Terminal(chat, arguments.model).run()
+    Terminal(chat, arguments.model, arguments.ask).run()
 
 
 def without_torch(arguments: argparse.Namespace) -> bool:
@@ -72,14 +83,22 @@ def onnx_export(arguments: argparse.Namespace) -> str | None:
 
 
 class Terminal:
-    """Reads lines, prints answers. Commands begin with a slash."""
+    """Reads lines, prints answers. Commands begin with a slash.
 
-    def __init__(self, chat: Any, name: str) -> None:
-        self.chat, self.name = chat, name
+    Args:
+        questions: asked in place of what is typed.
+    """
+
+    def __init__(self, chat: Any, name: str, questions: Sequence[str] = ()) -> None:
+        self.chat, self.name, self.questions = chat, name, questions
         self.live = sys.stdin.isatty()
         self.dim, self.plain = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
 
     def run(self) -> None:
+        for question in self.questions:
+            self.answer(question)
+        if self.questions:
+            return
         if self.live:
             import contextlib
 
@@ -210,7 +229,7 @@ def talk_on_device(directory: str, arguments: argparse.Namespace) -> None:
     chat = load(directory).chat(arguments.budget, arguments.max_new_tokens)
     for path in arguments.image:
         chat.show(path)
-    DeviceTerminal(chat, directory).run()
+    DeviceTerminal(chat, directory, arguments.ask).run()
 
 
 class DeviceTerminal(Terminal):
