@@ -197,7 +197,9 @@ class TestTerminal:
         assert code == 0
         assert "all visual tokens. /help says" in printed.out
         assert f"image: 16 of 16 tokens · prompt {20 + SYSTEM} tokens" in printed.out
-        assert "8 visual tokens (7 dominant + 1 contextual) per image; the images so far are encoded again." in printed.out
+        assert (
+            "8 visual tokens (7 dominant + 1 contextual) per image; the images so far are encoded again." in printed.out
+        )
         assert "images encoded again: 1" in printed.out
 
     def test_mistakes_do_not_end_it(self, talk, tmp_path):
