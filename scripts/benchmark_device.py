@@ -52,10 +52,11 @@ def measure_torch(source: str, budget: str, threads: int, image: str, repeats: i
     model, processor = visionzip.load(source, "cpu", "float32", config=config or ZipConfig(dominant=13, contextual=3))
     model.generation_config.eos_token_id = None
     found, cache = [], None
+    chat = Chat(model, processor, max_new_tokens=TOKENS)
+    if config is None:
+        chat.budget(None)
     for _ in range(repeats + 1):
-        chat = Chat(model, processor, max_new_tokens=TOKENS)
-        if config is None:
-            chat.budget(None)
+        chat.reset()
         chat.show(decode_image(image))
         found.append(chat.ask(QUESTION))
         cache = chat._cache

@@ -10,6 +10,7 @@ JSON and a plot. Needs the environment of `make test-serve`, and a machine that 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from scripts.bad_input import exit_code_of
 from visionzip.analysis import style
 from visionzip.serving.launch import NO_DOMAIN, answers, server_module
 
@@ -89,7 +91,7 @@ def served(arguments: argparse.Namespace, budget: str, log: Path) -> Iterator[st
         address = f"http://127.0.0.1:{port}"
         while not answers(f"{address}/health"):
             if process.poll() is not None:
-                raise RuntimeError(f"the server at budget {budget} ended:\\n{log.read_text()[-2000:]}")
+                raise RuntimeError(f"the server at budget {budget} ended:\n{log.read_text()[-2000:]}")
             time.sleep(1)
         yield address
     finally:
@@ -136,7 +138,7 @@ def row(arguments: argparse.Namespace, budget: str) -> dict[str, Any]:
 def render(rows: list[dict[str, Any]]) -> str:
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    return "\\n".join(
+    return "\n".join(
         [
             *lines,
             *(
@@ -171,6 +173,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="folder for load.json and load.png")
     arguments = parser.parse_args()
+    if importlib.util.find_spec("vllm") is None:
+        parser.error("vLLM is not installed here; `make test-serve` sets up .venv-serve, which has it")
     rows = [row(arguments, budget) for budget in arguments.budgets]
     print(render(rows))
     if arguments.out:
@@ -180,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code_of(main))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import compare_device, elastic, measure_real
+from scripts import compare_device, elastic, measure_real, serve_load
 from scripts.bad_input import exit_code_of
 
 
@@ -28,3 +28,25 @@ def test_bad_input_is_2_and_one_sentence(script, given, message, tmp_path: Path,
     assert said.startswith("error: ")
     assert message in said
     assert list(tmp_path.iterdir()) == [], "nothing was begun"
+
+
+def test_a_load_without_vllm_is_one_sentence(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["serve_load", "runs/x", "--base", "runs/y"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as left:
+        serve_load.main()
+    assert left.value.code == 2
+    assert "error: vLLM is not installed here; `make test-serve` sets up .venv-serve" in capsys.readouterr().err
+
+
+def test_the_table_of_a_load() -> None:
+    rows = [
+        {"budget": "all", "requests/s": 0.5, "prompt tokens": 1600},
+        {"budget": "64", "requests/s": 2.25, "prompt tokens": 90},
+    ]
+    assert serve_load.render(rows).splitlines() == [
+        "| budget | requests/s | prompt tokens |",
+        "|---|---|---|",
+        "| all | 0.5 | 1,600 |",
+        "| 64 | 2.25 | 90 |",
+    ]
