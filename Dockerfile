@@ -17,7 +17,9 @@ ENV PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore DS_ACCELERATOR=cpu TOKENIZERS
 
 # Dependencies first: a change of the source does not install them again. The default torch for Linux contains CUDA; this one does not.
 COPY constraints.txt pyproject.toml README.md LICENSE ./
-RUN pip install -c constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
+# Behind a mirror: docker build --build-arg TORCH_INDEX=https://...
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN pip install -c constraints.txt --extra-index-url ${TORCH_INDEX} torch==2.13.0+cpu
 RUN mkdir visionzip && touch visionzip/__init__.py && pip install -c constraints.txt -e '.[train,video,viz,real]'
 
 COPY train.py ./

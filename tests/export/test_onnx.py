@@ -11,6 +11,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from tests.export.conftest import BUDGET, ROOT
+from tests.families.case import cases
 from tests.tiny import tiny_llava, tiny_processor
 from visionzip import ZipConfig, attach, attached, save
 from visionzip.cli import main
@@ -54,6 +55,28 @@ def test_the_same_tokens_are_kept_and_embedded(kind, merge, tmp_path):
     session = open_session(tmp_path / "vision.onnx", 1)
     for batch in (1, 5):
         pixels = torch.randn(batch, 3, 32, 32)
+        found, kept = session.run(["embeddings", "kept"], {"pixel_values": pixels.numpy()})
+        with torch.no_grad():
+            expected = attachment.family.compress_batch(attachment.config, pixels)
+            embeddings = torch.stack(attachment.project(list(expected.tokens)))
+        assert np.array_equal(kept, expected.kept.numpy())
+        assert np.abs(found - embeddings.numpy()).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["Idefics3", "SmolVLM"])
+def test_grouped_tiles_are_kept_and_embedded_alike(name, tmp_path):
+    """A tile at a time, in batches of any size."""
+    case = next(case for case in cases() if case.name == name)
+    model = attach(case.model(), config=case.budget)
+    attachment = attached(model)
+    side = model.config.vision_config.image_size
+    graph = vision_graph(attachment, attachment.config, side, 20)
+    weights = Weights(tmp_path / "weights.data")
+    weights.save(graph.program, tmp_path / "vision.onnx")
+    weights.close()
+    session = open_session(tmp_path / "vision.onnx", 1)
+    for batch in (1, 3):
+        pixels = torch.randn(batch, 3, side, side)
         found, kept = session.run(["embeddings", "kept"], {"pixel_values": pixels.numpy()})
         with torch.no_grad():
             expected = attachment.family.compress_batch(attachment.config, pixels)

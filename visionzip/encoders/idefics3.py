@@ -16,7 +16,7 @@ class Idefics3Encoder(SiglipEncoder):
 
     def embed(self, tower: Any, pixel_values: Tensor) -> Tensor:
         rows, columns = (side // tower.patch_size for side in pixel_values.shape[2:])
-        whole = torch.ones(len(pixel_values), rows, columns, dtype=torch.bool, device=pixel_values.device)
+        whole = torch.ones(pixel_values.shape[0], rows, columns, dtype=torch.bool, device=pixel_values.device)
         dtype = tower.embeddings.patch_embedding.weight.dtype  # other encoders' embeddings cast by themselves
         return tower.embeddings(pixel_values=pixel_values.to(dtype), patch_attention_mask=whole)
 
